@@ -1,0 +1,54 @@
+// Softmax cross-entropy of rows of logits, whose gradient takes their place.
+#include <cmath>
+
+#include "kernels.h"
+#include "vector.h"
+
+namespace shoal::SHOAL_ISA {
+
+// Good to 1e-7 of 1, which is what softcapped logits need; not relative to small results.
+static inline Vec tanh(Vec x) { return 1 - 2 / (1 + exp(x + x)); }
+
+void cross_entropy(int64_t rows, int64_t vocab, Rows logits, const int64_t* targets, float softcap, bool with_grad, float* nats,
+                   int threads) {
+    const int64_t ignored = -100;
+#pragma omp parallel for schedule(dynamic, 8) num_threads(team(rows * vocab, threads))
+    for (int64_t r = 0; r < rows; ++r) {
+        float* row = logits[r];
+        if (targets[r] == ignored) {
+            nats[r] = 0;
+            if (with_grad) memset(row, 0, vocab * sizeof(float));
+            continue;
+        }
+        // Whole registers, then the rest, which is padded with -inf so that it adds nothing.
+        const int64_t whole = vocab / kLanes * kLanes;
+        Vec rest = splat(-INFINITY);
+        for (int64_t c = whole; c < vocab; ++c) rest[c - whole] = row[c];
+        if (softcap > 0) {
+            for (int64_t c = 0; c < whole; c += kLanes) store(row + c, tanh(load(row + c) / softcap) * softcap);
+            rest = lane_numbers() < int32_t(vocab - whole) ? tanh(rest / softcap) * softcap : rest;
+        }
+        Vec tops = rest;
+        for (int64_t c = 0; c < whole; c += kLanes) tops = max(tops, load(row + c));
+        const float top = max(tops);
+        Vec exps = exp(rest - top);
+        for (int64_t c = 0; c < whole; c += kLanes) exps += exp(load(row + c) - top);
+        const float log_sum = top + logf(sum(exps));
+        const int64_t target = targets[r];
+        const float hit = target < whole ? row[target] : rest[target - whole];
+        nats[r] = log_sum - hit;
+        if (!with_grad) continue;
+        auto slope = [&](Vec logit) {  // of the softcap
+            Vec share = logit / softcap;
+            return softcap > 0 ? 1 - share * share : splat(1);
+        };
+        for (int64_t c = 0; c < whole; c += kLanes) {
+            Vec logit = load(row + c);
+            store(row + c, exp(logit - log_sum) * slope(logit));
+        }
+        store_first(row + whole, exp(rest - log_sum) * slope(rest), vocab - whole);
+        row[target] -= slope(splat(hit))[0];
+    }
+}
+
+}  // namespace shoal::SHOAL_ISA

@@ -1,0 +1,68 @@
+// Every kernel, as a table of functions. Each instruction set compiles its own table from the same sources; module.cpp picks one at load.
+//
+// Floats are fp32. "rows" are contiguous in the last dimension and `stride` apart. All results are the same, bit for bit, from run to
+// run with the same number of threads: no atomics, and every sum has a fixed order.
+#pragma once
+#include <cstdint>
+
+namespace shoal {
+
+// [rows, width], rows `stride` floats apart.
+struct Rows {
+    float* data;
+    int64_t stride;
+    float* operator[](int64_t row) const { return data + row * stride; }
+};
+
+// [B, T, H, width], the last dimension contiguous.
+struct Heads {
+    float* data;
+    int64_t batch_stride, time_stride, head_stride;
+    float* at(int64_t b, int64_t t, int64_t h) const { return data + b * batch_stride + t * time_stride + h * head_stride; }
+};
+
+struct RopeShape {
+    int64_t batch, time, heads, width;
+    int64_t table_batch_stride;  // 0: every sequence has the same positions
+    bool interleaved;
+};
+
+struct AttentionShape {
+    int64_t batch, time, heads, kv_heads, qk_width, v_width;
+    float scale;
+};
+
+struct Kernels {
+    void (*rms_norm)(int64_t rows, int64_t width, Rows x, const float* weight, float eps, Rows y, int threads);
+    void (*rms_norm_backward)(int64_t rows, int64_t width, Rows x, const float* weight, float eps, Rows grad, Rows grad_x,
+                              float* grad_weight, int threads);
+
+    void (*swiglu)(int64_t rows, int64_t width, Rows gate, Rows up, Rows y, int threads);
+    void (*swiglu_backward)(int64_t rows, int64_t width, Rows gate, Rows up, Rows grad, Rows grad_gate, Rows grad_up, int threads);
+
+    // Turns by the angle with cosine `cos` and sine `sin` [B or 1, T, width/2]; `direction` is 1, or -1 to turn back (the gradient).
+    void (*rope)(RopeShape shape, Heads x, const float* cos, const float* sin, float direction, Heads y, int threads);
+
+    // log_sum [B, H, T] is kept for the backward pass.
+    void (*attention)(AttentionShape shape, Heads q, Heads k, Heads v, Heads y, float* log_sum, int threads);
+    void (*attention_backward)(AttentionShape shape, Heads q, Heads k, Heads v, Heads y, const float* log_sum, Heads grad, Heads grad_q,
+                               Heads grad_k, Heads grad_v, int threads);
+
+    // nats[row] of each row of logits; `with_grad` overwrites logits with d nats / d logits. softcap 0: none. target -100: ignored.
+    void (*cross_entropy)(int64_t rows, int64_t vocab, Rows logits, const int64_t* targets, float softcap, bool with_grad, float* nats,
+                          int threads);
+
+    // y[r] = x[index[r]].
+    void (*gather)(int64_t rows, int64_t width, Rows x, const int64_t* index, Rows y, int threads);
+    // y[n] = sum over k of weights[n, k] * x[index[n, k]]; without weights a plain sum.
+    void (*combine)(int64_t tokens, int64_t per_token, int64_t width, Rows x, const float* weights, const int64_t* index, Rows y,
+                    int threads);
+    void (*combine_backward)(int64_t tokens, int64_t per_token, int64_t width, Rows x, const float* weights, const int64_t* index,
+                             Rows grad, Rows grad_x, float* grad_weights, int threads);
+};
+
+namespace portable { extern const Kernels kernels; }
+namespace avx2 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels; }
+
+}  // namespace shoal

@@ -1,0 +1,208 @@
+// shoal.kernels._cpu: the kernels as Python methods. Each checks types and shapes, so that no caller can read outside a tensor.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "tensor.h"
+
+namespace nb = nanobind;
+using namespace shoal;
+using std::optional;
+
+namespace {
+
+struct Variant {
+    const char* name;
+    bool runs_here;
+    const Kernels* kernels;
+};
+
+// Best first.
+std::vector<Variant> variants() {
+#ifdef SHOAL_X86
+    __builtin_cpu_init();
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512bw");
+    return {{"avx512", avx512, &avx512::kernels}, {"avx2", avx2, &avx2::kernels}, {"portable", true, &portable::kernels}};
+#else
+    return {{"portable", true, &portable::kernels}};
+#endif
+}
+
+std::vector<std::string> supported() {
+    std::vector<std::string> names;
+    for (const Variant& variant : variants())
+        if (variant.runs_here) names.push_back(variant.name);
+    return names;
+}
+
+void expect(bool holds) {
+    if (!holds) throw nb::value_error("the shapes of the tensors do not fit together");
+}
+
+void expect_equal(const Tensor& a, const Tensor& b, int dimensions) {
+    for (int i = 0; i < dimensions; ++i) expect(a.size(i) == b.size(i));
+}
+
+float* vector_of(const optional<Tensor>& vector, int64_t size) {
+    if (!vector) return nullptr;
+    float* data = vector->flat_floats();
+    expect(vector->numel() == size);
+    return data;
+}
+
+AttentionShape attention_shape(const Tensor& q, const Tensor& k, const Tensor& v, float scale) {
+    q.heads(), k.heads(), v.heads();  // four dimensions each
+    AttentionShape shape{q.size(0), q.size(1), q.size(2), k.size(2), q.size(3), v.size(3), scale};
+    expect_equal(k, v, 3);
+    expect(k.size(0) == shape.batch && k.size(1) == shape.time && k.size(3) == shape.qk_width);
+    expect(shape.kv_heads > 0 && shape.heads % shape.kv_heads == 0 && shape.time < (1 << 30));
+    return shape;
+}
+
+// The kernels of one instruction set. Methods write into tensors that the caller made, on `threads` threads.
+class Cpu {
+  public:
+    explicit Cpu(const std::string& name) {
+        for (const Variant& variant : variants())
+            if (variant.name == name && variant.runs_here) run_ = variant.kernels;
+        if (!run_) throw nb::value_error(("this processor has no kernels named " + name).c_str());
+    }
+
+    void rms_norm(Tensor x, optional<Tensor> weight, float eps, Tensor y, int threads) {
+        Rows rows = x.rows(), out = y.rows();
+        expect_equal(x, y, 2);
+        const float* scale = vector_of(weight, x.size(1));
+        nb::gil_scoped_release release;
+        run_->rms_norm(x.size(0), x.size(1), rows, scale, eps, out, threads);
+    }
+
+    void rms_norm_backward(Tensor x, optional<Tensor> weight, float eps, Tensor grad, Tensor grad_x, optional<Tensor> grad_weight,
+                           int threads) {
+        Rows rows = x.rows(), grad_rows = grad.rows(), out = grad_x.rows();
+        expect_equal(x, grad, 2), expect_equal(x, grad_x, 2);
+        const float* scale = vector_of(weight, x.size(1));
+        float* grad_scale = vector_of(grad_weight, x.size(1));
+        nb::gil_scoped_release release;
+        run_->rms_norm_backward(x.size(0), x.size(1), rows, scale, eps, grad_rows, out, grad_scale, threads);
+    }
+
+    void swiglu(Tensor gate, Tensor up, Tensor y, int threads) {
+        Rows gates = gate.rows(), ups = up.rows(), out = y.rows();
+        expect_equal(gate, up, 2), expect_equal(gate, y, 2);
+        nb::gil_scoped_release release;
+        run_->swiglu(gate.size(0), gate.size(1), gates, ups, out, threads);
+    }
+
+    void swiglu_backward(Tensor gate, Tensor up, Tensor grad, Tensor grad_gate, Tensor grad_up, int threads) {
+        Rows gates = gate.rows(), ups = up.rows(), grads = grad.rows(), out_gate = grad_gate.rows(), out_up = grad_up.rows();
+        expect_equal(gate, up, 2), expect_equal(gate, grad, 2), expect_equal(gate, grad_gate, 2), expect_equal(gate, grad_up, 2);
+        nb::gil_scoped_release release;
+        run_->swiglu_backward(gate.size(0), gate.size(1), gates, ups, grads, out_gate, out_up, threads);
+    }
+
+    void rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, float direction, Tensor y, int threads) {
+        Heads from = x.heads(), to = y.heads();
+        const int64_t batch = x.size(0), time = x.size(1), width = x.size(3);
+        const float *c = cos.flat_floats(), *s = sin.flat_floats();
+        expect_equal(x, y, 4);
+        expect(width % 2 == 0 && cos.numel() == sin.numel());
+        const bool shared = cos.numel() == time * width / 2;
+        expect(shared || cos.numel() == batch * time * width / 2);
+        nb::gil_scoped_release release;
+        run_->rope({batch, time, x.size(2), width, shared ? 0 : time * width / 2, interleaved}, from, c, s, direction, to, threads);
+    }
+
+    void attention(Tensor q, Tensor k, Tensor v, float scale, Tensor y, Tensor log_sum, int threads) {
+        AttentionShape shape = attention_shape(q, k, v, scale);
+        Heads queries = q.heads(), keys = k.heads(), values = v.heads(), out = y.heads();
+        float* sums = log_sum.flat_floats();
+        expect_equal(q, y, 3);
+        expect(y.size(3) == shape.v_width && log_sum.numel() == shape.batch * shape.heads * shape.time);
+        nb::gil_scoped_release release;
+        run_->attention(shape, queries, keys, values, out, sums, threads);
+    }
+
+    void attention_backward(Tensor q, Tensor k, Tensor v, float scale, Tensor y, Tensor log_sum, Tensor grad, Tensor grad_q, Tensor grad_k,
+                            Tensor grad_v, int threads) {
+        AttentionShape shape = attention_shape(q, k, v, scale);
+        Heads queries = q.heads(), keys = k.heads(), values = v.heads(), out = y.heads(), grads = grad.heads();
+        Heads out_q = grad_q.heads(), out_k = grad_k.heads(), out_v = grad_v.heads();
+        const float* sums = log_sum.flat_floats();
+        expect_equal(q, y, 3), expect_equal(y, grad, 4), expect_equal(q, grad_q, 4), expect_equal(k, grad_k, 4), expect_equal(v, grad_v, 4);
+        expect(y.size(3) == shape.v_width && log_sum.numel() == shape.batch * shape.heads * shape.time);
+        nb::gil_scoped_release release;
+        run_->attention_backward(shape, queries, keys, values, out, sums, grads, out_q, out_k, out_v, threads);
+    }
+
+    void cross_entropy(Tensor logits, Tensor targets, optional<float> softcap, bool with_grad, Tensor nats, int threads) {
+        const int64_t ignored = -100, rows = logits.size(0);
+        Rows in_place = logits.rows();
+        const int64_t* index = targets.indices(logits.size(1), ignored);
+        float* out = nats.flat_floats();
+        expect(targets.numel() == rows && nats.numel() == rows);
+        nb::gil_scoped_release release;
+        run_->cross_entropy(rows, logits.size(1), in_place, index, softcap.value_or(0), with_grad, out, threads);
+    }
+
+    void gather(Tensor x, Tensor index, Tensor y, int threads) {
+        Rows from = x.rows(), to = y.rows();
+        const int64_t* rows = index.indices(x.size(0));
+        expect(y.size(1) == x.size(1) && index.numel() == y.size(0));
+        nb::gil_scoped_release release;
+        run_->gather(y.size(0), y.size(1), from, rows, to, threads);
+    }
+
+    void combine(Tensor x, optional<Tensor> weights, Tensor index, Tensor y, int threads) {
+        Rows from = x.rows(), to = y.rows();
+        const int64_t* rows = index.indices(x.size(0));
+        const int64_t tokens = y.size(0), per_token = tokens ? index.numel() / tokens : 0;
+        const float* factors = vector_of(weights, index.numel());
+        expect(y.size(1) == x.size(1) && index.numel() == tokens * per_token);
+        nb::gil_scoped_release release;
+        run_->combine(tokens, per_token, y.size(1), from, factors, rows, to, threads);
+    }
+
+    void combine_backward(Tensor x, Tensor weights, Tensor index, Tensor grad, Tensor grad_x, Tensor grad_weights, int threads) {
+        Rows from = x.rows(), grads = grad.rows(), to = grad_x.rows();
+        const int64_t* rows = index.indices(x.size(0));
+        const int64_t tokens = grad.size(0), per_token = tokens ? index.numel() / tokens : 0;
+        const float* factors = vector_of(weights, index.numel());
+        float* grad_factors = vector_of(grad_weights, index.numel());
+        expect_equal(x, grad_x, 2);
+        expect(grad.size(1) == x.size(1) && index.numel() == tokens * per_token);
+        nb::gil_scoped_release release;
+        run_->combine_backward(tokens, per_token, x.size(1), from, factors, rows, grads, to, grad_factors, threads);
+    }
+
+  private:
+    const Kernels* run_ = nullptr;
+};
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+    m.def("supported", &supported, "Names of the instruction sets that this processor runs, best first.");
+    nb::class_<Cpu>(m, "Cpu")
+        .def(nb::init<const std::string&>())
+        .def("rms_norm", &Cpu::rms_norm, nb::arg("x"), nb::arg("weight").none(), nb::arg("eps"), nb::arg("y"), nb::arg("threads"))
+        .def("rms_norm_backward", &Cpu::rms_norm_backward, nb::arg("x"), nb::arg("weight").none(), nb::arg("eps"), nb::arg("grad"),
+             nb::arg("grad_x"), nb::arg("grad_weight").none(), nb::arg("threads"))
+        .def("swiglu", &Cpu::swiglu)
+        .def("swiglu_backward", &Cpu::swiglu_backward)
+        .def("rope", &Cpu::rope)
+        .def("attention", &Cpu::attention)
+        .def("attention_backward", &Cpu::attention_backward)
+        .def("cross_entropy", &Cpu::cross_entropy, nb::arg("logits"), nb::arg("targets"), nb::arg("softcap").none(), nb::arg("with_grad"),
+             nb::arg("nats"), nb::arg("threads"))
+        .def("gather", &Cpu::gather)
+        .def("combine", &Cpu::combine, nb::arg("x"), nb::arg("weights").none(), nb::arg("index"), nb::arg("y"), nb::arg("threads"))
+        .def("combine_backward", &Cpu::combine_backward);
+}

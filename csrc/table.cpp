@@ -1,0 +1,25 @@
+// This instruction set's table of kernels.
+#include <type_traits>
+
+#include "kernels.h"
+
+namespace shoal::SHOAL_ISA {
+
+#define SHOAL_DECLARE(name) std::remove_pointer_t<decltype(Kernels::name)> name
+SHOAL_DECLARE(rms_norm);
+SHOAL_DECLARE(rms_norm_backward);
+SHOAL_DECLARE(swiglu);
+SHOAL_DECLARE(swiglu_backward);
+SHOAL_DECLARE(rope);
+SHOAL_DECLARE(attention);
+SHOAL_DECLARE(attention_backward);
+SHOAL_DECLARE(cross_entropy);
+SHOAL_DECLARE(gather);
+SHOAL_DECLARE(combine);
+SHOAL_DECLARE(combine_backward);
+
+const Kernels kernels = {
+    rms_norm, rms_norm_backward, swiglu, swiglu_backward, rope, attention, attention_backward, cross_entropy, gather, combine, combine_backward,
+};
+
+}  // namespace shoal::SHOAL_ISA

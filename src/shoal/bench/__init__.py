@@ -1,0 +1,1 @@
+"""What `shoal bench` runs: Shoal beside its peers, in one call."""

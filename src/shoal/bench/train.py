@@ -1,0 +1,178 @@
+"""`shoal bench train`: tokens per second of a training step, Shoal and transformers in turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+
+from ..config import BenchTrainCommand, ModelConfig, OptimizerConfig, UserError
+from ..config.huggingface import model_config_to_dict
+from ..model import Transformer, init_weights
+from ..plan.cost import flops_per_token, optimizer_flops
+from ..runtime import Machine, start
+from ..train.balance import StepRouting, update_biases
+from ..train.loss import compute_losses
+from ..train.optimizer import Optimizers, clip_gradients
+
+SHAPE = ModelConfig(
+    model_type="deepseek_v3", vocab_size=8192, hidden_size=384, num_hidden_layers=8, intermediate_size=1024, num_attention_heads=6,
+    q_lora_rank=None, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64, n_routed_experts=16,
+    n_shared_experts=1, num_experts_per_tok=4, moe_intermediate_size=192, first_k_dense_replace=1, init="fan_in",
+)  # fmt: skip
+"""The shape both sides train."""
+
+
+class Contestant(ABC):
+    """One side of the comparison."""
+
+    name: str
+    precision: str
+    optimizer: str
+
+    @abstractmethod
+    def step(self, rows: torch.Tensor) -> float:
+        """One training step on `rows [B, T + 1]`; returns the loss."""
+
+
+class Shoal(Contestant):
+    """Forward, loss, backward, clipping, optimizer and bias update: the step of `shoal train`."""
+
+    name = "shoal"
+
+    def __init__(self, machine: Machine, optimizer: OptimizerConfig) -> None:
+        self.machine, self.precision, self.optimizer = machine, machine.precision, optimizer.name
+        self.model = Transformer(SHAPE)
+        init_weights(self.model, 0)
+        self.optimizers, self.clip = Optimizers(self.model, optimizer), optimizer.clip
+
+    def step(self, rows: torch.Tensor) -> float:
+        routing = StepRouting()
+        with self.machine.autocast():
+            losses = compute_losses(self.model, rows, 0.0, 1e-4)
+        losses.total.backward()
+        routing.add(losses.routing)
+        clip_gradients(self.model, self.clip)
+        self.optimizers.step(0.1)
+        update_biases(self.model, routing, 0.001)
+        self.optimizers.zero_grad()
+        return float(losses.main)
+
+
+class Transformers(Contestant):
+    """transformers' DeepseekV3ForCausalLM with torch's fused AdamW and clipping."""
+
+    name, optimizer = "transformers", "adamw"
+
+    def __init__(self, precision: str, experts: str) -> None:
+        try:
+            from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+        except ImportError:
+            raise UserError("--vs transformers needs the transformers package: pip install transformers") from None
+        self.precision, self.name = precision, f"transformers ({experts} experts)"
+        settings = {key: value for key, value in model_config_to_dict(SHAPE).items() if key not in ("architectures", "model_type")}
+        self.model = DeepseekV3ForCausalLM(DeepseekV3Config(**settings)).float().train()
+        self.model.set_experts_implementation(experts)
+        self.adam = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def step(self, rows: torch.Tensor) -> float:
+        inputs = rows[:, :-1]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+            logits = self.model(input_ids=inputs, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        return float(loss)
+
+
+def run_bench(command: BenchTrainCommand) -> dict[str, Any]:
+    """Run all contestants in turns, print the table, return the JSON object."""
+    machine = start("cpu", threads=command.threads)
+    generator = torch.Generator().manual_seed(0)
+    shape = (command.batch_size, command.sequence_length + 1)
+    batches = [torch.randint(SHAPE.vocab_size, shape, generator=generator) for _ in range(4)]
+    contestants: list[Contestant] = [Shoal(machine, OptimizerConfig()), Shoal(machine, OptimizerConfig(name="adamw"))]
+    if command.vs:
+        # The peer runs as it does by default and as it runs fastest: both precisions, both forms of its experts.
+        contestants += [Transformers(precision, experts) for precision in ("bf16", "fp32") for experts in ("grouped_mm", "eager")]
+    seconds = _in_turns(contestants, batches, command.rounds, command.steps)
+    tokens = command.batch_size * command.sequence_length
+    rates = [tokens / statistics.median(times) for times in seconds]
+    result = _result(contestants, rates, machine, command)
+    _print(contestants, seconds, rates, machine, result, tokens)
+    return result
+
+
+def _in_turns(contestants: list[Contestant], batches: list[torch.Tensor], rounds: int, steps: int) -> list[list[float]]:
+    """Seconds per step of every turn. A shared machine changes its speed over minutes: in turns, all see the same."""
+    for contestant in contestants:
+        contestant.step(batches[0])
+    seconds: list[list[float]] = [[] for _ in contestants]
+    for _ in range(rounds):
+        for contestant, times in zip(contestants, seconds, strict=True):
+            began = time.perf_counter()
+            for i in range(steps):
+                contestant.step(batches[i % len(batches)])
+            times.append((time.perf_counter() - began) / steps)
+    return seconds
+
+
+def step_flops(command: BenchTrainCommand, optimizer: str) -> float:
+    """FLOPs of one training step of the shape, Newton-Schulz included."""
+    per_token = flops_per_token(SHAPE, command.sequence_length, training=True).total
+    extra = optimizer_flops(SHAPE, OptimizerConfig().muon_steps) if optimizer == "muon" else 0
+    return per_token * command.batch_size * command.sequence_length + extra
+
+
+def _result(contestants: list[Contestant], rates: list[float], machine: Machine, command: BenchTrainCommand) -> dict[str, Any]:
+    tokens = command.batch_size * command.sequence_length
+    muon, adamw = rates[0], rates[1]
+    result: dict[str, Any] = {
+        "shoal_tokens_per_second": muon,
+        "shoal_adamw_tokens_per_second": adamw,
+        "precision": machine.precision,
+        "peak_flops": machine.peak_flops,
+        "peak_share": muon / tokens * step_flops(command, "muon") / machine.peak_flops,
+    }
+    peers = list(zip(contestants[2:], rates[2:], strict=True))
+    if peers:
+        bf16 = max(rate for peer, rate in peers if peer.precision == "bf16")
+        fp32 = max(rate for peer, rate in peers if peer.precision == "fp32")
+        result |= {
+            "transformers_bf16_tokens_per_second": bf16,
+            "transformers_fp32_tokens_per_second": fp32,
+            "transformers_tokens_per_second": max(bf16, fp32),
+            # Against the faster of the peer's precisions, so that the figure does not depend on how slow bf16 is here.
+            "ratio": muon / max(bf16, fp32),
+            "ratio_bf16": muon / bf16,
+            "ratio_adamw": adamw / max(bf16, fp32),
+        }
+    return result
+
+
+def _print(
+    contestants: list[Contestant], seconds: list[list[float]], rates: list[float], machine: Machine, result: dict[str, Any], tokens: int
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"training step of {tokens} tokens on {machine.describe()}")
+    for column in ("", "optimizer", "precision", "tokens/s", "ms/step", "min-max"):
+        table.add_column(column, justify="left" if column in ("", "optimizer", "precision") else "right")
+    for contestant, times, rate in zip(contestants, seconds, rates, strict=True):
+        spread = f"{1e3 * min(times):,.0f}-{1e3 * max(times):,.0f}"
+        median = f"{1e3 * statistics.median(times):,.0f}"
+        table.add_row(contestant.name, contestant.optimizer, contestant.precision, f"{rate:,.0f}", median, spread)
+    console = Console()
+    console.print(table)
+    console.print(f"shoal with Muon runs at {result['peak_share']:.0%} of this machine's measured matmul peak")
+    if "ratio" in result:
+        console.print(
+            f"{result['ratio']:.2f}x transformers at its fastest here, {result['ratio_bf16']:.2f}x under bf16 autocast, "
+            f"{result['ratio_adamw']:.2f}x with AdamW on both sides"
+        )

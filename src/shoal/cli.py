@@ -1,0 +1,181 @@
+"""The verbs. Each parses its options, calls the part of Shoal that does the work, and prints the result."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from . import __version__
+from .config import (
+    BenchTrainCommand,
+    ChatCommand,
+    DoctorCommand,
+    EvalCommand,
+    ExportCommand,
+    GenerateCommand,
+    TrainConfig,
+    UserError,
+)
+
+T = TypeVar("T")
+
+
+def parse(cls: type[T], args: Sequence[str], verb: str, default: T | None = None) -> T:
+    """The options of a verb; `UserError` where they are wrong."""
+    options: dict[str, Any] = {"args": list(args), "prog": f"shoal {verb}", "description": cls.__doc__}
+    if default is not None:
+        options["default"] = default
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(cls, config=(tyro.conf.FlagCreatePairsOff,), **options)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    # tyro draws a box over several lines; what it says fits on one.
+    text = re.sub(r"[│╭╮╰╯─\s]+", " ", complaint.getvalue().split("For full helptext")[0])
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text).strip()
+    raise UserError(f"{text}; see shoal {verb} --help")
+
+
+def finish(result: dict[str, Any], as_json: bool) -> None:
+    """The last line on stdout is one JSON object where that was asked for."""
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+
+
+def train(args: list[str]) -> None:
+    """Pretrain a model: shoal train [RECIPE] [--data PATH...] [--minutes 5] ..."""
+    from .config.recipes import load_recipe, recipe_names, with_one_budget
+
+    recipe = args.pop(0) if args and not args[0].startswith("-") else "default"
+    default = load_recipe(recipe)
+    if "--help" in args or "-h" in args:
+        print(f"shoal train [RECIPE] [OPTIONS]; RECIPE is a TOML file or one of: {', '.join(recipe_names())}\n")
+    config = with_one_budget(parse(TrainConfig, args, "train", default), default)
+
+    from .showcase import present
+    from .train import train as run
+
+    finish(present(run(config), config), config.json)
+
+
+def generate(args: list[str]) -> None:
+    """Continue a prompt"""
+    command = parse(GenerateCommand, args, "generate")
+
+    from .engine.command import run_generate
+
+    finish(run_generate(command), command.json)
+
+
+def chat(args: list[str]) -> None:
+    """Talk to a model in the terminal"""
+    command = parse(ChatCommand, args, "chat")
+
+    from .engine.chat import run_chat
+
+    run_chat(command)
+
+
+def evaluate(args: list[str]) -> None:
+    """Bits per byte of text under a model"""
+    command = parse(EvalCommand, args, "eval")
+
+    from .evaluate import run_eval
+
+    finish(run_eval(command), command.json)
+
+
+def export(args: list[str]) -> None:
+    """Write a model as plain Hugging Face files"""
+    command = parse(ExportCommand, args, "export")
+
+    from .exporting import run_export
+
+    finish(run_export(command), command.json)
+
+
+def plan(args: list[str]) -> None:
+    """What a model costs before you pay for it"""
+    from .plan.command import PlanCommand, run
+
+    command = parse(PlanCommand, args, "plan")
+    finish(run(command), command.json)
+
+
+def bench(args: list[str]) -> None:
+    """Measure Shoal beside its peers: shoal bench train --vs transformers"""
+    benches = {"train": _bench_train}
+    if not args or args[0] not in benches:
+        raise UserError(f"shoal bench needs the name of a benchmark: {', '.join(benches)}")
+    benches[args[0]](args[1:])
+
+
+def _bench_train(args: list[str]) -> None:
+    command = parse(BenchTrainCommand, args, "bench train")
+
+    from .bench.train import run_bench
+
+    finish(run_bench(command), as_json=True)
+
+
+def doctor(args: list[str]) -> None:
+    """Say what this machine can do and which parts of Shoal work here"""
+    command = parse(DoctorCommand, args, "doctor")
+
+    from .doctor import run_doctor
+
+    finish(run_doctor(), command.json)
+
+
+VERBS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "generate": generate,
+    "chat": chat,
+    "eval": evaluate,
+    "export": export,
+    "plan": plan,
+    "bench": bench,
+    "doctor": doctor,
+}
+
+
+def usage() -> str:
+    lines = [f"Shoal {__version__}: train, shrink and serve DeepSeek-style language models on the hardware you have.", ""]
+    lines += [f"  shoal {name:<10}{verb.__doc__}" for name, verb in VERBS.items()]
+    return "\n".join([*lines, "", "shoal VERB --help lists the options of a verb. MODEL is a run folder, a checkpoint or a Hugging Face folder."])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; exit code 2 and one line on stderr for bad input."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if args[0] in ("-V", "--version"):
+        print(f"shoal {__version__}")
+        return 0
+    try:
+        if args[0] not in VERBS:
+            raise UserError(f"there is no verb {args[0]!r}: use one of {', '.join(VERBS)}")
+        VERBS[args[0]](args[1:])
+    except UserError as error:
+        print(f"shoal: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("shoal: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has left (as `head` does); say nothing, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0

@@ -1,0 +1,19 @@
+"""Settings: dataclasses with validation, TOML recipes, dotted overrides. Knows nothing else of Shoal."""
+
+from .errors import UserError as UserError
+from .model import ModelConfig as ModelConfig
+from .train import BalanceConfig as BalanceConfig
+from .train import CheckpointConfig as CheckpointConfig
+from .train import CorpusConfig as CorpusConfig
+from .train import MTPConfig as MTPConfig
+from .train import OptimizerConfig as OptimizerConfig
+from .train import ScheduleConfig as ScheduleConfig
+from .train import TrainConfig as TrainConfig
+from .commands import BenchTrainCommand as BenchTrainCommand
+from .commands import ChatCommand as ChatCommand
+from .commands import DoctorCommand as DoctorCommand
+from .commands import EvalCommand as EvalCommand
+from .commands import ExportCommand as ExportCommand
+from .commands import GenerateCommand as GenerateCommand
+from .commands import MachineOptions as MachineOptions
+from .commands import SamplingOptions as SamplingOptions

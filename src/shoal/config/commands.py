@@ -1,0 +1,130 @@
+"""Options of the verbs other than `train`. MODEL is a run folder, a checkpoint folder, or a Hugging Face-style folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from .errors import UserError
+
+Model = Annotated[
+    str,
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="MODEL", help="Run folder, checkpoint folder, or Hugging Face-style folder."),
+]
+
+
+@dataclass
+class MachineOptions:
+    """Where a command runs."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto` takes the faster one that this machine supports."""
+    threads: int = 0
+    """CPU threads; 0: one per core."""
+
+
+@dataclass
+class SamplingOptions:
+    """How the next token is chosen."""
+
+    max_tokens: int = 256
+    temperature: float = 0.8
+    """0 takes the most likely token."""
+    seed: int | None = None
+    """None: another text every time."""
+
+    def validate(self) -> None:
+        if self.max_tokens < 1:
+            raise UserError(f"--max-tokens is {self.max_tokens}: it must be at least 1")
+        if self.temperature < 0:
+            raise UserError(f"--temperature is {self.temperature}: it must be 0 or more")
+
+
+@dataclass
+class GenerateCommand:
+    """Continue PROMPT."""
+
+    model: Model
+    prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
+    """Text to continue; - reads it from standard input."""
+    sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")]
+    machine: Annotated[MachineOptions, tyro.conf.arg(name="")]
+    json: bool = False
+    """End with one JSON object: text, tokens, finish_reason, tokens_per_second."""
+
+
+@dataclass
+class ChatCommand:
+    """Talk to a model in the terminal. A base model, which has no chat template, continues what you type."""
+
+    model: Model
+    sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")]
+    machine: Annotated[MachineOptions, tyro.conf.arg(name="")]
+    system: str | None = None
+    """System prompt."""
+
+
+@dataclass
+class EvalCommand:
+    """Bits per byte of text under a model. Every token is scored once, with at least --overlap tokens of context."""
+
+    model: Model
+    machine: Annotated[MachineOptions, tyro.conf.arg(name="")]
+    data: tuple[str, ...]
+    """Files or folders as for `shoal train`; a folder with `val*` files is scored on those, anything else whole."""
+    text_column: str = "text"
+    window: int | None = None
+    """Tokens the model sees at once. None: as in training, or the model's longest context up to 2048."""
+    overlap: int | None = None
+    """Tokens of context at least, from the second window of a document on. None: half a window."""
+    max_tokens: int | None = None
+    """Score only about the first so many tokens."""
+    json: bool = False
+    """End with one JSON object: bpb, nats_per_token, tokens, bytes."""
+
+
+@dataclass
+class ExportCommand:
+    """Write a model as plain files that other software opens."""
+
+    model: Model
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder to write; it must be new, empty, or an earlier export."""
+    format: Literal["hf"] = "hf"
+    """`hf`: a Hugging Face folder for transformers, vLLM and SGLang."""
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Number format of the weights. None: as they are."""
+    json: bool = False
+
+
+@dataclass
+class DoctorCommand:
+    """Say what this machine can do and which parts of Shoal work here."""
+
+    json: bool = False
+
+
+@dataclass
+class BenchTrainCommand:
+    """Training throughput, measured beside transformers on the same model shape, batch and machine.
+
+    The shape: vocabulary 8192, hidden 384, 8 layers (the first dense, width 1024), 6 heads, kv_lora_rank 128, nope / rope / v
+    64 / 32 / 64, 16 routed experts of width 192, 4 per token, 1 shared.
+    """
+
+    vs: Literal["transformers"] | None = None
+    """Peer to run in the same call, in turns."""
+    batch_size: int = 8
+    sequence_length: int = 512
+    rounds: int = 5
+    """Turns of every contestant; the median of its turns counts."""
+    steps: int = 2
+    """Training steps of a turn."""
+    threads: int = 0
+    """CPU threads; 0: one per core."""
+    json: bool = False
+    """A benchmark always ends with its JSON object; accepted for the sake of scripts."""

@@ -1,0 +1,172 @@
+"""The shape of a model, in the vocabulary of Hugging Face's `config.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from .errors import UserError
+
+ModelType = Literal["deepseek_v3", "deepseek_v2", "llama"]
+
+
+@dataclass
+class ModelConfig:
+    """Every field that shapes a `Transformer`; names and meaning as in the official `config.json` files.
+
+    `model_type` decides the attention: `deepseek_v2` and `deepseek_v3` use MLA, `llama` uses GQA. A DeepSeek model
+    with `n_routed_experts = None` is dense throughout.
+
+    The last four fields are Shoal's own. Each defaults to off, because a model that uses `qk_norm` or `logit_softcap`
+    cannot be exported as plain `deepseek_v3` or `llama` files; the two initialisation settings never hinder export.
+    """
+
+    model_type: ModelType = "deepseek_v3"
+    vocab_size: int = 8192
+    hidden_size: int = 384
+    num_hidden_layers: int = 8
+    intermediate_size: int = 1024
+    """Width of a dense SwiGLU feed-forward layer."""
+    num_attention_heads: int = 6
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: Annotated[dict[str, Any] | None, tyro.conf.Fixed] = None
+    """None, or YaRN: {type: yarn, factor, beta_fast, beta_slow, mscale, mscale_all_dim, original_max_position_embeddings}."""
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    # Multi-head Latent Attention (DeepSeek-V2, 2405.04434, section 2.1)
+    q_lora_rank: int | None = None
+    kv_lora_rank: int = 128
+    qk_nope_head_dim: int = 64
+    qk_rope_head_dim: int = 32
+    v_head_dim: int = 64
+
+    # Grouped-query attention (Llama)
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    attention_bias: bool = False
+    """Biases on the query, key and value projections (Qwen2.5 style); Llama and DeepSeek have none."""
+
+    # DeepSeekMoE (2401.06066) and its routing
+    n_routed_experts: int | None = 16
+    n_shared_experts: int | None = 1
+    num_experts_per_tok: int = 4
+    moe_intermediate_size: int = 192
+    """Width of one routed expert; the shared experts together are `n_shared_experts` times as wide."""
+    first_k_dense_replace: int = 1
+    moe_layer_freq: int = 1
+    topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "noaux_tc"
+    scoring_func: Literal["softmax", "sigmoid"] = "sigmoid"
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+
+    # Multi-token prediction (DeepSeek-V3, 2412.19437, section 2.2)
+    num_nextn_predict_layers: int = 0
+
+    bos_token_id: int = 0
+    eos_token_id: int = 1
+
+    # Shoal's own
+    qk_norm: bool = False
+    """RMSNorm without weights on every query and key head. Not exportable."""
+    logit_softcap: float | None = None
+    """Logits become cap * tanh(logits / cap). Not exportable."""
+    init: Literal["normal", "fan_in"] = "normal"
+    """`normal`: every matrix with std `initializer_range`; `fan_in`: hidden matrices with std 1/sqrt(fan_in)."""
+    zero_init_output: bool = False
+    """Start `o_proj` and `down_proj` at zero, so that every block starts as the identity."""
+
+    extra: Annotated[dict[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
+    """Keys of a loaded `config.json` that Shoal does not use, kept so that saving loses nothing."""
+
+    @property
+    def uses_mla(self) -> bool:
+        return self.model_type != "llama"
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one query/key head."""
+        if self.uses_mla:
+            return self.qk_nope_head_dim + self.qk_rope_head_dim
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rope_dim(self) -> int:
+        """Number of query/key channels that RoPE turns."""
+        return self.qk_rope_head_dim if self.uses_mla else self.qk_head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        return self.v_head_dim if self.uses_mla else self.qk_head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def cache_values_per_token(self) -> int:
+        """Numbers cached per token and layer: the latent and the shared rotary key (MLA), or keys and values (GQA)."""
+        if self.uses_mla:
+            return self.kv_lora_rank + self.qk_rope_head_dim
+        return 2 * self.kv_heads * self.qk_head_dim
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether the feed-forward part of `layer` is a mixture of experts; MTP layers (>= num_hidden_layers) follow the main model's last."""
+        if not self.uses_mla or not self.n_routed_experts:
+            return False
+        if layer >= self.num_hidden_layers:
+            return self.first_k_dense_replace < self.num_hidden_layers
+        return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
+
+    def validate(self) -> None:
+        """Raise `UserError` on the first setting that cannot work, with what to do about it."""
+        positive = ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"]
+        positive += ["max_position_embeddings"]
+        if self.uses_mla:
+            positive += ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.rope_dim % 2:
+            raise UserError(f"RoPE turns pairs of channels, but its width is {self.rope_dim}: make it even")
+        if not self.uses_mla:
+            self._validate_gqa()
+        elif self.n_routed_experts:
+            self._validate_moe(self.n_routed_experts)
+        if self.num_nextn_predict_layers < 0:
+            raise UserError("model.num_nextn_predict_layers is negative: use 0 for no multi-token prediction")
+        if self.num_nextn_predict_layers and not self.uses_mla:
+            raise UserError("multi-token prediction needs a DeepSeek model: set model.num_nextn_predict_layers to 0 for llama")
+        scaling = self.rope_scaling or {}
+        kind = scaling.get("type", scaling.get("rope_type"))
+        if kind not in (None, "yarn", "default", "llama3"):
+            raise UserError(f"rope_scaling type {kind!r} is not supported: use yarn, llama3 or none")
+
+    def _validate_gqa(self) -> None:
+        heads, kv_heads = self.num_attention_heads, self.kv_heads
+        if self.head_dim is None and self.hidden_size % heads:
+            raise UserError(f"model.hidden_size {self.hidden_size} does not divide into {heads} heads: change one or set model.head_dim")
+        if heads % kv_heads:
+            raise UserError(f"{heads} query heads cannot share {kv_heads} key/value heads: make the first a multiple of the second")
+
+    def _validate_moe(self, experts: int) -> None:
+        if not 1 <= self.num_experts_per_tok <= experts:
+            raise UserError(f"model.num_experts_per_tok is {self.num_experts_per_tok}: it must be between 1 and the {experts} experts")
+        if self.moe_intermediate_size < 1:
+            raise UserError("model.moe_intermediate_size must be at least 1")
+        if self.topk_method != "greedy":
+            if self.n_group < 1 or experts % self.n_group:
+                raise UserError(f"{experts} experts do not divide into {self.n_group} groups: change model.n_group")
+            if not 1 <= self.topk_group <= self.n_group:
+                raise UserError(f"model.topk_group is {self.topk_group}: it must be between 1 and n_group = {self.n_group}")
+            reachable = experts // self.n_group * self.topk_group
+            if self.num_experts_per_tok > reachable:
+                raise UserError(f"{self.topk_group} groups hold {reachable} experts, fewer than num_experts_per_tok = {self.num_experts_per_tok}")
+            if self.topk_method == "noaux_tc" and experts // self.n_group < 2:
+                raise UserError("noaux_tc scores a group by its best two experts: give each group at least 2")

@@ -1,0 +1,115 @@
+"""TOML recipes: whole, named settings of a run. A recipe names only what differs from the defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+import typing
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import UserError
+from .train import TrainConfig
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+T = TypeVar("T")
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with Shoal."""
+    folder = resources.files("shoal") / "recipes"
+    return sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml"))
+
+
+def load_recipe(name: str) -> TrainConfig:
+    """A recipe by built-in name or path of a TOML file."""
+    path = Path(name)
+    if name in recipe_names():
+        text = (resources.files("shoal") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
+    elif path.is_file():
+        text = path.read_text(encoding="utf-8")
+    else:
+        raise UserError(f"there is no recipe {name!r}: give a TOML file or one of {', '.join(recipe_names())}")
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"recipe {name} is not valid TOML: {error}") from None
+    return from_table(TrainConfig, table, name)
+
+
+def from_table(cls: type[T], table: dict[str, Any], where: str) -> T:
+    """Build dataclass `cls` from nested tables; unknown or mistyped keys raise `UserError` with their place."""
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in hints:
+            raise UserError(f"{where}: there is no setting {key!r}; known here: {', '.join(hints)}")
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: {key} is a section, write [{key}]")
+            value = from_table(typing.cast(type, hint), value, f"{where}: {key}")
+        elif isinstance(value, list):
+            value = tuple(value)
+        if not dataclasses.is_dataclass(hint):
+            value = _checked(value, hint, f"{where}: {key}")
+        values[key] = value
+    return cls(**values)
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    """`value` if it fits `hint`; whole numbers are taken where a fraction is asked for."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+    for option in options:
+        origin = typing.get_origin(option)
+        if origin is typing.Literal:
+            if value in typing.get_args(option):
+                return value
+        elif option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        elif type(value) is (origin or option) or value is None and option is type(None):
+            return value
+    raise UserError(f"{where} cannot be {value!r}: expected {str(hint).replace('typing.', '')}")
+
+
+def to_toml(config: Any) -> str:
+    """Every setting of a dataclass as TOML that `load_recipe` reads back; None is left out, as TOML has no such value."""
+    lines: list[str] = []
+    _write_table(dataclasses.asdict(config), "", lines)
+    return "\n".join(lines).lstrip() + "\n"
+
+
+def _write_table(table: dict[str, Any], prefix: str, lines: list[str]) -> None:
+    for key, value in table.items():
+        if value is not None and not isinstance(value, dict):
+            lines.append(f"{key} = {_toml_value(value)}")
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            lines.extend(["", f"[{prefix}{key}]"])
+            _write_table(value, f"{prefix}{key}.", lines)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+        return '"' + "".join(escapes.get(c, c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}") for c in value) + '"'
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    return repr(value)
+
+
+def with_one_budget(config: TrainConfig, recipe: TrainConfig) -> TrainConfig:
+    """A budget given on the command line takes the place of the recipe's, also where it is of another kind."""
+    kinds = ("minutes", "tokens", "steps")
+    given = [kind for kind in kinds if getattr(config, kind) != getattr(recipe, kind) and getattr(config, kind) is not None]
+    if len(given) != 1:
+        return config
+    return dataclasses.replace(config, **{kind: None for kind in kinds if kind != given[0]})

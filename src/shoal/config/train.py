@@ -1,0 +1,165 @@
+"""Settings of a pretraining run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .errors import UserError
+from .model import ModelConfig
+
+
+@dataclass
+class CorpusConfig:
+    """How documents become batches."""
+
+    text_column: str = "text"
+    """Field of a JSON Lines or Parquet record that holds the text."""
+    val_fraction: float = 0.01
+    """Share of documents held out where the data has no `val*` files of its own."""
+    tokenizer: str | None = None
+    """A `tokenizer.json`, or a folder that holds one. None: a byte-level BPE of `model.vocab_size` is trained on the data."""
+    cache: str = "~/.cache/shoal"
+    """Where tokenized shards are kept; they are reused while data and tokenizer are the same."""
+
+
+@dataclass
+class OptimizerConfig:
+    """Muon for hidden matrices, AdamW for embedding, head, router and norms."""
+
+    name: Literal["muon", "adamw"] = "muon"
+    """`adamw` uses AdamW for everything, hidden matrices with `adam_lr`."""
+    muon_lr: float = 0.02
+    muon_momentum: float = 0.95
+    muon_steps: int = 5
+    """Newton-Schulz iterations."""
+    adam_lr: float = 0.004
+    """Router, norms, and with name = adamw everything that has no rate of its own."""
+    embed_lr: float = 0.02
+    head_lr: float = 0.004
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    adam_eps: float = 1e-10
+    weight_decay: float = 0.1
+    """Decoupled, on matrices only (embedding and norms have none)."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate as a share of its peak, against the share of the budget that is spent."""
+
+    name: Literal["trapezoid", "cosine"] = "trapezoid"
+    warmup: float = 0.02
+    """Share of the budget spent rising from 0."""
+    decay: float = 0.6
+    """Trapezoid: share of the budget spent falling; cosine always falls for all of it."""
+    final: float = 0.0
+    """Share of the peak left at the end."""
+
+
+@dataclass
+class BalanceConfig:
+    """Expert load balancing (2408.15664; DeepSeek-V3, 2412.19437, section 2.1.2)."""
+
+    bias_update_speed: float = 0.001
+    """Step of the routing bias after each optimizer step; 0 turns auxiliary-loss-free balancing off."""
+    sequence_loss: float = 1e-4
+    """Weight alpha of the sequence-wise balance loss; 0 turns it off."""
+
+
+@dataclass
+class MTPConfig:
+    """Weight of the multi-token prediction loss, linear from `weight` to `final_weight` over the budget."""
+
+    weight: float = 0.3
+    final_weight: float = 0.1
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save and what to keep."""
+
+    every_steps: int = 0
+    """Save every so many steps; 0: only by time."""
+    every_minutes: float = 2.0
+    """Save when this long has passed since the last save; 0: only by steps."""
+    keep_last: int = 2
+    keep_best: bool = True
+
+
+@dataclass
+class TrainConfig:
+    """Everything `shoal train` can be told. One of `minutes`, `tokens` and `steps` sets the budget."""
+
+    data: tuple[str, ...] = ()
+    """Text, JSON Lines (.gz, .zst) or Parquet files or folders, or hf:NAME for a Hugging Face dataset.
+    None: the Python standard library's source on this machine."""
+    out: str | None = None
+    """Run folder. None: a new one under runs/."""
+    resume: bool = False
+    """Go on from the last complete checkpoint in --out (default: the newest run under runs/)."""
+    overwrite: bool = False
+    """Discard a run that --out already holds."""
+    json: bool = False
+    """End stdout with the summary as one JSON object."""
+
+    minutes: float | None = None
+    """Time budget of the training loop; the schedule ends when it ends."""
+    tokens: int | None = None
+    steps: int | None = None
+    sequence_length: int = 512
+    batch_size: int = 16
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch_size: int | None = None
+    """Sequences per forward pass; None: the whole batch (divided by the ranks)."""
+    eval_every_minutes: float = 1.0
+    """Time between quick evaluations on held-out text during training; 0: only at the end."""
+    eval_tokens: int = 32768
+    """Held-out tokens of a quick evaluation; the final one reads everything, up to 64 times as many."""
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto` takes the faster one that this machine supports."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 0
+    """CPU threads; 0: one per core."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files into the run folder."""
+    prompts: tuple[str, ...] = ()
+    """Completed by the trained model at the end, for a first impression."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    mtp: MTPConfig = field(default_factory=MTPConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.sequence_length
+
+    def validate(self) -> None:
+        """Raise `UserError` on the first setting that cannot work."""
+        self.model.validate()
+        budgets = [name for name in ("minutes", "tokens", "steps") if getattr(self, name) is not None]
+        if len(budgets) != 1:
+            raise UserError(f"the budget is set {len(budgets)} times: give exactly one of --minutes, --tokens and --steps")
+        if getattr(self, budgets[0]) <= 0:
+            raise UserError(f"--{budgets[0]} must be more than 0")
+        for name in ("sequence_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.sequence_length > self.model.max_position_embeddings:
+            raise UserError(
+                f"sequence_length {self.sequence_length} is longer than model.max_position_embeddings "
+                f"{self.model.max_position_embeddings}: lower the first or raise the second"
+            )
+        micro = self.micro_batch_size
+        if micro is not None and (micro < 1 or self.batch_size % micro):
+            raise UserError(f"micro_batch_size {micro} does not divide batch_size {self.batch_size}: choose a divisor")
+        if not 0 < self.corpus.val_fraction < 1:
+            raise UserError(f"corpus.val_fraction is {self.corpus.val_fraction}: it must lie between 0 and 1")
+        if self.resume and self.overwrite:
+            raise UserError("--resume and --overwrite contradict each other: give one of them")

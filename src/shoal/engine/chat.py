@@ -1,0 +1,84 @@
+"""`shoal chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Any
+
+import jinja2.sandbox
+
+from ..config import ChatCommand, UserError
+from ..data import Tokenizer
+from .generate import TextStream, generate
+from .load import load
+
+HELP = "/reset starts over, /quit (or Ctrl-D) leaves; Ctrl-C stops an answer"
+
+
+def run_chat(command: ChatCommand) -> None:
+    """Read a line, answer it, until the input ends."""
+    command.sampling.validate()
+    loaded = load(command.model, command.machine)
+    tokenizer = loaded.tokenizer
+    is_base = tokenizer.chat_template is None
+    if is_base and command.system:
+        raise UserError(f"{command.model} is a base model without a chat template: it has no system prompt, leave out --system")
+    print(f"{loaded.folder}: {'a base model, it continues what you type' if is_base else 'a chat model'}. {HELP}.", file=sys.stderr)
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  line editing and history for input()
+    opening = [{"role": "system", "content": command.system}] if command.system else []
+    messages: list[dict[str, str]] = list(opening)
+    while True:
+        try:
+            line = input("\n> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if line.strip() == "/quit":
+            return
+        if line.strip() == "/reset":
+            messages = list(opening)
+            continue
+        if line.startswith("/"):
+            print(HELP)
+            continue
+        if not line.strip():
+            continue
+        if is_base:
+            prompt = tokenizer.encode(line, bos=True)
+        else:
+            messages.append({"role": "user", "content": line})
+            prompt = tokenizer.encode(render(tokenizer, messages), special=True)
+        answer, stream = "", TextStream(tokenizer)
+        try:
+            for token in generate(loaded.model, loaded.machine, prompt, command.sampling, {tokenizer.eos_id}):
+                if token == tokenizer.eos_id:
+                    break
+                piece = stream.push(token)
+                answer += piece
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" [stopped]", end="")
+        except UserError as error:
+            print(f"shoal: {error}; /reset starts over", file=sys.stderr)
+        answer += stream.finish()
+        print()
+        messages.append({"role": "assistant", "content": answer})
+
+
+def render(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> str:
+    """The conversation as the model's own template writes it, ready for the assistant's turn."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+
+    def raise_exception(message: str) -> None:
+        raise UserError(f"the chat template refuses this conversation: {message}")
+
+    template = environment.from_string(tokenizer.chat_template or "")
+    return template.render(
+        messages=messages,
+        add_generation_prompt=True,
+        raise_exception=raise_exception,
+        bos_token=tokenizer.decode([tokenizer.bos_id], skip_special=False) if tokenizer.bos_id is not None else "",
+        eos_token=tokenizer.decode([tokenizer.eos_id], skip_special=False),
+    )

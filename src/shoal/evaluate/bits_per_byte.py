@@ -1,0 +1,76 @@
+"""`shoal eval --data`: bits per byte of text under a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ..config import CorpusConfig, EvalCommand, UserError
+from ..data import Corpus, Tokenizer, open_corpus
+from ..engine import load
+from ..train import likelihood
+
+DEFAULT_WINDOW = 2048
+
+
+def run_eval(command: EvalCommand) -> dict[str, Any]:
+    """Score the held-out part of a folder that names one, and anything else whole; prints a table, returns the JSON object."""
+    if not command.data:
+        raise UserError("there is nothing to score: give --data PATH...")
+    loaded = load(command.model, command.machine)
+    longest = loaded.model.config.max_position_embeddings
+    window = command.window or min(DEFAULT_WINDOW, longest)
+    overlap = window // 2 if command.overlap is None else command.overlap
+    if not 1 <= window <= longest:
+        raise UserError(f"--window is {window}: this model sees 1 to {longest} tokens")
+    if not 0 <= overlap < window:
+        raise UserError(f"--overlap is {overlap}: it must be 0 or more and less than the window of {window}")
+    corpus = open_corpus(command.data, CorpusConfig(text_column=command.text_column))
+    documents = _tokenized(corpus, loaded.tokenizer, command.max_tokens)
+    with _Progress() as progress:
+        result = likelihood(loaded.model, loaded.machine, documents, window=window, overlap=overlap, progress=progress.add)
+    if not result.bytes:
+        raise UserError(f"{corpus.name} holds no text to score")
+    print(f"{result.bits_per_byte:.4f} bits per byte over {result.bytes:,} bytes ({result.tokens:,} tokens, {result.nats_per_token:.4f} nats per token)")
+    return {
+        "bpb": result.bits_per_byte,
+        "nats_per_token": result.nats_per_token,
+        "tokens": result.tokens,
+        "bytes": result.bytes,
+        "window": window,
+        "overlap": overlap,
+    }
+
+
+def _tokenized(corpus: Corpus, tokenizer: Tokenizer, limit: int | None) -> Iterator[tuple[np.ndarray, int]]:
+    """Documents as `likelihood` takes them: begin-of-text (end-of-text where there is none), text, end-of-text."""
+    start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    count = 0
+    for text in corpus.held_out_documents():
+        tokens = [start, *tokenizer.encode(text), tokenizer.eos_id]
+        yield np.asarray(tokens), len(text.encode("utf-8", "surrogatepass"))
+        count += len(tokens)
+        if limit is not None and count >= limit:
+            return
+
+
+class _Progress:
+    """Tokens scored so far, on stderr; nothing where that is not a terminal."""
+
+    def __enter__(self) -> _Progress:
+        from rich.console import Console
+        from rich.progress import Progress, SpinnerColumn, TextColumn
+
+        console = Console(stderr=True)
+        self._bar = Progress(SpinnerColumn(), TextColumn("{task.completed:,.0f} tokens scored"), console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task("", total=None)
+        self._bar.start()
+        return self
+
+    def add(self, tokens: int) -> None:
+        self._bar.advance(self._task, tokens)
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()

@@ -1,0 +1,110 @@
+"""A folder to publish or to serve with other engines: weights, tokenizer, chat template and model card."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from ..config import ModelConfig, UserError
+from ..config.huggingface import export_obstacles
+from ..model import Transformer
+from .atomic import new_folder
+from .checkpoints import SavesFiles
+from .huggingface import save_model
+
+CHAT_TEMPLATE = "chat_template.jinja"
+CARD = "README.md"
+_FILES = re.compile(r"README\.md|.*\.json|.*\.jinja|model.*\.safetensors|model\.safetensors\.index\.json")
+
+
+def export_model(
+    model: Transformer,
+    tokenizer: SavesFiles,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    training_tokens: int | None = None,
+    license: str = "apache-2.0",
+) -> None:
+    """Write a complete folder that transformers, vLLM and SGLang open without Shoal; it appears under its name when it is whole.
+
+    An earlier export at `folder` is replaced. Raises `UserError` when something else is there, or when the model uses
+    settings that the official architecture does not have.
+    """
+    obstacles = export_obstacles(model.config)
+    if obstacles:
+        raise UserError(f"this model cannot become a plain {model.config.model_type} folder: {'; '.join(obstacles)}")
+    if folder.exists() and not _replaceable(folder):
+        raise UserError(f"{folder} exists and is not an earlier export: choose another folder or empty it")
+    card = model_card(folder.resolve().name, model, dtype, training_tokens, license)
+    with new_folder(folder.resolve()) as temporary:
+        save_model(model, temporary, dtype=dtype)
+        tokenizer.save(temporary, model.config.max_position_embeddings)
+        if not (temporary / CHAT_TEMPLATE).exists():  # the one the model was tuned with comes with its tokenizer
+            (temporary / CHAT_TEMPLATE).write_text(chat_template(), encoding="utf-8")
+        (temporary / CARD).write_text(card, encoding="utf-8")
+
+
+def chat_template() -> str:
+    """The Jinja template that turns messages into text where the tokenizer brings none: the same for training, serving and export."""
+    return resources.files(__package__).joinpath(CHAT_TEMPLATE).read_text(encoding="utf-8")
+
+
+def model_card(name: str, model: Transformer, dtype: torch.dtype, training_tokens: int | None, license: str) -> str:
+    """A `README.md` for the Hugging Face hub: YAML front matter, then the facts in a table."""
+    config = model.config
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    front = [
+        f"license: {license}",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags:",
+        "- shoal",
+        f"- {config.model_type}",
+    ]
+    front.append(f"parameters: {parameters}")
+    rows = [("Parameters", f"{parameters:,}"), ("Weights", str(dtype).removeprefix("torch.")), *_shape(config)]
+    if training_tokens is not None:
+        front.append(f"training_tokens: {training_tokens}")
+        rows.append(("Training tokens", f"{training_tokens:,}"))
+    table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]
+    usage = [
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+        'model = AutoModelForCausalLM.from_pretrained("PATH")',
+        "```",
+    ]
+    about = f"A {config.model_type} language model trained with Shoal."
+    return "\n".join(["---", *front, "---", "", f"# {name}", "", about, "", *table, "", "## Use", "", *usage, ""])
+
+
+def _shape(config: ModelConfig) -> list[tuple[str, str]]:
+    rows = [
+        ("Layers x width", f"{config.num_hidden_layers} x {config.hidden_size}"),
+        ("Attention", f"{'MLA' if config.uses_mla else 'GQA'}, {config.num_attention_heads} heads"),
+        ("Context", f"{config.max_position_embeddings} tokens"),
+        ("Vocabulary", str(config.vocab_size)),
+    ]
+    if config.uses_mla and config.n_routed_experts:
+        shared = f", {config.n_shared_experts} shared" if config.n_shared_experts else ""
+        rows.append(("Experts", f"{config.num_experts_per_tok} of {config.n_routed_experts}{shared}"))
+    if config.num_nextn_predict_layers:
+        rows.append(("Multi-token prediction", f"{config.num_nextn_predict_layers} layer(s)"))
+    return rows
+
+
+def _replaceable(folder: Path) -> bool:
+    """Whether nothing is lost when `folder` goes: it is empty, or holds one of our exports and nothing else."""
+    if not folder.is_dir():
+        return False
+    names = [path.name for path in folder.iterdir()]
+    if not names:
+        return True
+    if CARD not in names or not all(_FILES.fullmatch(name) for name in names):
+        return False
+    return "\n- shoal\n" in (folder / CARD).read_text(encoding="utf-8", errors="replace").split("\n---\n")[0] + "\n"

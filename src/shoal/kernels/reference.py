@@ -1,0 +1,121 @@
+"""The specification of every kernel in plain torch, and the fallback where no faster one can run.
+
+Shapes: B sequences, T positions, H heads, N tokens, K experts per token, E experts, R = N*K rows sorted by expert, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+IGNORED = -100
+"""Target that `linear_cross_entropy` does not count, as in `torch.nn.functional.cross_entropy`."""
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+    y = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return (y if weight is None else y * weight).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # [B or 1, T, 1, R/2], the same for every head
+    if interleaved:
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        y = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    else:
+        a, b = x.chunk(2, dim=-1)
+        y = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return y.to(x.dtype)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    # torch's fused kernels want one head width for all three; zero channels change neither scores nor the values kept.
+    width = max(q.shape[-1], v.shape[-1])
+    q_BHTD, k_BHTD, v_BHTD = (F.pad(x, (0, width - x.shape[-1])).transpose(1, 2) for x in (q, k, v))
+    gqa = q.shape[2] != k.shape[2]
+    y = F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=True, scale=scale, enable_gqa=gqa)
+    return y.transpose(1, 2)[..., : v.shape[-1]]
+
+
+def cross_entropy_rows(logits: Tensor, targets: Tensor, softcap: float | None, with_grad: bool) -> Tensor:
+    """Nats of each row of `logits` [n, V]; `with_grad` overwrites `logits` with the gradient of their sum.
+
+    Rows whose target is `IGNORED` give 0 nats and no gradient.
+    """
+    raw = logits
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    counted = targets != IGNORED
+    index = targets.clamp(min=0).unsqueeze(1)
+    log_sum = logits.logsumexp(-1)
+    nats = torch.where(counted, log_sum - logits.gather(1, index).squeeze(1), 0.0)
+    if with_grad:
+        grad = torch.exp(logits - log_sum.unsqueeze(1))
+        grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
+        if softcap is not None:
+            grad *= 1 - (logits / softcap).square()
+        raw.copy_(torch.where(counted.unsqueeze(1), grad, 0.0))
+    return nats
+
+
+def sort_by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    experts, slots = torch.sort(indices.flatten(), stable=True)
+    rows = torch.arange(slots.numel(), device=slots.device)
+    inverse = torch.empty_like(slots).scatter_(0, slots, rows)
+    bounds = torch.arange(num_experts, device=experts.device, dtype=experts.dtype)
+    offsets = torch.searchsorted(experts, bounds, right=True, out_int32=True)
+    return slots // indices.shape[1], inverse, offsets
+
+
+def permute_tokens(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    return _Permute.apply(x, order, inverse)
+
+
+def combine_tokens(y: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:
+    return _Combine.apply(y, weights, inverse)
+
+
+class _Permute(torch.autograd.Function):
+    # Autograd's own backward of a gather adds rows in no fixed order on a GPU; here each token gathers its K gradients.
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.shape = x.shape
+        return x.index_select(0, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        tokens, width = ctx.shape
+        return grad.index_select(0, inverse).view(tokens, -1, width).sum(1), None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, y: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(y, weights, inverse)
+        rows = y.index_select(0, inverse).view(*weights.shape, -1)
+        return (rows * weights.unsqueeze(-1)).sum(1).to(y.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        y, weights, inverse = ctx.saved_tensors
+        grad_rows = (weights.unsqueeze(-1) * grad.unsqueeze(1)).flatten(0, 1).to(y.dtype)
+        grad_y = torch.empty_like(y).index_copy_(0, inverse, grad_rows)  # a permutation: no row is written twice
+        rows = y.index_select(0, inverse).view(*weights.shape, -1)
+        grad_weights = (rows * grad.unsqueeze(1)).sum(-1).to(weights.dtype)
+        return grad_y, grad_weights, None
+
+
+def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    bounds = [0, *offsets.tolist()]
+    return torch.cat([x[start:end] @ w.T for start, end, w in zip(bounds, bounds[1:], weight, strict=False)])

@@ -1,0 +1,35 @@
+"""One decoder layer."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from .attention import GQA, MLA, Context, LayerCache
+from .layers import LinearFactory, RMSNorm, SwiGLU
+from .moe import Dispatcher, MoE, RoutingStats
+
+
+class Block(nn.Module):
+    """Pre-norm decoder layer: attention, then a dense feed-forward layer or a mixture of experts."""
+
+    def __init__(self, config: ModelConfig, layer: int, linear: LinearFactory, dispatcher: Dispatcher) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MLA(config, linear) if config.uses_mla else GQA(config, linear)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp: MoE | SwiGLU
+        if config.is_moe_layer(layer):
+            assert config.n_routed_experts is not None
+            self.mlp = MoE(config, config.n_routed_experts, linear, dispatcher)
+        else:
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, linear)
+
+    def forward(self, x: Tensor, context: Context, cache: LayerCache | None) -> tuple[Tensor, RoutingStats | None]:
+        """`x [B, T, D]` -> `[B, T, D]`, and what the router did where there is one."""
+        x = x + self.self_attn(self.input_layernorm(x), context, cache)
+        normed = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, MoE):
+            out, stats = self.mlp(normed)
+            return x + out, stats
+        return x + self.mlp(normed), None

@@ -1,0 +1,113 @@
+"""One transformer for training and serving: DeepSeek-V2, DeepSeek-V3 or a dense Llama, by configuration.
+
+Parameters bear the names of the official checkpoints, except that routed experts are stacked (see `moe.Experts`).
+Shapes: B sequences, T tokens, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from .attention import Context, LayerCache
+from .block import Block
+from .layers import LinearFactory, RMSNorm, plain_linear
+from .moe import Dispatcher, LocalDispatcher, MoE, RoutingStats
+from .mtp import MTPModule
+from .rope import rotary_tables
+
+
+class Backbone(nn.Module):
+    """Embedding, layers (the MTP modules after the last of them, as in official files) and final norm."""
+
+    def __init__(self, config: ModelConfig, linear: LinearFactory, dispatcher: Dispatcher) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        layers, depths = config.num_hidden_layers, config.num_nextn_predict_layers
+        blocks = [Block(config, i, linear, dispatcher) for i in range(layers)]
+        self.layers = nn.ModuleList(blocks + [MTPModule(config, layers + k, linear, dispatcher) for k in range(depths)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+@dataclass
+class Output:
+    """Result of a forward pass."""
+
+    hidden: Tensor
+    """After the final norm, `[B, T, D]`; `Transformer.logits` turns it into predictions of the next token."""
+    mtp_hidden: list[Tensor]
+    """Per MTP depth k = 1, 2, ...: `[B, T, D]`, predicting the token k + 1 ahead; empty unless asked for."""
+    routing: list[RoutingStats]
+    """One for every MoE layer, MTP layers last."""
+
+
+class Transformer(nn.Module):
+    """The model. `linear` makes its matrices, `dispatcher` moves tokens to experts; both come from outside."""
+
+    def __init__(self, config: ModelConfig, linear: LinearFactory = plain_linear, dispatcher: Dispatcher | None = None) -> None:
+        super().__init__()
+        config.validate()
+        self.config = config
+        self.model = Backbone(config, linear, dispatcher or LocalDispatcher())
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The main model's decoder layers, without the MTP modules."""
+        return [layer for layer in self.model.layers if not isinstance(layer, MTPModule)]  # type: ignore[misc]
+
+    @property
+    def mtp_modules(self) -> list[MTPModule]:
+        return [layer for layer in self.model.layers if isinstance(layer, MTPModule)]
+
+    @property
+    def moe_layers(self) -> list[MoE]:
+        """Every mixture of experts, in the order of `Output.routing`."""
+        return [module for module in self.modules() if isinstance(module, MoE)]
+
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        caches: Sequence[LayerCache] | None = None,
+        mtp_ids: Sequence[Tensor] = (),
+    ) -> Output:
+        """`ids [B, T]` -> `Output`.
+
+        `positions [B, T]` defaults to 0 ... T - 1. With `caches` (one per layer) tokens attend to everything cached;
+        without, to each other. `mtp_ids[k - 1] [B, T]` holds for every position i the token i + k: one entry for every
+        MTP depth to run, in order.
+        """
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+        context = Context(positions, *rotary_tables(self.config, positions))
+        routing: list[RoutingStats] = []
+        x = self.model.embed_tokens(ids)
+        for i, block in enumerate(self.blocks):
+            x, stats = block(x, context, caches[i] if caches else None)
+            if stats is not None:
+                routing.append(stats)
+        hidden = self.model.norm(x)
+        mtp_hidden: list[Tensor] = []
+        previous = hidden
+        for depth, shifted in enumerate(mtp_ids):
+            module = self.mtp_modules[depth]
+            cache = caches[self.config.num_hidden_layers + depth] if caches else None
+            joined = module.join(previous, self.model.embed_tokens(shifted))
+            previous, stats = module(joined, context, cache)
+            mtp_hidden.append(module.shared_head["norm"](previous))
+            if stats is not None:
+                routing.append(stats)
+        return Output(hidden, mtp_hidden, routing)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[..., D]` -> `[..., V]` in fp32, soft-capped where configured."""
+        logits = self.lm_head(hidden).float()
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -1,0 +1,56 @@
+"""What the planner cannot derive from shapes and datasheets: every number is printed with a plan and can be overridden."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from .hardware import Machine
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """Shares of a datasheet peak that real kernels sustain, and what else a plan takes for granted.
+
+    They come from published kernel measurements, not from the training runs that plans are compared with.
+    """
+
+    bf16_efficiency: float = 0.65
+    """Large BF16 and FP32 matrix products (cuBLAS on H100: 600 to 700 of 989 TFLOP/s)."""
+    fp8_efficiency: float = 0.55
+    """FP8 products with fine-grained scales, V3's shapes, forward and both gradients (DeepGEMM on H800: 990 to 1360 TFLOP/s
+    forward, 880 to 1090 for weight gradients, of 1979)."""
+    int8_efficiency: float = 0.55
+    attention_efficiency: float = 0.40
+    """Attention core, causal, of the BF16 peak over forward and backward (FlashAttention-3, 2407.08608, figures 5 and 6: about 530
+    and 420 TFLOP/s at 4K, and the backward computes the scores again, which is not counted as useful work)."""
+    bandwidth_efficiency: float = 0.80
+    """Memory-bound work (norms, SwiGLU, casts, permutation; weights in decoding), of the datasheet bandwidth."""
+    link_efficiency: float = 0.90
+    """Of a link's rate (DeepEP on H800, 64 ranks: 45 and 46 of 50 GB/s; NVLink 153 and 158 of 160)."""
+    communication_sm_share: float = 20 / 132
+    """Share of a GPU's processors that runs communication while it overlaps with computation (V3 report, 3.2.2)."""
+    expert_imbalance: float = 1.15
+    """Tokens of the busiest expert-parallel rank over the mean (2408.15664: 4% over a whole batch; a micro-batch is worse)."""
+    memory_reserve: float = 0.08
+    """Share of device memory left to the driver, communication buffers and fragmentation."""
+    mtp_acceptance: float = 0.85
+    """Share of drafted tokens that are accepted in decoding with MTP (V3 report, 5.4.3: 85% to 90%)."""
+
+    def rows(self) -> list[tuple[str, str]]:
+        return [(field.name, f"{getattr(self, field.name):.3g}") for field in fields(self)]
+
+    def rate(self, machine: Machine, number_format: str) -> float:
+        """Sustained operations per second of matrix products; measured machines state what they sustain."""
+        peak = machine.peak(number_format)
+        if machine.measured:
+            return peak
+        return peak * {"fp8": self.fp8_efficiency, "int8": self.int8_efficiency}.get(number_format, self.bf16_efficiency)
+
+    def attention_rate(self, machine: Machine, number_format: str = "bf16") -> float:
+        """Sustained FLOP/s of the attention core, which runs in BF16 (FP32 where the model does)."""
+        peak = machine.peak("fp32" if number_format == "fp32" else "bf16")
+        return peak if machine.measured else peak * self.attention_efficiency
+
+    def bandwidth(self, machine: Machine) -> float:
+        """Sustained bytes per second of memory-bound work."""
+        return machine.bandwidth if machine.measured else machine.bandwidth * self.bandwidth_efficiency

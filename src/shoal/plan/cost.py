@@ -1,0 +1,325 @@
+"""Parameters, FLOPs and bytes of a model, counted from its shapes.
+
+Everything here derives from one inventory: the weight matrices of the model, each with the number of copies that are
+stored and the number that one token passes through. Shapes are written [out, in] as in the checkpoints.
+
+Conventions, used everywhere in `shoal plan` and in the trainer's reports:
+
+- A multiply-add is 2 FLOPs. Only matrix products count: norms, softmax, RoPE, SwiGLU's product and the optimizer's
+  elementwise work do not.
+- Attention is causal. The mean context of a token in a packed sequence of T tokens is exactly (T + 1) / 2.
+- Training costs 3 times the forward pass (one product for the input's gradient, one for the weight's). Recomputed
+  activations are not counted: they are work of the layout, not of the model.
+- The embedding is a lookup and costs no FLOPs; the head does, tied or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from math import ceil
+
+from shoal.config import ModelConfig, UserError
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """`stored` equal weight matrices [out, in], of which a token passes through `active`."""
+
+    part: str
+    name: str
+    out_features: int
+    in_features: int
+    stored: int = 1
+    active: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameter counts by part. `total` and `active` are the main model's, without multi-token prediction.
+
+    `active` counts the parameters a token multiplies with: everything except the experts it is not routed to and the
+    embedding table, of which it reads one row. The output head is in. This is what the published 36.7B (DeepSeek-V3),
+    21B (V2) and 2.4B (V2-Lite) come out as; V3's README says that 0.9B of embedding are in its 36.7B, but its shapes
+    give 37.5B with the embedding and 36.6B without.
+    """
+
+    embedding: int
+    head: int
+    """0 where the head is tied to the embedding."""
+    attention: int
+    """Projections (and their biases, Qwen2 only)."""
+    dense_ffn: int
+    routed_experts: int
+    shared_experts: int
+    router: int
+    norms: int
+    mtp: int
+    """Parameters of the multi-token prediction modules, without the embedding and the head that they share."""
+    active: int
+
+    @property
+    def total(self) -> int:
+        parts = asdict(self)
+        return sum(parts.values()) - self.mtp - self.active
+
+    @property
+    def trained(self) -> int:
+        """Everything that is allocated and trained: the main model and the multi-token prediction modules."""
+        return self.total + self.mtp
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs per token by part. `mtp` holds the prediction modules whole: projection, layer, attention and head."""
+
+    attention_projections: float
+    attention_scores: float
+    """Queries times keys, causal."""
+    attention_values: float
+    """Attention weights times values, causal."""
+    dense_ffn: float
+    routed_experts: float
+    shared_experts: float
+    router: float
+    head: float
+    mtp: float
+
+    @property
+    def main(self) -> float:
+        return self.total - self.mtp
+
+    @property
+    def total(self) -> float:
+        return sum(asdict(self).values())
+
+    def scaled(self, factor: float) -> Flops:
+        return Flops(**{part: factor * flops for part, flops in asdict(self).items()})
+
+
+@dataclass(frozen=True)
+class NumberFormat:
+    """Bits of one stored weight, and the scale that a block of weights shares."""
+
+    name: str
+    bits: float
+    block: tuple[int, int] | None = None
+    """Rows and columns of the block that shares one scale; None: no scales."""
+    scale_bytes: int = 0
+
+    def matrix_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of one [rows, columns] matrix with its scales; edge blocks may be partial."""
+        scales = 0
+        if self.block:
+            scales = ceil(rows / self.block[0]) * ceil(columns / self.block[1]) * self.scale_bytes
+        return ceil(rows * columns * self.bits / 8) + scales
+
+
+NUMBER_FORMATS = {
+    "fp32": NumberFormat("fp32", 32),
+    "bf16": NumberFormat("bf16", 16),
+    "fp8": NumberFormat("fp8", 8, block=(128, 128), scale_bytes=4),
+    "int8": NumberFormat("int8", 8, block=(1, 64), scale_bytes=2),
+    "int4": NumberFormat("int4", 4, block=(1, 64), scale_bytes=2),
+}
+"""FP8 as in DeepSeek-V3's files (fp32 scale per 128x128 block); int8 and int4 with one 16-bit scale per 64 inputs."""
+
+QUANTIZED_PARTS = ("attention", "dense_ffn", "routed_experts", "shared_experts")
+"""Parts that fp8, int8 and int4 apply to; embedding, head, router, norms and `eh_proj` stay in BF16 (V3 report, 3.3)."""
+
+HIDDEN_PARTS = (*QUANTIZED_PARTS, "mtp_projection")
+"""Parts whose matrices Muon trains; embedding, head, router and norms belong to AdamW."""
+
+
+def moe_layers(model: ModelConfig) -> int:
+    """Number of mixture-of-experts layers of the main model."""
+    return sum(model.is_moe_layer(layer) for layer in range(model.num_hidden_layers))
+
+
+def attention_matrices(model: ModelConfig) -> list[Matrix]:
+    """Projections of one attention layer: MLA (DeepSeek-V2, 2405.04434, section 2.1) or grouped-query attention."""
+    width, heads, query = model.hidden_size, model.num_attention_heads, model.qk_head_dim
+    output = Matrix("attention", "o_proj", width, heads * model.value_head_dim)
+    if not model.uses_mla:
+        keys = model.kv_heads * query
+        projections = [("q_proj", heads * query), ("k_proj", keys), ("v_proj", keys)]
+        return [*(Matrix("attention", name, size, width) for name, size in projections), output]
+    rank, latent = model.q_lora_rank, model.kv_lora_rank
+    if rank is None:
+        queries = [Matrix("attention", "q_proj", heads * query, width)]
+    else:
+        queries = [Matrix("attention", "q_a_proj", rank, width), Matrix("attention", "q_b_proj", heads * query, rank)]
+    down = Matrix("attention", "kv_a_proj_with_mqa", latent + model.qk_rope_head_dim, width)
+    up = Matrix("attention", "kv_b_proj", heads * (model.qk_nope_head_dim + model.v_head_dim), latent)
+    return [*queries, down, up, output]
+
+
+def feed_forward_matrices(model: ModelConfig, moe: bool) -> list[Matrix]:
+    """Matrices of one feed-forward layer: dense SwiGLU, or router, routed experts and shared experts."""
+    if not moe:
+        return _swiglu("dense_ffn", model.hidden_size, model.intermediate_size)
+    experts, chosen = model.n_routed_experts or 0, model.num_experts_per_tok
+    matrices = [Matrix("router", "gate", experts, model.hidden_size)]
+    matrices += _swiglu("routed_experts", model.hidden_size, model.moe_intermediate_size, experts, chosen)
+    if model.n_shared_experts:
+        matrices += _swiglu("shared_experts", model.hidden_size, model.n_shared_experts * model.moe_intermediate_size)
+    return matrices
+
+
+def _swiglu(part: str, width: int, inner: int, stored: int = 1, active: int = 1) -> list[Matrix]:
+    shapes = [("gate_proj", inner, width), ("up_proj", inner, width), ("down_proj", width, inner)]
+    return [Matrix(part, name, rows, columns, stored, active) for name, rows, columns in shapes]
+
+
+def layer_matrices(model: ModelConfig, moe: bool) -> list[Matrix]:
+    """Matrices of one decoder layer."""
+    return attention_matrices(model) + feed_forward_matrices(model, moe)
+
+
+def layer_vectors(model: ModelConfig) -> tuple[int, int]:
+    """(norm weights, biases) of one decoder layer."""
+    norms = 2 * model.hidden_size
+    if model.uses_mla:
+        return norms + model.kv_lora_rank + (model.q_lora_rank or 0), 0
+    biases = (model.num_attention_heads + 2 * model.kv_heads) * model.qk_head_dim if model.attention_bias else 0
+    return norms, biases
+
+
+def mtp_matrices(model: ModelConfig) -> list[Matrix]:
+    """Matrices of all multi-token prediction modules, without the shared embedding and head (V3 report, section 2.2)."""
+    matrices = []
+    for depth in range(model.num_nextn_predict_layers):
+        matrices.append(Matrix("mtp_projection", "eh_proj", model.hidden_size, 2 * model.hidden_size))
+        matrices += layer_matrices(model, model.is_moe_layer(model.num_hidden_layers + depth))
+    return matrices
+
+
+def main_matrices(model: ModelConfig) -> Iterator[Matrix]:
+    """Every matrix of the main model, layer by layer, and the head; the embedding comes first."""
+    yield Matrix("embedding", "embed_tokens", model.vocab_size, model.hidden_size, active=0)
+    for layer in range(model.num_hidden_layers):
+        yield from layer_matrices(model, model.is_moe_layer(layer))
+    yield Matrix("head", "lm_head", model.vocab_size, model.hidden_size, stored=0 if model.tie_word_embeddings else 1)
+
+
+def count_parameters(model: ModelConfig) -> Parameters:
+    """Parameters by part, equal to what the `Transformer` allocates (the routing bias is a buffer and not counted)."""
+    parts = dict.fromkeys(("embedding", "head", "attention", "dense_ffn", "routed_experts", "shared_experts", "router"), 0)
+    active = 0
+    for matrix in main_matrices(model):
+        parts[matrix.part] += matrix.stored * matrix.size
+        active += matrix.active * matrix.size
+    layer_norms, biases = layer_vectors(model)
+    norms = model.num_hidden_layers * layer_norms + model.hidden_size
+    parts["attention"] += model.num_hidden_layers * biases
+    active += norms + model.num_hidden_layers * biases
+
+    mtp = sum(matrix.stored * matrix.size for matrix in mtp_matrices(model))
+    mtp += model.num_nextn_predict_layers * (layer_norms + 3 * model.hidden_size)  # enorm, hnorm, shared_head.norm
+    return Parameters(**parts, norms=norms, mtp=mtp, active=active)
+
+
+def forward_flops(model: ModelConfig, context: float, mtp: bool = False) -> Flops:
+    """FLOPs per token of a forward pass in which a token attends to `context` tokens on average (expanded attention).
+
+    With `mtp` the prediction modules run too, as they do in training.
+    """
+    parts = dict.fromkeys(("embedding", "attention", "dense_ffn", "routed_experts", "shared_experts", "router", "head"), 0)
+    for matrix in main_matrices(model):
+        parts[matrix.part] += 2 * matrix.active * matrix.size
+    scores = 2 * model.num_attention_heads * model.qk_head_dim * context
+    values = 2 * model.num_attention_heads * model.value_head_dim * context
+    prediction = 0.0
+    if mtp:
+        prediction = sum(2 * matrix.active * matrix.size for matrix in mtp_matrices(model))
+        prediction += model.num_nextn_predict_layers * (scores + values + parts["head"])
+    return Flops(
+        attention_projections=parts["attention"],
+        attention_scores=model.num_hidden_layers * scores,
+        attention_values=model.num_hidden_layers * values,
+        dense_ffn=parts["dense_ffn"],
+        routed_experts=parts["routed_experts"],
+        shared_experts=parts["shared_experts"],
+        router=parts["router"],
+        head=parts["head"],
+        mtp=prediction,
+    )
+
+
+def flops_per_token(model: ModelConfig, sequence_length: int, training: bool) -> Flops:
+    """FLOPs per token over causal sequences of `sequence_length`: the training step (with MTP), or prefill (without)."""
+    if sequence_length < 1:
+        raise UserError(f"the sequence length is {sequence_length}: it must be at least 1")
+    forward = forward_flops(model, (sequence_length + 1) / 2, mtp=training)
+    return forward.scaled(3) if training else forward
+
+
+def decode_flops_per_token(model: ModelConfig, context: float) -> float:
+    """FLOPs to decode one token against a cache of `context` tokens, without MTP.
+
+    MLA runs in its absorbed form (2405.04434, section 2.1.2): `kv_b_proj` is applied to the query and to the attention's
+    output, at the cost of one pass per token, and every head reads the latent: scores over latent + rotary channels,
+    values over latent channels.
+    """
+    flops = forward_flops(model, 0).total
+    heads = model.num_attention_heads
+    if model.uses_mla:
+        channels = 2 * model.kv_lora_rank + model.qk_rope_head_dim
+    else:
+        channels = model.qk_head_dim + model.value_head_dim
+    return flops + model.num_hidden_layers * 2 * heads * channels * context
+
+
+def newton_schulz_flops(rows: int, columns: int, steps: int) -> int:
+    """FLOPs of `steps` quintic Newton-Schulz iterations on X [m, n], m <= n: A = X X^T, A A, and (bA + cAA) X."""
+    m, n = min(rows, columns), max(rows, columns)
+    return steps * (4 * m * m * n + 2 * m**3)
+
+
+def optimizer_flops(model: ModelConfig, steps: int) -> int:
+    """FLOPs of Muon's orthogonalisation in one optimizer step: all hidden matrices, every expert for itself."""
+    matrices = [*main_matrices(model), *mtp_matrices(model)]
+    return sum(
+        matrix.stored * newton_schulz_flops(matrix.out_features, matrix.in_features, steps)
+        for matrix in matrices
+        if matrix.part in HIDDEN_PARTS
+    )
+
+
+def kv_bytes_per_token(model: ModelConfig, number_format: str = "bf16") -> int:
+    """Cache bytes per token over all layers of the main model; fp8 is one byte per value (scales per tensor)."""
+    bytes_per_value = {"fp32": 4, "bf16": 2, "fp8": 1}
+    if number_format not in bytes_per_value:
+        raise UserError(f"the cache cannot be kept as {number_format!r}: use one of {', '.join(bytes_per_value)}")
+    return model.num_hidden_layers * model.cache_values_per_token * bytes_per_value[number_format]
+
+
+def number_format(name: str) -> NumberFormat:
+    """The number format called `name`. Raises `UserError` for an unknown one."""
+    if name not in NUMBER_FORMATS:
+        raise UserError(f"unknown number format {name!r}: use one of {', '.join(NUMBER_FORMATS)}")
+    return NUMBER_FORMATS[name]
+
+
+def checkpoint_bytes(model: ModelConfig, weights: NumberFormat, mtp: bool = True) -> int:
+    """Bytes of the model's tensors on disk or in memory, every tensor once, routing biases in fp32 included.
+
+    Official DeepSeek-V3 files repeat the embedding and the head in the prediction module; they are counted once here.
+    """
+    rest = weights if weights.block is None else NUMBER_FORMATS["bf16"]
+    modules = model.num_nextn_predict_layers if mtp else 0
+    total = 0
+    for matrix in (*main_matrices(model), *(mtp_matrices(model) if mtp else ())):
+        chosen = weights if matrix.part in QUANTIZED_PARTS else rest
+        total += matrix.stored * chosen.matrix_bytes(matrix.out_features, matrix.in_features)
+    layer_norms, biases = layer_vectors(model)
+    vectors = model.hidden_size + model.num_hidden_layers * (layer_norms + biases) + modules * (layer_norms + 3 * model.hidden_size)
+    routing_biases = 0
+    if model.topk_method == "noaux_tc":
+        layers = sum(model.is_moe_layer(layer) for layer in range(model.num_hidden_layers + modules))
+        routing_biases = layers * (model.n_routed_experts or 0)
+    return total + rest.matrix_bytes(1, vectors) + 4 * routing_biases

@@ -1,0 +1,106 @@
+"""The machine: device, precision, threads and seeds, chosen in one place with the reason printed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .config import UserError
+
+BF16_MARGIN = 1.3
+"""bf16 autocast pays for its casts only where bf16 matmul is faster than fp32 by this factor."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a command runs on."""
+
+    device: torch.device
+    precision: str
+    """`fp32` or `bf16`: what matmuls of activations run in; weights and optimizer are fp32 either way."""
+    threads: int
+    peak_flops: float
+    """Measured matmul rate in `precision`, FLOP/s."""
+    reason: str
+
+    def autocast(self) -> torch.autocast:
+        """Context in which matmuls run in `precision`."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    def describe(self) -> str:
+        where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{self.threads} CPU threads"
+        return f"{where}, {self.precision} ({self.reason}), matmul peak {self.peak_flops / 1e9:.0f} GFLOP/s"
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` takes a GPU where there is one."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu or install a CUDA build of torch")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def start(device: str = "auto", precision: str = "auto", threads: int = 0) -> Machine:
+    """Set threads, choose device and precision, measure the matmul peak (about half a second)."""
+    count = threads or available_cores()
+    torch.set_num_threads(count)
+    target = choose_device(device)
+    torch.set_float32_matmul_precision("high")
+    rates = {"fp32": matmul_rate(target, torch.float32)}
+    if precision != "fp32":
+        rates["bf16"] = matmul_rate(target, torch.bfloat16)
+    if precision == "auto":
+        precision = "bf16" if rates["bf16"] > BF16_MARGIN * rates["fp32"] else "fp32"
+        reason = f"matmul {rates['fp32'] / 1e9:.0f} GFLOP/s in fp32, {rates['bf16'] / 1e9:.0f} in bf16"
+    else:
+        reason = "as asked"
+    return Machine(target, precision, count, rates[precision], reason)
+
+
+def available_cores() -> int:
+    """Cores this process may use (a container or taskset may allow fewer than the machine has)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Best FLOP/s of a square matmul over a few timed runs."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(6):
+        synchronize(device)
+        began = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - began))
+    return best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device; a CPU is always done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: allocated on a GPU, resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextlib.contextmanager
+def inference(machine: Machine) -> Iterator[None]:
+    """No gradients, the machine's precision."""
+    with torch.inference_mode(), machine.autocast():
+        yield

@@ -1,0 +1,58 @@
+"""What follows a finished run: a few completions, the report, and what to do next."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .config import MachineOptions, SamplingOptions, TrainConfig, UserError
+from .engine import complete, load
+from .train import Trained
+from .train.report import write_report
+
+SAMPLE_TOKENS = 96
+
+
+def present(trained: Trained, config: TrainConfig) -> dict[str, Any]:
+    """Complete the recipe's prompts, write the report, print the result; returns the summary with the `samples` in it."""
+    folder = trained.folder
+    if not trained.finished:
+        return trained.summary
+    summary = trained.summary | {"samples": _samples(folder, config)}
+    temporary = folder / ".summary.json.tmp"
+    temporary.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(folder / "summary.json")
+    try:
+        report: Path | None = write_report(folder)
+    except UserError as error:
+        report = None
+        print(f"no report: {error}", file=sys.stderr)
+    if not config.json:
+        _print_result(folder, summary, report)
+    return summary
+
+
+def _samples(folder: Path, config: TrainConfig) -> list[dict[str, str]]:
+    if not config.prompts:
+        return []
+    loaded = load(str(folder), MachineOptions(config.device, config.precision, config.threads))
+    sampling = SamplingOptions(max_tokens=SAMPLE_TOKENS, temperature=0.5, seed=config.seed)
+    return [{"prompt": prompt, "text": complete(loaded, prompt, sampling)["text"]} for prompt in config.prompts]
+
+
+def _print_result(folder: Path, summary: dict[str, Any], report: Path | None) -> None:
+    for sample in summary["samples"]:
+        print(f"\n--- {sample['prompt']!r} continues:\n{sample['prompt']}{sample['text']}")
+    print(f"\nheld-out text: {summary['val_bpb']:.3f} bits per byte; xz -9e on the same text: {summary['xz_bpb']:.3f}")
+    print(
+        f"trained on {summary['tokens'] / 1e6:.1f}M tokens in {summary['seconds'] / 60:.1f} min, "
+        f"{summary['tokens_per_second']:,.0f} tokens/s, {summary['peak_share']:.0%} of the matmul peak"
+    )
+    if report is not None:
+        print(f"report:   {report}")
+    print(f"chat:     shoal chat {folder}")
+    print(f"continue: shoal generate {folder} 'def main('")
+    print(f"export:   shoal export {folder} OUT --format hf")
+    print("your own: shoal train --data PATH --minutes 5")

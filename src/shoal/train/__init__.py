@@ -1,0 +1,6 @@
+"""Pretraining: loss, optimizers, schedule, trainer, report."""
+
+from .likelihood import Likelihood as Likelihood
+from .likelihood import likelihood as likelihood
+from .trainer import Trained as Trained
+from .trainer import train as train

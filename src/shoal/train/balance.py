@@ -1,0 +1,54 @@
+"""Expert load over one optimizer step: what is reported, and what the routing bias follows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model import RoutingStats, Transformer
+
+
+class StepRouting:
+    """Sums the routing of a step's micro-batches. L MoE layers, E experts."""
+
+    def __init__(self) -> None:
+        self.load: Tensor | None = None
+        """Tokens per layer and expert, `[L, E]`, int64."""
+        self._entropy: list[Tensor] = []
+
+    def add(self, routing: list[RoutingStats]) -> None:
+        if not routing:
+            return
+        load = torch.stack([stats.load for stats in routing])
+        # Late in training the MTP layers may no longer run; all micro-batches of a step run the same layers.
+        self.load = load if self.load is None else self.load + load
+        self._entropy.append(torch.stack([stats.entropy for stats in routing]))
+
+    def figures(self) -> Tensor:
+        """MaxVio = (max - mean) / mean of the load (2408.15664, equation 4) of every layer, then its routing entropy: `[2 L]`."""
+        if self.load is None:
+            return torch.zeros(0)
+        load = self.load.float()
+        return torch.cat([load.amax(1) / load.mean(1) - 1, torch.stack(self._entropy).mean(0)])
+
+    def shares(self) -> list[list[float]]:
+        """Share of a layer's tokens that went to each expert, `[L, E]`."""
+        assert self.load is not None
+        return [[round(share, 5) for share in layer] for layer in (self.load / self.load.sum(1, keepdim=True)).tolist()]
+
+
+def routing_row(figures: list[float]) -> dict[str, Any]:
+    """The figures of `StepRouting.figures` under their names in `metrics.jsonl`."""
+    layers = len(figures) // 2
+    max_vio, entropy = figures[:layers], figures[layers:]
+    return {"max_vio": sum(max_vio) / layers, "max_vio_layers": max_vio, "entropy_layers": entropy}
+
+
+def update_biases(model: Transformer, routing: StepRouting, speed: float) -> None:
+    """Auxiliary-loss-free balancing of every router that has a bias, from the load of the whole step."""
+    if routing.load is None or not speed or model.config.topk_method != "noaux_tc":
+        return
+    for layer, load in zip(model.moe_layers, routing.load, strict=False):
+        layer.gate.update_bias(load, speed)

@@ -1,0 +1,78 @@
+"""What a run wrote down: `metrics.jsonl` as arrays."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shoal.config import UserError
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass
+class Metrics:
+    """The rows of a run in the order of their steps, one dictionary per optimizer step and one per evaluation."""
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+    def column(self, name: str) -> Floats:
+        """One figure of every step, [S]; NaN where a row lacks it."""
+        return column(self.steps, name)
+
+    def layers(self, name: str) -> tuple[Floats, Floats]:
+        """A per-layer figure of the rows that have it: their tokens [R] and the values [R, L, ...]. R is 0 for a dense model."""
+        rows = [row for row in self.steps if row.get(name)]
+        if not rows:
+            return np.empty(0), np.empty((0, 0))
+        shape = np.shape(rows[-1][name])
+        rows = [row for row in rows if np.shape(row[name]) == shape]
+        return column(rows, "tokens"), np.array([row[name] for row in rows], dtype=np.float64)
+
+
+def column(rows: list[dict[str, Any]], name: str) -> Floats:
+    """One figure of every row, [R]; NaN where a row lacks it."""
+    values = (row.get(name) for row in rows)
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Read a run's `metrics.jsonl`.
+
+    A run that was killed may leave half a line, also in the middle once it was resumed: such lines are skipped. A
+    resumed run repeats the steps since its checkpoint: the later row counts.
+
+    Raises `UserError` when there is no such file.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        raise UserError(f"{path} cannot be read: name the folder of a run that has started training") from None
+    metrics = Metrics()
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if not isinstance(row, dict) or "step" not in row:
+            continue
+        if "loss" in row:
+            _forget(metrics.steps, row["step"])
+            _forget(metrics.evaluations, row["step"] + 1)
+            metrics.steps.append(row)
+        elif row.get("val_bpb") is not None:
+            _forget(metrics.evaluations, row["step"])
+            metrics.evaluations.append(row)
+    return metrics
+
+
+def _forget(rows: list[dict[str, Any]], step: int) -> None:
+    """Drop the rows at `step` and later: the run has gone back to an earlier checkpoint."""
+    while rows and rows[-1]["step"] >= step:
+        rows.pop()

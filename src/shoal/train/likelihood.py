@@ -1,0 +1,110 @@
+"""Bits per byte of text under a model: the figure all comparisons use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .. import kernels
+from ..data import TokenShards
+from ..model import Transformer
+from ..runtime import Machine, inference
+
+Document = tuple[np.ndarray, int]
+"""Token ids from begin-of-text to end-of-text, and the length of the text in UTF-8 bytes."""
+
+IGNORED = -100
+"""Target of a position that is not scored."""
+
+
+@dataclass
+class Likelihood:
+    """Total over scored documents; a document is its tokens and the end-of-text token, given the begin-of-text token."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.bytes
+
+    @property
+    def nats_per_token(self) -> float:
+        return self.nats / self.tokens
+
+
+def held_out(shards: TokenShards, tokens: int) -> list[Document]:
+    """Documents of about `tokens` tokens, spread evenly over the held-out text; all of them where it is shorter."""
+    stride = -(-shards.num_tokens // tokens)
+    return [(shards.document(i), int(shards.document_bytes[i])) for i in range(0, shards.num_documents, stride)]
+
+
+def windows(document: np.ndarray, length: int, overlap: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Cut a document of n tokens into windows of at most `length` + 1, each with its number of leading targets not to score.
+
+    Every token but the first is scored exactly once; from the second window on it has at least `overlap` tokens of context.
+    """
+    scored, start = 0, 0
+    while scored < len(document) - 1:
+        window = document[start : start + length + 1]
+        yield window, scored - start
+        scored = start + len(window) - 1
+        start = scored - overlap
+
+
+def likelihood(
+    model: Transformer,
+    machine: Machine,
+    documents: Iterable[Document],
+    *,
+    window: int,
+    overlap: int | None = None,
+    batch_tokens: int = 8192,
+    progress: Callable[[int], None] | None = None,
+) -> Likelihood:
+    """Score `documents`: how likely the model holds them.
+
+    `overlap` defaults to half a window. Windows are sorted by length, so that batches waste little on padding.
+    `progress` is told the number of tokens scored by every batch.
+    """
+    overlap = window // 2 if overlap is None else overlap
+    pieces: list[tuple[np.ndarray, int]] = []
+    total_bytes = 0
+    for tokens, size in documents:
+        pieces.extend(windows(np.asarray(tokens), window, overlap))
+        total_bytes += size
+    pieces.sort(key=lambda piece: -len(piece[0]))
+    nats, count, at = 0.0, 0, 0
+    was_training = model.training
+    model.eval()
+    with inference(machine):
+        while at < len(pieces):
+            width = len(pieces[at][0])
+            batch = pieces[at : at + max(1, batch_tokens // width)]
+            ids, targets = _pad(batch, width)
+            hidden = model(ids.to(machine.device)).hidden
+            sum_nats, scored = kernels.linear_cross_entropy(
+                hidden.flatten(0, 1), model.lm_head.weight, targets.flatten().to(machine.device), model.config.logit_softcap
+            )
+            nats += float(sum_nats)
+            count += int(scored)
+            at += len(batch)
+            if progress is not None:
+                progress(int(scored))
+    model.train(was_training)
+    return Likelihood(nats, count, total_bytes)
+
+
+def _pad(batch: list[tuple[np.ndarray, int]], width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets, `[B, width - 1]`; padding stands at the end, where causal attention keeps it out of sight."""
+    ids = np.zeros((len(batch), width - 1), dtype=np.int64)
+    targets = np.full((len(batch), width - 1), IGNORED, dtype=np.int64)
+    for row, (window, skip) in enumerate(batch):
+        ids[row, : len(window) - 1] = window[:-1]
+        targets[row, skip : len(window) - 1] = window[skip + 1 :]
+    return torch.from_numpy(ids), torch.from_numpy(targets)

@@ -1,0 +1,54 @@
+"""What training minimises: next-token cross-entropy, multi-token prediction, balance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..model import RoutingStats, Transformer
+
+
+@dataclass
+class Losses:
+    """Loss of one micro-batch; scalars are tensors so that nothing waits for the device."""
+
+    total: Tensor
+    """What is differentiated."""
+    main: Tensor
+    """Mean nats per next token."""
+    mtp: Tensor
+    """Mean nats per token over MTP depths; 0 without MTP."""
+    balance: Tensor
+    """Mean sequence-wise balance loss over MoE layers, unweighted; 0 without experts."""
+    routing: list[RoutingStats]
+
+
+def compute_losses(model: Transformer, rows: Tensor, mtp_weight: float, balance_weight: float) -> Losses:
+    """Losses of `rows [B, T + 1 + depth]` of token ids: position i predicts i + 1, MTP depth k predicts i + 1 + k.
+
+    MTP loss: DeepSeek-V3 (2412.19437), equations 24-25. With `mtp_weight` 0 the MTP modules do not run.
+    """
+    depth = model.config.num_nextn_predict_layers
+    length = rows.shape[1] - 1 - depth
+    shifted = [rows[:, k : k + length] for k in range(1, depth + 1)] if mtp_weight else []
+    output = model(rows[:, :length], mtp_ids=shifted)
+    cap = model.config.logit_softcap
+
+    def cross_entropy(hidden: Tensor, offset: int) -> Tensor:
+        targets = rows[:, offset : offset + length].reshape(-1)
+        nats, count = kernels.linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, targets, cap)
+        return nats / count
+
+    main = cross_entropy(output.hidden, 1)
+    zero = torch.zeros((), device=rows.device)
+    mtp = zero
+    if output.mtp_hidden:
+        mtp = torch.stack([cross_entropy(hidden, k + 2) for k, hidden in enumerate(output.mtp_hidden)]).mean()
+    # Each layer's loss counts in full (V3 adds one per layer); the mean is what is shown.
+    balance_sum = torch.stack([stats.balance_loss for stats in output.routing]).sum() if output.routing else zero
+    total = main + mtp_weight * mtp + balance_weight * balance_sum
+    balance = balance_sum.detach() / max(len(output.routing), 1)
+    return Losses(total, main.detach(), mtp.detach(), balance, output.routing)

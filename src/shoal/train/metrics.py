@@ -1,0 +1,38 @@
+"""`metrics.jsonl`: one JSON object a line, written as it happens."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from .tensorboard import TensorBoardLog
+
+
+class MetricsLog:
+    """Appends rows; every line reaches the operating system at once, so that a killed run keeps what it did."""
+
+    def __init__(self, run: Path, tensorboard: bool) -> None:
+        self._path = run / "metrics.jsonl"
+        self._tensorboard = TensorBoardLog(run / "tensorboard") if tensorboard else None
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> MetricsLog:
+        self._file = self._path.open("a", encoding="utf-8", buffering=1)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def write(self, row: dict[str, Any]) -> None:
+        assert self._file is not None
+        # JSON has no NaN; a loss that was not finite is written as null.
+        safe = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        self._file.write(json.dumps(safe) + "\n")
+        if self._tensorboard is not None:
+            self._tensorboard.write(safe)

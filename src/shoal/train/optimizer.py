@@ -1,0 +1,73 @@
+"""Which parameter is trained by which optimizer, at which rate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..config import OptimizerConfig
+from ..model import Transformer
+from .muon import Muon
+
+
+class Optimizers:
+    """Muon for hidden matrices and AdamW for embedding, head, router and norms, driven as one."""
+
+    def __init__(self, model: Transformer, config: OptimizerConfig) -> None:
+        hidden, embed, head, small = _partition(model)
+        groups = [
+            {"params": embed, "lr": config.embed_lr, "weight_decay": 0.0},
+            {"params": head, "lr": config.head_lr, "weight_decay": 0.0},
+            {"params": small, "lr": config.adam_lr, "weight_decay": 0.0},
+        ]
+        self.all: list[torch.optim.Optimizer] = []
+        if config.name == "muon":
+            self.all.append(Muon(hidden, config.muon_lr, config.muon_momentum, config.muon_steps, config.weight_decay))
+        else:
+            groups.append({"params": hidden, "lr": config.adam_lr, "weight_decay": config.weight_decay})
+        groups = [group for group in groups if group["params"]]
+        self.all.append(torch.optim.AdamW(groups, betas=config.adam_betas, eps=config.adam_eps, fused=True))
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                group["peak_lr"] = group["lr"]
+
+    def step(self, share: float) -> None:
+        """One update at `share` of every peak learning rate."""
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * share
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self.all:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list[dict]:
+        return [optimizer.state_dict() for optimizer in self.all]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        for optimizer, state in zip(self.all, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
+def _partition(model: Transformer) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Hidden matrices, embedding, head, and the rest (routers, norms, biases)."""
+    embed, head = [model.model.embed_tokens.weight], [] if model.config.tie_word_embeddings else [model.lm_head.weight]
+    apart = {id(p) for p in embed + head} | {id(layer.gate.weight) for layer in model.moe_layers}
+    hidden: list[Tensor] = []
+    small: list[Tensor] = []
+    for p in model.parameters():
+        if id(p) in apart and p is not embed[0] and not any(p is h for h in head):
+            small.append(p)
+        elif id(p) not in apart:
+            (hidden if p.ndim >= 2 else small).append(p)
+    return hidden, list(embed), list(head), small
+
+
+def clip_gradients(model: nn.Module, limit: float) -> Tensor:
+    """Scale all gradients so that their global norm is at most `limit` (0: leave them); returns the norm before, a scalar."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    if limit:
+        torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm

@@ -1,0 +1,142 @@
+"""The folder of a run: what is in it, and how it survives being killed.
+
+    RUN/run.json        what was asked for and on what data, so that a resume can tell a change
+    RUN/config.toml     every setting as it was resolved
+    RUN/metrics.jsonl   one line a step or evaluation
+    RUN/best.json       the step of the best evaluation
+    RUN/checkpoints/    see formats.checkpoints
+    RUN/summary.json    figures of the finished run
+    RUN/report/         pictures, and report.html beside them
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..config import TrainConfig, UserError
+from ..config.recipes import to_toml
+
+RESUME_MAY_CHANGE = {
+    "out", "resume", "overwrite", "json", "minutes", "tokens", "steps", "threads", "tensorboard",
+    "eval_every_minutes", "eval_tokens", "checkpoint", "micro_batch_size", "prompts",
+}  # fmt: skip
+"""Settings that do not change what is learned from which data; everything else must stay as it was."""
+
+
+class RunFolder:
+    """Paths and small files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Replace a file at once: a reader sees the old or the new one, never half of one."""
+        temporary = self.path / f".{name}.tmp"
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, self.path / name)
+
+    def read_json(self, name: str) -> Any:
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path / name} cannot be read ({error}): is {self.path} the folder of a run?") from None
+
+    def keep_metrics_up_to(self, step: int) -> None:
+        """Drop the rows of steps after `step` (they will be made again) and a line cut short by a kill."""
+        kept = []
+        if self.metrics.exists():
+            for line in self.metrics.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue
+                if row["step"] <= step:
+                    kept.append(line + "\n")
+        temporary = self.path / ".metrics.jsonl.tmp"
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, self.metrics)
+
+    def write_config(self, config: TrainConfig) -> None:
+        (self.path / "config.toml").write_text(to_toml(config), encoding="utf-8")
+
+
+def new_run(config: TrainConfig, name: str) -> RunFolder:
+    """Create the folder of a new run: --out, or the next free runs/NAME. Refuses to write into an earlier run."""
+    if config.out is not None:
+        path = Path(config.out)
+        if (path / "run.json").exists():
+            if not config.overwrite:
+                raise UserError(f"{path} already holds a run: add --resume to go on with it, --overwrite to discard it, or choose another --out")
+            shutil.rmtree(path)
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path} exists and is not the folder of a run: choose another --out")
+    else:
+        path, number = Path("runs") / name, 1
+        while path.exists():
+            number += 1
+            path = Path("runs") / f"{name}-{number}"
+    path.mkdir(parents=True, exist_ok=True)
+    return RunFolder(path)
+
+
+def find_run(out: str | None) -> RunFolder:
+    """The run to resume: `out`, or the one under runs/ that was written to last."""
+    if out is not None:
+        if not (Path(out) / "run.json").exists():
+            raise UserError(f"{out} holds no run to resume: check --out, or leave out --resume to start one")
+        return RunFolder(Path(out))
+    runs = [file.parent for file in Path("runs").glob("*/run.json")]
+    if not runs:
+        raise UserError("there is no run under runs/ to resume: name one with --out, or leave out --resume")
+    # metrics.jsonl is appended to all the time, which does not touch the folder itself.
+    return RunFolder(max(runs, key=lambda run: max(file.stat().st_mtime for file in run.iterdir())))
+
+
+def run_facts(config: TrainConfig, data_fingerprint: str, precision: str) -> dict[str, Any]:
+    """What `run.json` holds."""
+    return {
+        "requested": dataclasses.asdict(config),
+        "data_fingerprint": data_fingerprint,
+        "precision": precision,
+        "version": __version__,
+        "commit": _commit(),
+        "torch": torch.__version__,
+    }
+
+
+def refuse_changes(facts: dict[str, Any], config: TrainConfig, data_fingerprint: str) -> None:
+    """Raise `UserError` where a resumed run would train another model, or on other data, than the run so far."""
+    before, now = facts["requested"], json.loads(json.dumps(dataclasses.asdict(config)))
+    changed = [name for name in _differences(before, now) if name.split(".")[0] not in RESUME_MAY_CHANGE]
+    if changed:
+        names = ", ".join(changed[:4])
+        raise UserError(f"this run was started with other settings ({names}): resume with the same ones, or start a new run with another --out")
+    if facts["data_fingerprint"] != data_fingerprint:
+        raise UserError("the data has changed since this run was started: restore it, or start a new run with another --out")
+
+
+def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted(a.keys() | b.keys())
+        return [name for key in keys for name in _differences(a.get(key), b.get(key), f"{prefix}.{key}" if prefix else key)]
+    return [] if a == b else [prefix]
+
+
+def _commit() -> str | None:
+    """Commit of the code that runs, where it runs from a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()

@@ -1,0 +1,90 @@
+"""Everything that changes during training, and how it is saved and found again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import TrainConfig
+from ..data import Batches, PreparedData
+from ..formats import checkpoints
+from ..formats.huggingface import load_state
+from ..model import Transformer, init_weights
+from ..runtime import Machine
+from .optimizer import Optimizers
+from .run_folder import RunFolder
+
+
+@dataclass
+class Counters:
+    """Where a run stands."""
+
+    step: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+    """Wall-clock time in the training loop, evaluations and saving included, time between stop and resume not."""
+    skipped: int = 0
+    """Steps whose loss or gradient was not finite: nothing was applied."""
+    best_bpb: float = float("inf")
+    best_step: int = -1
+    last_eval: float = 0.0
+    last_save: float = 0.0
+
+
+@dataclass
+class TrainState:
+    """Model, optimizers, position in the data, counters: what a checkpoint holds."""
+
+    config: TrainConfig
+    folder: RunFolder
+    data: PreparedData
+    model: Transformer
+    optimizers: Optimizers
+    batches: Batches
+    counters: Counters = field(default_factory=Counters)
+
+    @classmethod
+    def create(cls, config: TrainConfig, folder: RunFolder, data: PreparedData, batches: Batches, machine: Machine) -> TrainState:
+        """Fresh from `config.seed`, or from the folder's last complete checkpoint where there is one."""
+        model = Transformer(config.model)
+        init_weights(model, config.seed)
+        model = model.to(machine.device)
+        state = cls(config, folder, data, model, Optimizers(model, config.optimizer), batches)
+        complete = checkpoints.complete_checkpoints(folder.path)
+        if complete:
+            state._load(complete[-1])
+        return state
+
+    def _load(self, path: Path) -> None:
+        load_state(self.model, path)
+        saved = checkpoints.load_checkpoint_state(path)
+        self.optimizers.load_state_dict(saved["optimizers"])
+        self.batches.load_state_dict(saved["batches"])
+        self.counters = Counters(**saved["counters"])
+
+    def save(self, bpb: float | None) -> None:
+        """Write a checkpoint, `bpb` being its bits per byte on held-out text where measured; let go of those no longer kept."""
+        at = self.counters
+        if bpb is not None and bpb < at.best_bpb:
+            at.best_bpb, at.best_step = bpb, at.step
+        saved: dict[str, Any] = {
+            "optimizers": self.optimizers.state_dict(),
+            "batches": self.batches.state_dict(),
+            "counters": vars(at),
+        }
+        keep = self.config.checkpoint
+        checkpoints.save_checkpoint(self.folder.path, at.step, self.model, self.data.tokenizer, saved)
+        if at.best_step == at.step:
+            self.folder.write_json("best.json", {"step": at.step, "val_bpb": at.best_bpb})
+        checkpoints.prune(self.folder.path, keep.keep_last, {at.best_step} if keep.keep_best else set())
+
+    def save_is_due(self) -> bool:
+        keep, at = self.config.checkpoint, self.counters
+        by_step = keep.every_steps and at.step % keep.every_steps == 0
+        return bool(by_step or (keep.every_minutes and at.seconds - at.last_save > 60 * keep.every_minutes))
+
+    def evaluation_is_due(self) -> bool:
+        every = self.config.eval_every_minutes
+        return bool(every and self.counters.seconds - self.counters.last_eval > 60 * every)

@@ -1,0 +1,62 @@
+"""The figures of a finished run."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from typing import Any
+
+from ..config import ModelConfig
+from ..plan.cost import count_parameters
+from ..runtime import Machine, peak_memory
+from .likelihood import Document, Likelihood
+from .state import TrainState
+
+MAX_VIO_SHARE = 0.1
+"""`max_vio` is the mean over the last tenth of the steps: one batch says little."""
+
+
+def describe_model(model: ModelConfig, machine: Machine) -> str:
+    """One line for the display."""
+    count = count_parameters(model)
+    kind = "MLA" if model.uses_mla else "GQA"
+    kind += " + MoE" if model.is_moe_layer(model.num_hidden_layers - 1) else " + dense"
+    kind += f" + MTP {model.num_nextn_predict_layers}" if model.num_nextn_predict_layers else ""
+    return f"{kind}, {count.total / 1e6:.1f}M parameters, {count.active / 1e6:.1f}M active; {machine.describe()}"
+
+
+def xz_bits_per_byte(texts: list[str]) -> float:
+    """Bits per byte of `xz -9e` on the texts one after the other: what a strong general compressor makes of them."""
+    data = "".join(texts).encode("utf-8", "surrogatepass")
+    return 8 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / len(data)
+
+
+def summarize(state: TrainState, machine: Machine, scored: list[Document], final: Likelihood) -> dict[str, Any]:
+    """What `summary.json` holds; keys are stable. `scored` are the held-out documents that `final` is the likelihood of."""
+    at, count = state.counters, count_parameters(state.config.model)
+    rows = [json.loads(line) for line in state.folder.metrics.read_text(encoding="utf-8").splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    last = steps[-max(1, round(MAX_VIO_SHARE * len(steps))) :]
+    violations = [row["max_vio"] for row in last if "max_vio" in row]
+    texts = [state.data.tokenizer.decode(tokens) for tokens, _ in scored]
+    training_seconds = sum(state.config.tokens_per_step / row["tokens_per_second"] for row in steps)
+    return {
+        "val_bpb": final.bits_per_byte,
+        "xz_bpb": xz_bits_per_byte(texts),
+        "val_loss": final.nats_per_token,
+        "val_tokens": final.tokens,
+        "val_bytes": final.bytes,
+        "tokens": at.tokens,
+        "steps": at.step,
+        "skipped": at.skipped,
+        "train_flops": at.flops,
+        "seconds": at.seconds,
+        "tokens_per_second": at.tokens / training_seconds,
+        "peak_share": at.flops / training_seconds / machine.peak_flops,
+        "max_vio": sum(violations) / len(violations) if violations else None,
+        "params_total": count.total,
+        "params_active": count.active,
+        "params_mtp": count.mtp,
+        "precision": machine.precision,
+        "peak_memory": peak_memory(machine.device),
+    }

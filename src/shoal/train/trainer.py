@@ -1,0 +1,172 @@
+"""Pretraining: one visible loop.
+
+The walk of a step: batches -> model (attention, experts, dispatch) -> losses -> gradients -> optimizers -> routing bias.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import TrainConfig, UserError
+from ..data import Batches, Tokenizer, open_corpus, prepare
+from ..plan.cost import flops_per_token, optimizer_flops
+from ..runtime import Machine, start
+from .balance import StepRouting, routing_row, update_biases
+from .budget import Budget
+from .display import Display
+from .likelihood import held_out, likelihood
+from .loss import compute_losses
+from .metrics import MetricsLog
+from .optimizer import clip_gradients
+from .run_folder import RunFolder, find_run, new_run, refuse_changes, run_facts
+from .schedule import learning_rate_share, mtp_weight
+from .signals import StopRequest
+from .state import TrainState
+from .summary import describe_model, summarize
+
+SKIPPED_IN_A_ROW = 20
+"""So many steps without a finite loss and gradient, one after the other, end the run: it will not recover."""
+
+LOAD_EVERY = 10
+"""Steps between rows that hold the load of every expert."""
+
+
+@dataclass
+class Trained:
+    """Result of a run."""
+
+    folder: Path
+    summary: dict[str, Any]
+    finished: bool
+    """False where the run was asked to stop before its budget was spent."""
+
+
+def train(requested: TrainConfig) -> Trained:
+    """Train as asked. Figures go to the run folder, progress to stderr; nothing is printed to stdout."""
+    requested.validate()
+    folder = find_run(requested.out) if requested.resume else None
+    precision = folder.read_json("run.json")["precision"] if folder else requested.precision
+    machine = start(requested.device, precision, requested.threads)
+    corpus = open_corpus(requested.data, requested.corpus)
+    tokenizer = Tokenizer.load(requested.corpus.tokenizer) if requested.corpus.tokenizer else None
+    data = prepare(corpus, tokenizer, requested.model.vocab_size, requested.corpus)
+    # A tokenizer may hold fewer or more tokens than asked for; rows of the embedding come in multiples of 64.
+    vocab_size = math.ceil(data.tokenizer.vocab_size / 64) * 64
+    config = replace(requested, model=replace(requested.model, vocab_size=vocab_size))
+    lookahead = 1 + config.model.num_nextn_predict_layers
+    batches = Batches(data.train, config.sequence_length, config.batch_size, config.seed, lookahead=lookahead)
+    if folder is None:
+        folder = new_run(requested, corpus.name)
+        folder.write_json("run.json", run_facts(requested, data.fingerprint, machine.precision))
+    else:
+        refuse_changes(folder.read_json("run.json"), requested, data.fingerprint)
+    folder.write_config(config)
+    return run_loop(TrainState.create(config, folder, data, batches, machine), machine)
+
+
+def run_loop(state: TrainState, machine: Machine) -> Trained:
+    """Take steps until the budget is spent or a signal asks to stop; evaluate, save, sum up."""
+    config, model, at = state.config, state.model, state.counters
+    budget = Budget.of(config)
+    flops = flops_per_token(config.model, config.sequence_length, training=True)
+    step_flops = optimizer_flops(config.model, config.optimizer.muon_steps) if config.optimizer.name == "muon" else 0
+    bytes_per_token = state.data.train.num_bytes / state.data.train.num_tokens
+    skipped_in_a_row = 0
+    state.folder.keep_metrics_up_to(at.step)
+    model.train()
+    with (
+        MetricsLog(state.folder.path, config.tensorboard) as log,
+        Display(str(budget), describe_model(config.model, machine)) as display,
+        StopRequest() as stop,
+    ):
+        began = time.perf_counter() - at.seconds
+        while (progress := budget.progress(at.step, at.seconds)) < 1 and not stop.asked:
+            step_began = time.perf_counter()
+            lr_share = learning_rate_share(config.schedule, progress)
+            weight = mtp_weight(config.mtp, progress) if config.model.num_nextn_predict_layers else 0.0
+
+            micro_batches = state.batches.next().split(config.micro_batch_size or config.batch_size)
+            figures, routing = [], StepRouting()
+            for rows in micro_batches:
+                with machine.autocast():
+                    losses = compute_losses(model, rows.to(machine.device), weight, config.balance.sequence_loss)
+                (losses.total / len(micro_batches)).backward()
+                figures.append(torch.stack([losses.total.detach(), losses.main, losses.mtp, losses.balance]))
+                routing.add(losses.routing)
+            grad_norm = clip_gradients(model, config.optimizer.clip)
+
+            # The one place of a step where the device is waited for.
+            on_host = torch.cat([torch.stack(figures).mean(0), grad_norm[None], routing.figures()]).tolist()
+            total, main, mtp, balance, norm, *routed = on_host
+            finite = math.isfinite(total) and math.isfinite(norm)
+            if finite:
+                state.optimizers.step(lr_share)
+                update_biases(model, routing, config.balance.bias_update_speed)
+            state.optimizers.zero_grad()
+
+            now = time.perf_counter()
+            skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
+            spent = (flops.total if weight else flops.main) * config.tokens_per_step + step_flops
+            at.step += 1
+            at.tokens += config.tokens_per_step
+            at.flops += spent
+            at.skipped += not finite
+            at.seconds = now - began
+            row = {
+                "step": at.step, "tokens": at.tokens, "flops": at.flops, "seconds": round(at.seconds, 3),
+                "loss": main, "bpb": main / math.log(2) / bytes_per_token, "lr": lr_share, "grad_norm": norm,
+                "tokens_per_second": config.tokens_per_step / (now - step_began),
+                "tflops": spent / (now - step_began) / 1e12,
+                "peak_share": spent / (now - step_began) / machine.peak_flops,
+                "skipped": at.skipped,
+            }  # fmt: skip
+            if weight:
+                row["mtp_loss"] = mtp
+            if routed:
+                row |= {"balance_loss": balance} | routing_row(routed)
+                if at.step % LOAD_EVERY == 1:
+                    row["expert_load"] = routing.shares()
+            log.write(row)
+            display.step(row, budget.progress(at.step, at.seconds), budget.seconds_left(at.step, at.seconds))
+
+            if skipped_in_a_row >= SKIPPED_IN_A_ROW:
+                raise UserError(f"no finite loss for {SKIPPED_IN_A_ROW} steps in a row: lower the learning rates and start again")
+            if budget.progress(at.step, at.seconds) < 1 and not stop.asked:
+                saving = state.save_is_due()
+                if saving or state.evaluation_is_due():
+                    bpb = evaluate(state, machine, log, display, config.eval_tokens)
+                    at.last_eval = at.seconds = time.perf_counter() - began
+                if saving:
+                    state.save(bpb)
+                    at.last_save = at.seconds = time.perf_counter() - began
+
+        if stop.asked:
+            state.save(None)
+            display.message(f"stopped at step {at.step} and saved; go on with: shoal train --resume --out {state.folder.path}")
+            return Trained(state.folder.path, {"step": at.step}, finished=False)
+        state.save(evaluate(state, machine, log, display, config.eval_tokens))
+        display.message("scoring the held-out text")
+        documents = held_out(state.data.val, 64 * config.eval_tokens)
+        final = likelihood(model, machine, documents, window=config.sequence_length)
+    summary = summarize(state, machine, documents, final)
+    state.folder.write_json("summary.json", summary)
+    return Trained(state.folder.path, summary, finished=True)
+
+
+def evaluate(state: TrainState, machine: Machine, log: MetricsLog, display: Display, tokens: int) -> float:
+    """Bits per byte of about `tokens` tokens of held-out documents, the same ones every time."""
+    at = state.counters
+    result = likelihood(state.model, machine, held_out(state.data.val, tokens), window=state.config.sequence_length)
+    row = {
+        "step": at.step, "tokens": at.tokens, "flops": at.flops, "seconds": round(at.seconds, 3),
+        "val_bpb": result.bits_per_byte, "val_loss": result.nats_per_token,
+    }  # fmt: skip
+    log.write(row)
+    display.evaluation(row)
+    return result.bits_per_byte

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shoal.config import UserError
+from shoal.data.tokenizer import Tokenizer, train_tokenizer
+from shoal.formats.export import chat_template, export_model
+from shoal.formats.huggingface import load_model
+from shoal.model import Transformer
+
+Make = Callable[..., Transformer]
+BOS, EOS, USER, ASSISTANT = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"
+
+
+@pytest.fixture(scope="module")
+def bpe() -> Tokenizer:
+    return train_tokenizer(["The quick brown fox jumps over the lazy dog. " * 20, "Ein Käse für 12 €; 漢字\n\tdef f(x): return x"], 400)
+
+
+def test_transformers_opens_an_export_unchanged(make_model: Make, bpe: Tokenizer, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = make_model(vocab_size=400)
+    folder = tmp_path / "small-fish"
+    export_model(model, bpe, folder, torch.float32, training_tokens=12345)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in ("The lazy dog", "  Käse\n\n\t12345 漢字 €🙂", f"{EOS}literal?", ""):
+        ids = tokenizer(text)["input_ids"]
+        assert ids == bpe.encode(text, bos=True, special=True)
+        assert tokenizer.decode(ids) == bpe.decode(ids, skip_special=False)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1) == (theirs.config.bos_token_id, theirs.config.eos_token_id)
+    assert tokenizer.model_max_length == model.config.max_position_embeddings
+    assert theirs.generation_config.eos_token_id == 1
+    ids = torch.tensor([bpe.encode("The quick brown fox", bos=True)])
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, model.logits(model(ids).hidden), atol=1e-4, rtol=0)
+
+
+def test_chat_template_renders_and_marks_what_the_assistant_says(make_model: Make, bpe: Tokenizer, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    export_model(make_model(vocab_size=400), bpe, tmp_path / "out", torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "The fox?"},
+        {"role": "assistant", "content": "<think>hm</think>\n\nJumps."},
+        {"role": "user", "content": "The dog?"},
+    ]
+    asked = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert asked == f"{BOS}Be brief.{USER}The fox?{ASSISTANT}Jumps.{EOS}{USER}The dog?{ASSISTANT}"
+    answered = [*messages, {"role": "assistant", "content": "<think>so</think>Lazy."}]
+    rendered = tokenizer.apply_chat_template(answered, return_dict=True, return_assistant_tokens_mask=True)
+    ids, mask = rendered["input_ids"], rendered["assistant_masks"]
+    assert ids.count(0) == 1
+    said = tokenizer.decode([token for token, marked in zip(ids, mask, strict=True) if marked])
+    assert said == f"Jumps.{EOS}<think>so</think>Lazy.{EOS}"
+    with pytest.raises(Exception, match="needs the role"):
+        tokenizer.apply_chat_template([{"role": "wizard", "content": "x"}])
+
+
+def test_a_tokenizers_own_chat_template_is_kept(make_model: Make, bpe: Tokenizer, tmp_path: Path) -> None:
+    own = Tokenizer(bpe.json, bpe.config, chat_template="{{ messages[0].content }}")
+    export_model(make_model(vocab_size=400), own, tmp_path / "out", torch.float32)
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages[0].content }}" != chat_template()
+
+
+def test_model_card_states_the_facts(make_model: Make, tokenizer: Any, tmp_path: Path) -> None:
+    model = make_model(tie_word_embeddings=True)
+    export_model(model, tokenizer, tmp_path / "fish", torch.bfloat16, training_tokens=1_000_000, license="mit")
+    front, body = (tmp_path / "fish" / "README.md").read_text().removeprefix("---\n").split("\n---\n", 1)
+    unique = {parameter.data_ptr(): parameter.numel() for parameter in model.parameters()}
+    assert {"license: mit", "library_name: transformers", "- deepseek_v3", "training_tokens: 1000000"} <= set(front.splitlines())
+    assert f"parameters: {sum(unique.values())}" in front
+    assert body.startswith("\n# fish\n")
+    assert "1,000,000" in body
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting"),
+    [
+        ({"qk_norm": True}, "qk_norm"),
+        ({"logit_softcap": 15.0}, "logit_softcap is 15.0"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq"),
+        ({"scoring_func": "softmax"}, "scoring_func is softmax and not sigmoid"),
+        ({"topk_method": "greedy"}, "topk_method"),
+        ({"model_type": "deepseek_v2", "topk_method": "greedy", "scoring_func": "softmax"}, "norm_topk_prob"),
+        ({"model_type": "llama", "hidden_size": 36, "num_attention_heads": 5, "head_dim": 8}, "hidden_size 36"),
+    ],
+)
+def test_settings_that_others_lack_are_refused(
+    make_model: Make, tokenizer: Any, tmp_path: Path, changes: dict[str, Any], setting: str
+) -> None:
+    with pytest.raises(UserError, match=setting):
+        export_model(make_model(**changes), tokenizer, tmp_path / "out", torch.float32)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_an_earlier_export_is_replaced(make_model: Make, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    export_model(make_model(seed=1), tokenizer, folder, torch.float32)
+    export_model(make_model(seed=2), tokenizer, folder, torch.float32)
+    second = load_model(folder).lm_head.weight
+    assert torch.equal(second, make_model(seed=2).lm_head.weight)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tokenizer), "save", lambda *args: os.stat(tmp_path / "absent"))
+        with pytest.raises(FileNotFoundError):
+            export_model(make_model(seed=3), tokenizer, folder, torch.float32)
+    assert torch.equal(load_model(folder).lm_head.weight, second)
+    assert list(tmp_path.iterdir()) == [folder]
+    (folder / "thesis.txt").write_text("my only copy")
+    with pytest.raises(UserError, match="not an earlier export"):
+        export_model(make_model(), tokenizer, folder, torch.float32)
+    (folder / "thesis.txt").rename(tmp_path / "file")
+    (folder / "README.md").write_text("# Someone else's model")
+    for path in (folder, tmp_path / "file"):
+        with pytest.raises(UserError, match="not an earlier export"):
+            export_model(make_model(), tokenizer, path, torch.float32)

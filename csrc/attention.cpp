@@ -14,12 +14,8 @@ namespace shoal::SHOAL_ISA {
 namespace {
 
 // Block sizes: whole tiles, and scores that stay in the nearest caches.
-#ifndef KQ
-#define KQ 96
-#define KK 192
-#endif
-constexpr int64_t kQueries = KQ;
-constexpr int64_t kKeys = KK;
+constexpr int64_t kQueries = 96;
+constexpr int64_t kKeys = 192;
 static_assert(kQueries % kTileRows == 0 && kKeys % kTileRows == 0 && kKeys % kPanel == 0);
 
 // Copies rows, with zeros after `width` up to `padded`.
@@ -73,8 +69,8 @@ struct Layout {
 };
 
 // One block of queries [q0, q0 + rows) against all keys before them.
-void attend(const AttentionShape& s, const Layout& layout, int64_t q0, int64_t rows, const float* q, int64_t q_stride, const float* k_panels,
-            const float* v, float* block, float* sums, float* y, int64_t y_stride, float* log_sum) {
+void attend(const AttentionShape& s, const Layout& layout, int64_t q0, int64_t rows, const float* q, int64_t q_stride,
+            const float* k_panels, const float* v, float* block, float* sums, float* y, int64_t y_stride, float* log_sum) {
     float top[kQueries];
     Vec total[kQueries] = {};
     for (int64_t r = 0; r < rows; ++r) top[r] = -INFINITY;
@@ -200,10 +196,11 @@ void attention_backward(AttentionShape s, Heads q, Heads k, Heads v, Heads y, co
                             Vec p = exp(acc * s.scale - log_sums[q0 + r]);
                             store(probabilities + r * kKeys + c, lanes + int32_t(k0 + c) <= int32_t(q0 + r) ? p : Vec{});
                         });
-                        scores(q0, rows, k0, columns, grad_rows + q0 * narrow, narrow, v_panels, s.v_width, [&](int64_t r, int64_t c, Vec acc) {
+                        auto slope = [&](int64_t r, int64_t c, Vec acc) {
                             Vec p = load(probabilities + r * kKeys + c);
                             store(slopes + r * kKeys + c, p * (acc - delta[q0 + r]) * s.scale);
-                        });
+                        };
+                        scores(q0, rows, k0, columns, grad_rows + q0 * narrow, narrow, v_panels, s.v_width, slope);
                         auto queries_of = [&](int64_t c) { return Range{larger(0, k0 + c - q0), rows}; };
                         multiply(columns, narrow, probabilities, 1, kKeys, grad_rows + q0 * narrow, narrow, queries_of,
                                  add_to(v_sums + k0 * narrow, narrow));

@@ -7,18 +7,23 @@
 
 namespace shoal {
 
+// Inlined by force: the linker would otherwise merge the copies of different instruction sets.
+#define SHOAL_INLINE_MEMBER __attribute__((always_inline)) inline
+
 // [rows, width], rows `stride` floats apart.
 struct Rows {
     float* data;
     int64_t stride;
-    float* operator[](int64_t row) const { return data + row * stride; }
+    SHOAL_INLINE_MEMBER float* operator[](int64_t row) const { return data + row * stride; }
 };
 
 // [B, T, H, width], the last dimension contiguous.
 struct Heads {
     float* data;
     int64_t batch_stride, time_stride, head_stride;
-    float* at(int64_t b, int64_t t, int64_t h) const { return data + b * batch_stride + t * time_stride + h * head_stride; }
+    SHOAL_INLINE_MEMBER float* at(int64_t b, int64_t t, int64_t h) const {
+        return data + b * batch_stride + t * time_stride + h * head_stride;
+    }
 };
 
 struct RopeShape {
@@ -52,8 +57,6 @@ struct Kernels {
     void (*cross_entropy)(int64_t rows, int64_t vocab, Rows logits, const int64_t* targets, float softcap, bool with_grad, float* nats,
                           int threads);
 
-    // y[r] = x[index[r]].
-    void (*gather)(int64_t rows, int64_t width, Rows x, const int64_t* index, Rows y, int threads);
     // y[n] = sum over k of weights[n, k] * x[index[n, k]]; without weights a plain sum.
     void (*combine)(int64_t tokens, int64_t per_token, int64_t width, Rows x, const float* weights, const int64_t* index, Rows y,
                     int threads);

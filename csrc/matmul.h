@@ -16,7 +16,8 @@ struct Range {
 // done(row, vector, acc) for rows [0, rows) of A [M, depth] times B [depth, V registers]; A's elements are a_row and a_column apart.
 // Rows beyond `rows` are computed from the last one and dropped.
 template <int M, int V, class Done>
-SHOAL_INLINE void tile(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, Done done) {
+SHOAL_INLINE void tile(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row,
+                       Done done) {
     const float* from[M] = {a};
 #pragma GCC unroll 16
     for (int i = 1; i < M; ++i) from[i] = from[i - 1] + (i < rows ? a_row : 0);

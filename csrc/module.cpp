@@ -152,14 +152,6 @@ class Cpu {
         run_->cross_entropy(rows, logits.size(1), in_place, index, softcap.value_or(0), with_grad, out, threads);
     }
 
-    void gather(Tensor x, Tensor index, Tensor y, int threads) {
-        Rows from = x.rows(), to = y.rows();
-        const int64_t* rows = index.indices(x.size(0));
-        expect(y.size(1) == x.size(1) && index.numel() == y.size(0));
-        nb::gil_scoped_release release;
-        run_->gather(y.size(0), y.size(1), from, rows, to, threads);
-    }
-
     void combine(Tensor x, optional<Tensor> weights, Tensor index, Tensor y, int threads) {
         Rows from = x.rows(), to = y.rows();
         const int64_t* rows = index.indices(x.size(0));
@@ -202,7 +194,6 @@ NB_MODULE(_cpu, m) {
         .def("attention_backward", &Cpu::attention_backward)
         .def("cross_entropy", &Cpu::cross_entropy, nb::arg("logits"), nb::arg("targets"), nb::arg("softcap").none(), nb::arg("with_grad"),
              nb::arg("nats"), nb::arg("threads"))
-        .def("gather", &Cpu::gather)
         .def("combine", &Cpu::combine, nb::arg("x"), nb::arg("weights").none(), nb::arg("index"), nb::arg("y"), nb::arg("threads"))
         .def("combine_backward", &Cpu::combine_backward);
 }

@@ -14,12 +14,11 @@ SHOAL_DECLARE(rope);
 SHOAL_DECLARE(attention);
 SHOAL_DECLARE(attention_backward);
 SHOAL_DECLARE(cross_entropy);
-SHOAL_DECLARE(gather);
 SHOAL_DECLARE(combine);
 SHOAL_DECLARE(combine_backward);
 
 const Kernels kernels = {
-    rms_norm, rms_norm_backward, swiglu, swiglu_backward, rope, attention, attention_backward, cross_entropy, gather, combine, combine_backward,
+    rms_norm, rms_norm_backward, swiglu, swiglu_backward, rope, attention, attention_backward, cross_entropy, combine, combine_backward,
 };
 
 }  // namespace shoal::SHOAL_ISA

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import time
 from collections.abc import Iterator
@@ -50,6 +51,7 @@ def start(device: str = "auto", precision: str = "auto", threads: int = 0) -> Ma
     """Set threads, choose device and precision, measure the matmul peak (about half a second)."""
     count = threads or available_cores()
     torch.set_num_threads(count)
+    keep_freed_memory()
     target = choose_device(device)
     torch.set_float32_matmul_precision("high")
     rates = {"fp32": matmul_rate(target, torch.float32)}
@@ -61,6 +63,22 @@ def start(device: str = "auto", precision: str = "auto", threads: int = 0) -> Ma
     else:
         reason = "as asked"
     return Machine(target, precision, count, rates[precision], reason)
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to reuse large blocks instead of returning them to the system at every free.
+
+    A training step frees and allocates the same activations again; fresh pages cost a fault each, which took about a
+    seventh of the time of a small model's step. Other C libraries are left as they are.
+    """
+    mmap_max, trim_threshold, top_pad = -4, -1, -2  # parameters of mallopt(3)
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(top_pad, 64 << 20)
+    except (OSError, AttributeError):
+        return
 
 
 def available_cores() -> int:

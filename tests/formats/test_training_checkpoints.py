@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from shoal.config import UserError
-from shoal.formats import atomic, checkpoints
+from shoal import atomic
+from shoal.formats import checkpoints
 from shoal.formats.checkpoints import (
     checkpoint_step,
     clean_temporary,

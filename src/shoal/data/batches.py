@@ -83,7 +83,7 @@ class Batches:
 
     def _begin_epoch(self, epoch: int) -> None:
         """Draw the order of documents and rows."""
-        draw = np.random.default_rng([self._seed, epoch])
+        draw = np.random.default_rng([self._seed % 2**64, epoch])  # NumPy takes no negative seed
         order = draw.permutation(self._tokens.num_documents)
         lengths = np.diff(self._tokens.documents)[order]
         self._starts = np.cumsum(lengths) - lengths  # where each document begins in the shuffled stream

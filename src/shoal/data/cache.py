@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
+
+from ..atomic import new_folder
 
 
 def build_once(folder: Path, build: Callable[[Path], object]) -> None:
@@ -22,27 +22,5 @@ def build_once(folder: Path, build: Callable[[Path], object]) -> None:
     with FileLock(f"{folder}.lock"):
         if folder.exists():
             return
-        partial = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        try:
+        with new_folder(folder) as partial:
             build(partial)
-            for file in partial.iterdir():
-                _to_disk(file)
-            _to_disk(partial)
-            partial.rename(folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        _to_disk(folder.parent)
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until the content of a file, or the names in a folder, would survive a power cut."""
-    if path.is_dir() and os.name != "posix":
-        return  # Windows cannot open a folder, and orders these writes itself
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -190,15 +190,14 @@ class _Writer:
 
 
 def _load(folder: Path, tokenizer: Tokenizer) -> PreparedData:
-    meta = json.loads((folder / "meta.json").read_text())
-
-    def load(split: str) -> TokenShards:
+    def load(split: str, dtype: str) -> TokenShards:
         documents = np.load(folder / f"{split}.documents.npy", mmap_mode="r")
         document_bytes = np.load(folder / f"{split}.bytes.npy", mmap_mode="r")
-        tokens = np.memmap(folder / f"{split}.tokens", dtype=meta["dtype"], mode="r", shape=(int(documents[-1]),))
+        tokens = np.memmap(folder / f"{split}.tokens", dtype=dtype, mode="r", shape=(int(documents[-1]),))
         return TokenShards(tokens, documents, document_bytes)
 
     try:
-        return PreparedData(tokenizer, load("train"), load("val"), meta["fingerprint"])
-    except ValueError as error:
+        meta = json.loads((folder / "meta.json").read_text())
+        return PreparedData(tokenizer, load("train", meta["dtype"]), load("val", meta["dtype"]), meta["fingerprint"])
+    except (ValueError, EOFError, FileNotFoundError) as error:
         raise UserError(f"the tokenized data in {folder} is damaged ({error}): delete that folder and start again") from error

@@ -66,7 +66,7 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Equal for equal names, sizes and times of change of all files, and equal settings that matter."""
+        """Equal for equal names, sizes and times of change of all files, equal names of datasets, and equal settings that matter."""
         settings = (self.column, self.val_fraction if any(source.split in ("shared", "end") for source in self.sources) else None)
         versions = [(source.name, source.version, source.split) for source in self.sources]
         return hashlib.sha256(repr((settings, versions)).encode()).hexdigest()[:16]
@@ -76,8 +76,8 @@ class Corpus:
         notes: dict[Split, str] = {
             "train": "for training",
             "val": "for validation",
-            "shared": f"with about {self.val_fraction:.2g} of the documents held out",
-            "end": "with the end held out",
+            "shared": "with some documents held out for validation",
+            "end": "with its end held out for validation",
         }
         parts = []
         for split, note in notes.items():
@@ -105,6 +105,13 @@ class Corpus:
             for index, (text, position) in enumerate(_not_blank(source)):
                 yield Document(text, self._is_held_out(source, index, text), (before + position) / total)
             before += source.size
+
+    def texts_to_score(self) -> Iterator[str]:
+        """What `shoal eval` reads: the `val` sources where there are any, otherwise every document of every source."""
+        marked = [source for source in self.sources if source.split == "val"]
+        for source in marked or self.sources:
+            for text, _ in _not_blank(source):
+                yield text
 
     def _is_held_out(self, source: Source, index: int, text: str) -> bool:
         if source.split == "shared":
@@ -146,8 +153,6 @@ class Corpus:
                 held += len(text) if digest < share else 0
                 if held >= HELD_OUT_CHARACTERS:
                     return share
-        if not sizes:
-            raise UserError(f"{self.name} holds no text: give other data")
         if len(sizes) == 1:
             raise UserError(f"{self.name} holds only one document, so none can be held out: give more, or train and val files")
         wanted, held = self._held_out_characters(sum(sizes.values())), 0

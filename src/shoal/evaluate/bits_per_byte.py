@@ -48,7 +48,7 @@ def _tokenized(corpus: Corpus, tokenizer: Tokenizer, limit: int | None) -> Itera
     """Documents as `likelihood` takes them: begin-of-text (end-of-text where there is none), text, end-of-text."""
     start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     count = 0
-    for text in corpus.held_out_documents():
+    for text in corpus.texts_to_score():
         tokens = [start, *tokenizer.encode(text), tokenizer.eos_id]
         yield np.asarray(tokens), len(text.encode("utf-8", "surrogatepass"))
         count += len(tokens)

@@ -14,7 +14,7 @@ import torch
 
 from ..config import UserError
 from ..model import Transformer
-from .atomic import TEMPORARY, new_folder, remove_folder, sync
+from ..atomic import TEMPORARY, new_folder, remove_folder, sync
 from .huggingface import save_model
 
 MARKER = "COMPLETE"

@@ -11,7 +11,7 @@ import torch
 from ..config import ModelConfig, UserError
 from ..config.huggingface import export_obstacles
 from ..model import Transformer
-from .atomic import new_folder
+from ..atomic import new_folder
 from .checkpoints import SavesFiles
 from .huggingface import save_model
 

@@ -1,11 +1,12 @@
-"""The hot operations, one function each."""
+"""The hot operations, one function each; which kernels run them is decided once, at import."""
 
+from .cross_entropy import linear_cross_entropy as linear_cross_entropy
+from .grouped import grouped_linear as grouped_linear
 from .ops import apply_rope as apply_rope
 from .ops import causal_attention as causal_attention
 from .ops import combine_tokens as combine_tokens
-from .ops import grouped_linear as grouped_linear
-from .ops import linear_cross_entropy as linear_cross_entropy
 from .ops import permute_tokens as permute_tokens
 from .ops import rms_norm as rms_norm
 from .ops import sort_by_expert as sort_by_expert
 from .ops import swiglu as swiglu
+from .selection import backend as backend

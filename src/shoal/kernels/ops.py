@@ -1,10 +1,80 @@
-"""Temporary while the C++ is being written: the public functions."""
-from .cross_entropy import linear_cross_entropy as linear_cross_entropy
-from .reference import apply_rope as apply_rope
-from .reference import causal_attention as causal_attention
-from .reference import combine_tokens as combine_tokens
-from .reference import grouped_linear as grouped_linear
-from .reference import permute_tokens as permute_tokens
-from .reference import rms_norm as rms_norm
-from .reference import sort_by_expert as sort_by_expert
-from .reference import swiglu as swiglu
+"""The hot operations. Each takes its fastest kernel for the tensors it is given; `reference` says what it computes.
+
+All are deterministic: the same inputs on the same number of threads give the same bits, gradients included.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import cpu, reference
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (1910.07467), computed in fp32.
+
+    Args:
+        x: [..., D].
+        weight: [D], or None for no weights.
+
+    Returns:
+        [..., D] in x's dtype.
+    """
+    return (cpu if cpu.runs(x, weight) else reference).rms_norm(x, weight, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (2002.05202); both and the result [..., F]."""
+    return (cpu if cpu.runs(gate, up) else reference).swiglu(gate, up)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Turn pairs of channels by their position's angles (2104.09864); the result keeps the layout of the pairs.
+
+    Args:
+        x: [B, T, H, R].
+        cos, sin: [B or 1, T, R/2].
+        interleaved: pairs are (2i, 2i+1), as in DeepSeek checkpoints; otherwise (i, i + R/2), as in Llama.
+
+    Returns:
+        [B, T, H, R].
+    """
+    return (cpu if cpu.runs(x, cos, sin) else reference).apply_rope(x, cos, sin, interleaved)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """softmax(scale * q k^T) v where each position sees itself and those before it. No cache: all share one T.
+
+    Args:
+        q: [B, T, H, Dk], any strides with a contiguous last dimension, as for k and v.
+        k: [B, T, Hkv, Dk]; Hkv divides H, and each key head serves H / Hkv neighbouring query heads.
+        v: [B, T, Hkv, Dv].
+
+    Returns:
+        [B, T, H, Dv].
+    """
+    return (cpu if cpu.runs(q, k, v) else reference).causal_attention(q, k, v, scale)
+
+
+def sort_by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort the N*K (token, slot) pairs by expert; pairs of one expert keep their order.
+
+    Args:
+        indices: [N, K], the experts of each token.
+
+    Returns:
+        order: [N*K], the token of each sorted row.
+        inverse: [N*K], the sorted row of each pair.
+        offsets: [E] int32, where the rows of each expert end.
+    """
+    return reference.sort_by_expert(indices, num_experts)
+
+
+def permute_tokens(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Copy each token [N, D] to its experts' rows [N*K, D]; `order` and `inverse` come from `sort_by_expert`."""
+    return (cpu if cpu.runs(x) else reference).permute_tokens(x, order, inverse)
+
+
+def combine_tokens(y: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:
+    """Sum each token's K rows of y [N*K, D] with its weights [N, K]: the way back of `permute_tokens`. Returns [N, D]."""
+    return (cpu if cpu.runs(y, weights) else reference).combine_tokens(y, weights, inverse)

@@ -5,10 +5,12 @@ Shapes: B sequences, T positions, H heads, N tokens, K experts per token, E expe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 IGNORED = -100
 """Target that `linear_cross_entropy` does not count, as in `torch.nn.functional.cross_entropy`."""
@@ -85,14 +87,14 @@ def combine_tokens(y: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:
 class _Permute(torch.autograd.Function):
     # Autograd's own backward of a gather adds rows in no fixed order on a GPU; here each token gathers its K gradients.
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
         ctx.shape = x.shape
         return x.index_select(0, order)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         tokens, width = ctx.shape
         return grad.index_select(0, inverse).view(tokens, -1, width).sum(1), None, None
@@ -100,14 +102,14 @@ class _Permute(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, y: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(y, weights, inverse)
         rows = y.index_select(0, inverse).view(*weights.shape, -1)
         return (rows * weights.unsqueeze(-1)).sum(1).to(y.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         y, weights, inverse = ctx.saved_tensors
         grad_rows = (weights.unsqueeze(-1) * grad.unsqueeze(1)).flatten(0, 1).to(y.dtype)
         grad_y = torch.empty_like(y).index_copy_(0, inverse, grad_rows)  # a permutation: no row is written twice
@@ -117,5 +119,5 @@ class _Combine(torch.autograd.Function):
 
 
 def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    bounds = [0, *offsets.tolist()]
-    return torch.cat([x[start:end] @ w.T for start, end, w in zip(bounds, bounds[1:], weight, strict=False)])
+    sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
+    return torch.cat([rows @ w.T for rows, w in zip(x.split(sizes), weight, strict=True)])

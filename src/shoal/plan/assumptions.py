@@ -11,7 +11,8 @@ from .hardware import Machine
 class Assumptions:
     """Shares of a datasheet peak that real kernels sustain, and what else a plan takes for granted.
 
-    They come from published kernel measurements, not from the training runs that plans are compared with.
+    Rates come from published kernel measurements. `communication_sm_share` is DeepSeek-V3's own setting, and
+    `expert_imbalance` is a judgement that no source states: both bear on how well V3's published hours are met.
     """
 
     bf16_efficiency: float = 0.65
@@ -30,7 +31,8 @@ class Assumptions:
     communication_sm_share: float = 20 / 132
     """Share of a GPU's processors that runs communication while it overlaps with computation (V3 report, 3.2.2)."""
     expert_imbalance: float = 1.15
-    """Tokens of the busiest expert-parallel rank over the mean (2408.15664: 4% over a whole batch; a micro-batch is worse)."""
+    """Tokens of the busiest expert-parallel rank over the mean. A judgement: 2408.15664 gives 1.04 for experts over a whole batch,
+    and a micro-batch is worse."""
     memory_reserve: float = 0.08
     """Share of device memory left to the driver, communication buffers and fragmentation."""
     mtp_acceptance: float = 0.85

@@ -131,13 +131,11 @@ NUMBER_FORMATS = {
 QUANTIZED_PARTS = ("attention", "dense_ffn", "routed_experts", "shared_experts")
 """Parts that fp8, int8 and int4 apply to; embedding, head, router, norms and `eh_proj` stay in BF16 (V3 report, 3.3)."""
 
+NEWTON_SCHULZ_STEPS = 5
+"""Iterations of Muon's orthogonalisation, where a plan is not told otherwise."""
+
 HIDDEN_PARTS = (*QUANTIZED_PARTS, "mtp_projection")
 """Parts whose matrices Muon trains; embedding, head, router and norms belong to AdamW."""
-
-
-def moe_layers(model: ModelConfig) -> int:
-    """Number of mixture-of-experts layers of the main model."""
-    return sum(model.is_moe_layer(layer) for layer in range(model.num_hidden_layers))
 
 
 def attention_matrices(model: ModelConfig) -> list[Matrix]:

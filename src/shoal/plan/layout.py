@@ -171,10 +171,14 @@ def stage_parameters(model: ModelConfig, stage: Stage) -> tuple[int, int]:
         replicated += layers * sum(layer_vectors(model))
         if module:
             replicated += layers * (2 * model.hidden_size**2 + 3 * model.hidden_size)
-    table = model.vocab_size * model.hidden_size
-    replicated += table * stage.embedding + model.hidden_size * stage.head
-    if stage.head and not (stage.embedding and model.tie_word_embeddings):
-        replicated += table
-    if stage.head and not stage.embedding and model.num_nextn_predict_layers:
-        replicated += table  # the prediction modules look tokens up on the last stage
-    return replicated, experts
+    return replicated + table_parameters(model, stage) + model.hidden_size * stage.head, experts
+
+
+def table_parameters(model: ModelConfig, stage: Stage) -> int:
+    """Parameters of embedding and head on a stage; the prediction modules look tokens up, so their stage has both."""
+    tables = int(stage.embedding) + int(stage.head)
+    if stage.head and stage.embedding:
+        tables -= model.tie_word_embeddings
+    elif stage.head and model.num_nextn_predict_layers:
+        tables += 1
+    return tables * model.vocab_size * model.hidden_size

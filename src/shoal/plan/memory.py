@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from shoal.config import ModelConfig
 
 from .cost import HIDDEN_PARTS, layer_matrices
-from .layout import Layout, Stage, stage_kinds, stage_parameters
+from .layout import Layout, Stage, stage_kinds, stage_parameters, table_parameters
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,15 @@ def device_memory(model: ModelConfig, layout: Layout, stages: list[Stage], in_fl
     for stage in stages:
         replicated, experts = stage_parameters(model, stage)
         states = state_memory(replicated, experts, moments_per_parameter(model, stage, layout.optimizer), layout, replicas)
+        # embedding and head stay in BF16 where products run in FP8
+        unquantized = (
+            table_parameters(model, stage) * max(0, 2 - layout.product_bytes) / (layout.data * replicas if layout.zero == 3 else 1)
+        )
         working = max((working_bytes(model, moe, layout, tokens) for moe, _ in stage_kinds(model, stage)), default=0.0)
         # logits as the head gives them, and their FP32 gradient
         logits = tokens * model.vocab_size * (layout.value_bytes + 4) if stage.head else 0
         whole = Memory(
-            whole.weights + states.weights,
+            whole.weights + states.weights + unquantized,
             whole.master_weights + states.master_weights,
             whole.gradients + states.gradients,
             whole.optimizer + states.optimizer,

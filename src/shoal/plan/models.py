@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from shoal.config import ModelConfig
@@ -138,6 +139,32 @@ def _qwen25_72b() -> ModelConfig:
         n_routed_experts=None,
     )
 
+
+@dataclass(frozen=True)
+class Published:
+    """What papers say of a model, to hold against what its shapes give; 0: nothing known."""
+
+    total: float = 0.0
+    active: float = 0.0
+    mtp: float = 0.0
+    kv_bytes: int = 0
+    training_gflops: float = 0.0
+    """Per token, sequence length 4096."""
+    note: str = ""
+
+
+PUBLISHED = {
+    "deepseek-v3": Published(671e9, 36.7e9, 11.5e9, 70_272, 250, "DeepSeek-V3 README_WEIGHTS.md; 2505.09343, tables 1 and 2"),
+    "deepseek-v2": Published(236e9, 21e9, training_gflops=155, note="2405.04434; 2505.09343, table 2"),
+    "deepseek-v2-lite": Published(15.7e9, 2.4e9, note="2405.04434, appendix B"),
+    "llama-3.1-405b": Published(405e9, kv_bytes=516_096, training_gflops=2448, note="2407.21783; 2505.09343, tables 1 and 2"),
+    "qwen2.5-72b": Published(
+        72.7e9,
+        kv_bytes=327_680,
+        training_gflops=394,
+        note="2412.15115; 2505.09343, tables 1 and 2. The 394 does not fit the model's shapes: 6 x active parameters alone is 429",
+    ),
+}
 
 BUILT_IN = {
     "deepseek-v3": _deepseek_v3(),

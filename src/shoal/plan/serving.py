@@ -70,13 +70,21 @@ def touched_bytes(model: ModelConfig, weights: str, tokens: int, mtp: bool = Fal
     return total
 
 
-def compute_format(weights: str) -> str:
-    """Number format that products with such weights run in: int4 is widened to int8."""
-    return {"int4": "int8"}.get(weights, weights)
+def product_rate(machine: Machine, weights: str, a: Assumptions) -> float:
+    """Operations per second with such weights: int4 is widened to int8, and any format to fp32 where that is faster."""
+    return max(a.rate(machine, {"int4": "int8"}.get(weights, weights)), a.rate(machine, "fp32"))
 
 
 def decode_seconds(
-    model: ModelConfig, machine: Machine, weights: str, batch: int, context: int, cache: str, a: Assumptions, drafts: int = 0, devices: int = 1
+    model: ModelConfig,
+    machine: Machine,
+    weights: str,
+    batch: int,
+    context: int,
+    cache: str,
+    a: Assumptions,
+    drafts: int = 0,
+    devices: int = 1,
 ) -> float:
     """Seconds of a decoding step of `batch` sequences with `context` tokens of cache, each checking `drafts` drafted tokens."""
     tokens = batch * (1 + drafts)
@@ -84,14 +92,14 @@ def decode_seconds(
     if drafts:
         flops += batch * drafts * forward_flops(model, context, mtp=True).mtp
     traffic = touched_bytes(model, weights, tokens, mtp=drafts > 0) + batch * context * kv_bytes_per_token(model, cache)
-    return max(flops / a.rate(machine, compute_format(weights)), traffic / a.bandwidth(machine)) / devices
+    return max(flops / product_rate(machine, weights, a), traffic / a.bandwidth(machine)) / devices
 
 
 def prefill_rate(model: ModelConfig, machine: Machine, weights: str, context: int, a: Assumptions, devices: int = 1) -> float:
     """Prompt tokens per second, one whole prompt of `context` tokens at a time."""
     flops = flops_per_token(model, context, training=False)
     attention = flops.attention_scores + flops.attention_values
-    arithmetic = (flops.total - attention) / a.rate(machine, compute_format(weights))
+    arithmetic = (flops.total - attention) / product_rate(machine, weights, a)
     arithmetic += attention / a.attention_rate(machine, "fp32" if weights == "fp32" else "bf16")
     reading = touched_bytes(model, weights, context) / context / a.bandwidth(machine)
     return devices / max(arithmetic, reading)

@@ -33,6 +33,10 @@ class StageCost:
     def pair(self) -> float:
         return self.forward + self.backward if self.overlapped is None else self.overlapped
 
+    @property
+    def saved_by_overlap(self) -> float:
+        return self.forward + self.backward - self.pair
+
     def alone(self, kind: str) -> float:
         return {"F": self.forward, "B": self.backward, "I": self.input_gradient, "W": self.weight_gradient}[kind]
 
@@ -126,10 +130,9 @@ def simulate(schedule: Schedule, costs: StageCost | Sequence[StageCost], transfe
                         timeline.transfers.append(Event(home[source], "send", (source,), finished[source], arrival))
                         timeline.transfers.append(Event(device, "receive", (p,), finished[source], arrival))
                     start = max(start, arrival)
+                length = sum(per_stage[p.stage].alone(p.kind) for p in action)
                 if len(action) == 2:
-                    length = sum(per_stage[p.stage].pair for p in action) / 2
-                else:
-                    length = per_stage[action[0].stage].alone(action[0].kind)
+                    length -= sum(per_stage[p.stage].saved_by_overlap for p in action) / 2
                 clock[device] = start + length
                 finished.update((p, clock[device]) for p in action)
                 kind = "".join(p.kind for p in action)

@@ -10,7 +10,7 @@ from . import layout as layouts
 from . import schedule as schedules
 from .assumptions import Assumptions
 from .communication import exchange
-from .cost import QUANTIZED_PARTS, attention_matrices, flops_per_token, layer_matrices, optimizer_flops
+from .cost import NEWTON_SCHULZ_STEPS, QUANTIZED_PARTS, attention_matrices, flops_per_token, layer_matrices, optimizer_flops
 from .hardware import Machine
 from .layout import Layout, Stage
 from .memory import Memory, device_memory, saved_values
@@ -283,7 +283,7 @@ def _worst_device(
         # every matrix is orthogonalised once; data-parallel ranks share that work with the optimizer states
         sharing = layout.devices if layout.zero else layout.pipeline
         precision = "fp32" if layout.precision == "fp32" else "bf16"
-        update += optimizer_flops(model, 5) / sharing / a.rate(machine, precision)
+        update += optimizer_flops(model, NEWTON_SCHULZ_STEPS) / sharing / a.rate(machine, precision)
     return max(memories, key=lambda memory: memory.total), update, max(exchanges)
 
 

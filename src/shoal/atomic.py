@@ -14,6 +14,8 @@ TEMPORARY = ".tmp"
 
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on disk."""
+    if path.is_dir() and os.name != "posix":
+        return  # Windows cannot open a folder, and orders these writes itself
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

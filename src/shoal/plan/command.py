@@ -1,0 +1,353 @@
+"""`shoal plan`: from options to tables, pictures and one dictionary of figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from shoal.config import ModelConfig, UserError
+
+from . import check, report
+from .assumptions import Assumptions
+from .cost import (
+    NEWTON_SCHULZ_STEPS,
+    NUMBER_FORMATS,
+    checkpoint_bytes,
+    count_parameters,
+    flops_per_token,
+    kv_bytes_per_token,
+    optimizer_flops,
+)
+from .hardware import MACHINES, Machine, load_machine
+from .layout import Layout
+from .models import BUILT_IN, PUBLISHED
+from .search import explain, find_best
+from .serving import plan_serving, why_not
+from .sources import load_model
+from .training import Step, plan_step, usable_memory
+
+Measurements = Callable[[ModelConfig | None, Machine], Mapping[str, tuple[check.Prediction, Callable[[], check.Prediction]]]]
+"""Given the model asked for and the machine: named pairs of what is predicted and the function that measures it."""
+
+PUBLISHED_LAYOUTS = {
+    "deepseek-v3": (
+        "h800",
+        Layout(
+            devices=2048,
+            pipeline=16,
+            expert=64,
+            schedule="dualpipe",
+            recompute="selective",
+            precision="fp8",
+            moment_bytes=2,
+        ),
+        15360,
+    )
+}
+"""Machine, layout and batch that a model was trained with (V3 report, 2412.19437, sections 3.2 to 3.3 and 4.2)."""
+
+
+@dataclass
+class PlanCommand:
+    """What a model costs to train and to serve, by arithmetic and simulation."""
+
+    model: tyro.conf.Positional[str | None] = None
+    """Built-in name (deepseek-v3, deepseek-v2, deepseek-v2-lite, llama-3.1-8b, -70b, -405b, qwen2.5-72b), config.json, or a folder
+    with one (checkpoint or run). Not needed with --here."""
+    machine: str | None = None
+    """h100, h800, h200, a100, rtx4090, rtx5090, mi300x, cpu, or a TOML file with the fields of a machine."""
+    here: bool = False
+    """Measure this machine and plan for it; without a model, say which ones it can serve."""
+    check: bool = False
+    """With --here: train and decode for some seconds and compare with the prediction."""
+    sequence_length: int = 4096
+    json: bool = False
+    """End stdout with one JSON object."""
+    markdown: str | None = None
+    """Write the tables as Markdown to this file ("-": print them instead of the terminal's tables)."""
+    chart: str | None = None
+    """Draw memory, step time and cost of the training plan into this file (.png, .svg, .pdf)."""
+    timeline: str | None = None
+    """Draw the pipeline's timeline into this file."""
+
+    train: bool = False
+    """Plan training (also asked for by any of the options below it)."""
+    published: bool = False
+    """Use the machine, layout and batch that the model was published with (deepseek-v3)."""
+    search: bool = False
+    """Look for the fastest layout that fits on --devices."""
+    devices: int | None = None
+    nodes: int | None = None
+    """Instead of --devices: whole nodes of the machine."""
+    batch: int | None = None
+    """Sequences per optimizer step. Default: 8 micro-batches per pipeline stage and data-parallel rank."""
+    tokens: float = 1e12
+    """Length of the training run that hours and cost are for."""
+    pipeline: int | None = None
+    expert: int | None = None
+    schedule: Literal["1f1b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipev"] | None = None
+    chunks: int | None = None
+    """Stages per device of the interleaved schedule."""
+    micro_batch: int | None = None
+    recompute: Literal["none", "selective", "full"] | None = None
+    zero: Literal[0, 1, 3] | None = None
+    """What data-parallel ranks share: 0 nothing, 1 optimizer states, 3 weights and gradients too (FSDP)."""
+    precision: Literal["fp32", "bf16", "fp8"] | None = None
+    optimizer: Literal["adamw", "muon"] | None = None
+    moment_bytes: Literal[2, 4] | None = None
+    flat: bool = False
+    """Send a token to every expert rank by itself instead of once per node."""
+
+    serve: bool = False
+    """Plan serving on --devices of the machine."""
+    context: int = 4096
+    cache: Literal["bf16", "fp8"] = "bf16"
+    serve_batch: int | None = None
+    """Sequences decoded together. Default: what fits, at most 128."""
+
+    intra_node_gb_s: float | None = None
+    """Override the machine's link inside a node."""
+    inter_node_gb_s: float | None = None
+    price_per_hour: float | None = None
+    assume: Assumptions = field(default_factory=Assumptions)
+
+
+_LAYOUT_OPTIONS = ("pipeline", "expert", "schedule", "chunks", "micro_batch", "recompute", "zero", "precision", "optimizer", "moment_bytes")
+
+
+def run(command: PlanCommand, measurements: Measurements | None = None) -> dict[str, Any]:
+    """Make the plan, show it, and return its figures.
+
+    `measurements` gives --check its measured values; it comes from the command line, because trainer and engine stand above
+    this package. Raises `UserError` where the plan cannot work.
+    """
+    if command.check and not command.here:
+        raise UserError("--check compares with this machine: add --here")
+    if command.model is None and not command.here:
+        raise UserError(f"no model given: name a config.json, a folder with one, or one of {', '.join(BUILT_IN)}; or ask for --here")
+    model = load_model(command.model) if command.model is not None else None
+    machine = _machine(command)
+    tables: list[report.Table] = []
+    figures: dict[str, Any] = {"model": command.model}
+    if model is not None:
+        _cost(command.model, model, command.sequence_length, tables, figures)
+    if machine is not None:
+        _on_machine(command, model, machine, tables, figures)
+    if command.check:
+        _check(command, model, machine, measurements, tables, figures)
+
+    if command.markdown == "-":
+        print(report.markdown(tables), end="")
+    else:
+        report.show(tables)
+        if command.markdown:
+            _write(command.markdown, report.markdown(tables))
+    return figures
+
+
+def _machine(command: PlanCommand) -> Machine | None:
+    """The machine to plan for, with its overrides; None where only the model's own cost is asked for."""
+    named = command.machine
+    if command.here:
+        if named:
+            raise UserError(f"--here measures this machine, --machine {named} names another: give one of them")
+        from .measure import measure_machine
+
+        machine = measure_machine()
+    else:
+        if command.published:
+            named = named or _published(command)[0]
+        if named is None and (_wants_training(command) or command.serve):
+            raise UserError(f"no machine given: use --machine with one of {', '.join(MACHINES)} or a TOML file, or --here")
+        if named is None:
+            return None
+        machine = load_machine(named)
+    links = {
+        "intra_node_gb_s": command.intra_node_gb_s,
+        "inter_node_gb_s": command.inter_node_gb_s,
+        "price_per_hour": command.price_per_hour,
+    }
+    return replace(machine, **{name: value for name, value in links.items() if value is not None})  # type: ignore[arg-type]
+
+
+def _published(command: PlanCommand) -> tuple[str, Layout, int]:
+    name = (command.model or "").lower()
+    if name not in PUBLISHED_LAYOUTS:
+        raise UserError(f"no published layout is known for {command.model}: --published works with {', '.join(PUBLISHED_LAYOUTS)}")
+    return PUBLISHED_LAYOUTS[name]
+
+
+def _wants_training(command: PlanCommand) -> bool:
+    asked = (command.train, command.published, command.search, command.timeline, command.chart, command.batch)
+    return any(asked) or any(getattr(command, option) is not None for option in _LAYOUT_OPTIONS)
+
+
+def _cost(name: str | None, model: ModelConfig, sequence_length: int, tables: list[report.Table], figures: dict[str, Any]) -> None:
+    """Parameters, FLOPs and bytes of the model itself."""
+    parameters = count_parameters(model)
+    training = flops_per_token(model, sequence_length, training=True)
+    inference = flops_per_token(model, sequence_length, training=False)
+    tables += [
+        report.parameter_table(parameters),
+        report.flops_table(training, inference, model, sequence_length),
+        report.bytes_table(model),
+    ]
+    if published := PUBLISHED.get((name or "").lower()):
+        tables.append(report.published_table(model, published))
+    figures.update(
+        params_total=parameters.total,
+        params_active=parameters.active,
+        params_mtp=parameters.mtp,
+        params_by_part={name: value for name, value in asdict(parameters).items() if name != "active"},
+        sequence_length=sequence_length,
+        train_flops_per_token=training.main,
+        train_flops_per_token_with_mtp=training.total,
+        train_flops_by_part=asdict(training),
+        inference_flops_per_token=inference.total,
+        newton_schulz_flops_per_step=optimizer_flops(model, NEWTON_SCHULZ_STEPS),
+        kv_bytes_per_token=kv_bytes_per_token(model),
+        kv_bytes_per_token_fp8=kv_bytes_per_token(model, "fp8"),
+        checkpoint_bytes={name: checkpoint_bytes(model, numbers) for name, numbers in NUMBER_FORMATS.items()},
+    )
+
+
+def _on_machine(
+    command: PlanCommand, model: ModelConfig | None, machine: Machine, tables: list[report.Table], figures: dict[str, Any]
+) -> None:
+    tables.append(report.machine_table(machine))
+    figures["machine"] = asdict(machine)
+    figures["assumptions"] = asdict(command.assume)
+    if model is None:
+        _what_fits(command, machine, tables, figures)
+    else:
+        if _wants_training(command) or not command.serve:
+            _training(command, model, machine, tables, figures)
+        if command.serve or not _wants_training(command):
+            _serving(command, model, machine, tables, figures)
+    tables.append(report.assumption_table(command.assume))
+
+
+def _training(command: PlanCommand, model: ModelConfig, machine: Machine, tables: list[report.Table], figures: dict[str, Any]) -> None:
+    layout, batch = _layout(command, machine)
+    length = command.sequence_length
+    if command.search:
+        step = find_best(model, machine, layout, batch, length, command.assume)
+    else:
+        wrong = explain(model, machine, layout, batch, length, command.assume)
+        if wrong and not _wants_training(command):  # a machine was named, training was not: say so and go on to serving
+            tables.append(report.Table("Training", ("",), [(wrong,)]))
+            figures["training"] = {"impossible": wrong}
+            return
+        if wrong:
+            raise UserError(wrong)
+        step = plan_step(model, machine, layout, batch, length, command.assume)
+    usable = usable_memory(machine, command.assume)
+    tables += [report.training_table(step, machine, command.tokens), report.memory_table(step, usable)]
+    if model.uses_mla and model.n_routed_experts and step.layout.expert > 1:
+        tables.append(report.communication_table(model, step.layout.expert, machine, command.assume.link_efficiency))
+    figures["training"] = _step_figures(step, machine, command.tokens)
+    if command.timeline or command.chart:
+        from . import charts
+
+        if command.timeline:
+            charts.draw_timeline(step.timeline, command.timeline)
+        if command.chart:
+            charts.draw_plan(step, usable, machine.price_per_hour, command.tokens, command.chart)
+
+
+def _layout(command: PlanCommand, machine: Machine) -> tuple[Layout, int]:
+    """Layout and batch asked for: the published one or a single device, and the options over it."""
+    layout, batch = Layout(precision=_fastest(machine)), 0
+    if command.published:
+        _, layout, batch = _published(command)
+    if command.devices is not None and command.nodes is not None:
+        raise UserError("--devices and --nodes contradict each other: give one of them")
+    devices = command.devices if command.nodes is None else command.nodes * machine.devices_per_node
+    changes = {option: getattr(command, option) for option in _LAYOUT_OPTIONS if getattr(command, option) is not None}
+    if devices is not None:
+        changes["devices"] = devices
+    if command.flat:
+        changes["two_hop"] = False
+    layout = replace(layout, **changes)
+    return layout, command.batch or batch or 8 * max(layout.devices, 1) * layout.micro_batch
+
+
+def _fastest(machine: Machine) -> Literal["bf16", "fp32"]:
+    return "bf16" if machine.peak("bf16") >= machine.peak("fp32") else "fp32"
+
+
+def _step_figures(step: Step, machine: Machine, tokens: float) -> dict[str, Any]:
+    hours = step.device_hours(tokens)
+    return {
+        "layout": asdict(step.layout),
+        "batch": step.batch,
+        "step_seconds": step.seconds,
+        "computing_seconds": step.computing,
+        "exposed_communication_seconds": step.exposed,
+        "bubble_seconds": step.bubble,
+        "gradient_exchange_seconds": step.gradient_exchange,
+        "optimizer_seconds": step.optimizer,
+        "tokens_per_second": step.tokens_per_second,
+        "flops_per_second_per_device": step.flops_per_device,
+        "tokens": tokens,
+        "device_hours": hours,
+        "cost": hours * machine.price_per_hour,
+        "memory_bytes": {**asdict(step.memory), "total": step.memory.total},
+    }
+
+
+def _serving(command: PlanCommand, model: ModelConfig, machine: Machine, tables: list[report.Table], figures: dict[str, Any]) -> None:
+    devices = command.devices or (command.nodes or 0) * machine.devices_per_node or 1
+    plans = [
+        plan_serving(model, machine, weights, devices, command.context, command.cache, command.serve_batch, command.assume)
+        for weights in ("bf16", "fp8", "int8", "int4")
+        if weights != "fp8" or machine.fp8_tflops
+    ]
+    if command.serve and not any(plan.fits for plan in plans):
+        raise UserError(why_not(plans[-1], model, machine, command.cache, command.assume) or "")
+    tables.append(report.serving_table(plans, machine, command.cache))
+    figures["serving"] = [{**asdict(plan), "fits": plan.fits} for plan in plans]
+
+
+def _what_fits(command: PlanCommand, machine: Machine, tables: list[report.Table], figures: dict[str, Any]) -> None:
+    """Every built-in model in the largest number format that fits."""
+    rows, best = [], {}
+    for name, model in BUILT_IN.items():
+        for weights in ("bf16", "int8", "int4"):
+            plan = plan_serving(model, machine, weights, 1, command.context, command.cache, command.serve_batch, command.assume)
+            if plan.fits:
+                rows.append((name, weights, report.size(plan.weight_bytes), f"{plan.batch_1_tokens_per_second:.2f}", f"{plan.sequences:,}"))
+                best[name] = {**asdict(plan), "fits": True}
+                break
+        else:
+            rows.append((name, "does not fit", report.size(plan.weight_bytes) + " in int4", "-", "-"))
+    columns = ("model", "weights", "size", "decode tok/s, one sequence", f"sequences of {command.context}")
+    tables.append(report.Table("What this machine can serve (roofline)", columns, rows))
+    figures["fits"] = best
+
+
+def _check(
+    command: PlanCommand,
+    model: ModelConfig | None,
+    machine: Machine | None,
+    measurements: Measurements | None,
+    tables: list[report.Table],
+    figures: dict[str, Any],
+) -> None:
+    if measurements is None or machine is None:
+        raise UserError("--check needs measurements by the trainer, and this call of plan was given none")
+    pairs = measurements(model, machine)
+    rows = check.compare({name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()})
+    tables.append(report.check_table(rows))
+    figures["check"] = [{**asdict(row), "error": row.error, "ok": row.ok} for row in rows]
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): choose another file") from None

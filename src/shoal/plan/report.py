@@ -1,0 +1,215 @@
+"""Tables of a plan: built once, shown on a terminal or as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from shoal.config import ModelConfig
+
+from .assumptions import Assumptions
+from .check import TOLERANCE, Comparison
+from .communication import exchange, groups, reach
+from .cost import (
+    NEWTON_SCHULZ_STEPS,
+    NUMBER_FORMATS,
+    Flops,
+    Parameters,
+    checkpoint_bytes,
+    count_parameters,
+    flops_per_token,
+    kv_bytes_per_token,
+    optimizer_flops,
+)
+from .hardware import GIB, Machine
+from .models import Published
+from .serving import Serving
+from .training import Step
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    note: str = ""
+
+
+def count(value: float) -> str:
+    """1234567 -> 1.23M; parameters, FLOPs, tokens."""
+    for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= limit:
+            return f"{value / limit:.2f}{unit}"
+    return f"{value:.4g}"
+
+
+def size(value: float) -> str:
+    """Bytes in GiB or MiB."""
+    return f"{value / GIB:.2f} GiB" if abs(value) >= GIB else f"{value / 2**20:.1f} MiB"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.2f} ms"
+
+
+def parameter_table(parameters: Parameters) -> Table:
+    parts = {name: number for name, number in asdict(parameters).items() if number and name not in ("mtp", "active")}
+    rows = [(name.replace("_", " "), count(number), f"{number:,}") for name, number in parts.items()]
+    rows.append(("total (main model)", count(parameters.total), f"{parameters.total:,}"))
+    rows.append(("active per token", count(parameters.active), f"{parameters.active:,}"))
+    if parameters.mtp:
+        rows.append(("multi-token prediction, its own", count(parameters.mtp), f"{parameters.mtp:,}"))
+    return Table(
+        "Parameters", ("part", "", "exact"), rows, "active: all a token multiplies with; the head counts, the embedding (a lookup) does not"
+    )
+
+
+def flops_table(training: Flops, inference: Flops, model: ModelConfig, sequence_length: int) -> Table:
+    rows = [
+        (name.replace("_", " "), f"{number / 1e9:.3f}", f"{getattr(inference, name) / 1e9:.3f}")
+        for name, number in asdict(training).items()
+        if number
+    ]
+    rows.append(("main model", f"{training.main / 1e9:.3f}", f"{inference.main / 1e9:.3f}"))
+    if training.mtp:
+        rows.append(("with multi-token prediction", f"{training.total / 1e9:.3f}", ""))
+    note = (
+        "attention is causal: a mean context of (T + 1) / 2; training is 3 x forward. Muon's Newton-Schulz "
+        f"({NEWTON_SCHULZ_STEPS} iterations) adds {count(optimizer_flops(model, NEWTON_SCHULZ_STEPS))}FLOP per optimizer step"
+    )
+    return Table(f"GFLOPs per token at sequence length {sequence_length}", ("part", "training", "inference"), rows, note)
+
+
+def bytes_table(model: ModelConfig) -> Table:
+    rows = [(f"KV cache per token, {name}", f"{kv_bytes_per_token(model, name):,} bytes") for name in ("bf16", "fp8")]
+    rows += [(f"checkpoint, {name}", size(checkpoint_bytes(model, numbers))) for name, numbers in NUMBER_FORMATS.items()]
+    note = "fp8, int8 and int4 apply to hidden matrices; embedding, head, router, norms stay bf16. Prediction modules included"
+    return Table("Bytes", ("what", "size"), rows, note)
+
+
+def published_table(model: ModelConfig, published: Published) -> Table:
+    """What papers say against what the shapes give."""
+    parameters, flops = count_parameters(model), flops_per_token(model, 4096, training=True).main
+    pairs = [
+        ("parameters", published.total, parameters.total),
+        ("active parameters", published.active, parameters.active),
+        ("multi-token prediction", published.mtp, parameters.mtp),
+        ("KV cache bytes per token, bf16", published.kv_bytes, kv_bytes_per_token(model)),
+        ("training FLOPs per token at 4096, main model", published.training_gflops * 1e9, flops),
+    ]
+    rows = [(name, count(said), count(ours), f"{ours / said - 1:+.1%}") for name, said, ours in pairs if said]
+    return Table("Against published figures", ("figure", "published", "from shapes", "difference"), rows, published.note)
+
+
+def machine_table(machine: Machine) -> Table:
+    figures = {name: value for name, value in asdict(machine).items() if name not in ("name", "source", "measured")}
+    rows = [(name, f"{value:g}") for name, value in figures.items() if value]
+    return Table(f"Machine: {machine.name}", ("figure", "per device"), rows, machine.source)
+
+
+def assumption_table(assumptions: Assumptions) -> Table:
+    return Table("Assumptions (override with --assume.NAME VALUE)", ("assumption", "value"), assumptions.rows())
+
+
+def training_table(step: Step, machine: Machine, tokens: float) -> Table:
+    peak = machine.peak(step.layout.precision)
+    rows = [
+        ("layout", step.layout.describe()),
+        ("batch", f"{step.batch} sequences of {step.sequence_length}: {count(step.tokens)} tokens"),
+        ("step", duration(step.seconds)),
+        ("  computing", duration(step.computing)),
+        ("  exposed communication", duration(step.exposed)),
+        ("  pipeline bubble", f"{duration(step.bubble)} ({step.bubble / step.seconds:.1%})"),
+        ("  gradient exchange", duration(step.gradient_exchange)),
+        ("  optimizer", duration(step.optimizer)),
+        ("tokens per second", f"{step.tokens_per_second:,.0f}"),
+        (
+            "per device",
+            f"{step.flops_per_device / 1e12:.3g} TFLOP/s, {step.flops_per_device / peak:.1%} of the {step.layout.precision} peak",
+        ),
+        (f"device hours for {count(tokens)} tokens", f"{step.device_hours(tokens):,.0f}"),
+        ("days", f"{tokens / step.tokens_per_second / 86400:,.1f}"),
+    ]
+    if machine.price_per_hour:
+        rows.append(("cost", f"${step.device_hours(tokens) * machine.price_per_hour:,.0f} at ${machine.price_per_hour:g} per device hour"))
+    return Table("Training", ("", ""), rows)
+
+
+def memory_table(step: Step, usable: float) -> Table:
+    rows = [(name.replace("_", " "), size(value)) for name, value in asdict(step.memory).items() if value]
+    rows += [("total", size(step.memory.total)), ("usable", size(usable))]
+    return Table("Memory of the fullest device", ("part", "size"), rows)
+
+
+def communication_table(model: ModelConfig, expert: int, machine: Machine, link_efficiency: float) -> Table:
+    trip = reach(model, expert, machine.devices_per_node)
+    rows = []
+    for kind, two_hop in (("flat", False), ("two-hop", True)):
+        for number_format in ("fp8", "bf16"):
+            sent = exchange(model, expert, machine, number_format, two_hop, link_efficiency)
+            rows.append((kind, number_format, f"{sent.inter_bytes:,.0f}", f"{sent.intra_bytes:,.0f}", f"{sent.seconds * 1e6:.3f}"))
+    limit, reachable = groups(model)
+    note = (
+        f"a token reaches {trip.ranks:.2f} ranks on {trip.nodes:.2f} nodes on average; its {reachable} of {limit} groups are equally likely"
+    )
+    columns = ("dispatch", "numbers", "bytes between nodes", "bytes inside nodes", "microseconds")
+    return Table(f"Expert exchange, per token, layer and direction (EP {expert})", columns, rows, note)
+
+
+def serving_table(plans: Sequence[Serving], machine: Machine, cache: str) -> Table:
+    rows = []
+    for plan in plans:
+        mtp = f"{plan.decode_with_mtp:,.1f}" if plan.decode_with_mtp else "-"
+        speeds = (
+            f"{plan.prefill_tokens_per_second:,.0f}",
+            f"{plan.batch_1_tokens_per_second:,.1f}",
+            f"{plan.decode_tokens_per_second:,.1f} ({plan.batch})",
+            mtp,
+        )
+        fit = f"{plan.sequences:,}" if plan.fits else f"no, {size(-plan.free_bytes)} over" if plan.free_bytes < 0 else "no room for a cache"
+        rows.append((plan.weights, size(plan.weight_bytes), fit, *(speeds if plan.fits else ("-",) * 4)))
+    context, devices = plans[0].context, plans[0].devices
+    columns = ("weights", "size", f"sequences of {context}", "prefill tok/s", "decode tok/s, 1", "decode tok/s (batch)", "with MTP")
+    return Table(f"Serving on {devices} x {machine.name}, cache in {cache} (roofline)", columns, rows)
+
+
+def check_table(comparisons: list[Comparison]) -> Table:
+    rows = [
+        (row.name, f"{row.predicted:,.4g}", f"{row.measured:,.4g}", f"{row.error:+.1%}", "ok" if row.ok else "off") for row in comparisons
+    ]
+    return Table(f"Predicted and measured (within {TOLERANCE:.0%})", ("figure", "predicted", "measured", "error", ""), rows)
+
+
+def show(tables: list[Table]) -> None:
+    """Print tables on the terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table as Drawn
+
+    console = Console(highlight=False)
+    for table in tables:
+        drawn = Drawn(
+            title=escape(table.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_header=any(table.columns)
+        )
+        for i, column in enumerate(table.columns):
+            drawn.add_column(escape(column), justify="left" if i == 0 else "right", overflow="fold")
+        for row in table.rows:
+            drawn.add_row(*map(escape, row))
+        console.print(drawn)
+        if table.note:
+            console.print(f"  [dim]{escape(table.note)}[/dim]")
+
+
+def markdown(tables: list[Table]) -> str:
+    """The tables as GitHub-flavoured Markdown."""
+    parts = []
+    for table in tables:
+        lines = [f"### {table.title}", ""]
+        lines.append("| " + " | ".join(table.columns) + " |")
+        lines.append("|" + "|".join("---" if i == 0 else "---:" for i in range(len(table.columns))) + "|")
+        lines += ["| " + " | ".join(cell.strip().replace("|", "\\|") for cell in row) + " |" for row in table.rows]
+        if table.note:
+            lines += ["", table.note]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"

@@ -37,6 +37,11 @@ struct AttentionShape {
     float scale;
 };
 
+struct NewtonSchulz {
+    float a, b, c;  // of the polynomial a x + b x^3 + c x^5
+    int64_t steps;
+};
+
 struct Kernels {
     void (*rms_norm)(int64_t rows, int64_t width, Rows x, const float* weight, float eps, Rows y, int threads);
     void (*rms_norm_backward)(int64_t rows, int64_t width, Rows x, const float* weight, float eps, Rows grad, Rows grad_x,
@@ -62,6 +67,9 @@ struct Kernels {
                     int threads);
     void (*combine_backward)(int64_t tokens, int64_t per_token, int64_t width, Rows x, const float* weights, const int64_t* index,
                              Rows grad, Rows grad_x, float* grad_weights, int threads);
+
+    // Each matrix of x [batch, rows, columns], divided by its Frobenius norm, after the steps.
+    void (*newton_schulz)(int64_t batch, int64_t rows, int64_t columns, const float* x, NewtonSchulz iteration, float* y, int threads);
 };
 
 namespace portable { extern const Kernels kernels; }

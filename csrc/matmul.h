@@ -76,6 +76,9 @@ void multiply(int64_t rows, int64_t width, const float* a, int64_t a_row, int64_
     }
 }
 
+SHOAL_INLINE auto write_to(float* to, int64_t stride) {
+    return [=](int64_t row, int64_t column, Vec acc) { store(to + row * stride + column, acc); };
+}
 SHOAL_INLINE auto add_to(float* to, int64_t stride) {
     return [=](int64_t row, int64_t column, Vec acc) {
         float* p = to + row * stride + column;

@@ -174,6 +174,15 @@ class Cpu {
         run_->combine_backward(tokens, per_token, x.size(1), from, factors, rows, grads, to, grad_factors, threads);
     }
 
+    void newton_schulz(Tensor x, float a, float b, float c, int64_t steps, Tensor y, int threads) {
+        const float* from = x.flat_floats();
+        float* to = y.flat_floats();
+        expect(x.dimensions() == 3 && y.dimensions() == 3 && x.numel() > 0);
+        expect_equal(x, y, 3);
+        nb::gil_scoped_release release;
+        run_->newton_schulz(x.size(0), x.size(1), x.size(2), from, {a, b, c, steps}, to, threads);
+    }
+
   private:
     const Kernels* run_ = nullptr;
 };
@@ -195,5 +204,6 @@ NB_MODULE(_cpu, m) {
         .def("cross_entropy", &Cpu::cross_entropy, nb::arg("logits"), nb::arg("targets"), nb::arg("softcap").none(), nb::arg("with_grad"),
              nb::arg("nats"), nb::arg("threads"))
         .def("combine", &Cpu::combine, nb::arg("x"), nb::arg("weights").none(), nb::arg("index"), nb::arg("y"), nb::arg("threads"))
-        .def("combine_backward", &Cpu::combine_backward);
+        .def("combine_backward", &Cpu::combine_backward)
+        .def("newton_schulz", &Cpu::newton_schulz);
 }

@@ -16,9 +16,11 @@ SHOAL_DECLARE(attention_backward);
 SHOAL_DECLARE(cross_entropy);
 SHOAL_DECLARE(combine);
 SHOAL_DECLARE(combine_backward);
+SHOAL_DECLARE(newton_schulz);
 
 const Kernels kernels = {
-    rms_norm, rms_norm_backward, swiglu, swiglu_backward, rope, attention, attention_backward, cross_entropy, combine, combine_backward,
+    rms_norm,           rms_norm_backward, swiglu,  swiglu_backward,  rope,          attention,
+    attention_backward, cross_entropy,     combine, combine_backward, newton_schulz,
 };
 
 }  // namespace shoal::SHOAL_ISA

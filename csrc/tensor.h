@@ -42,6 +42,7 @@ class Tensor {
         return tensor_.device_type == cpu && tensor_.type_lanes == 1;
     }
 
+    int dimensions() const { return tensor_.ndim; }
     int64_t size(int dimension) const { return tensor_.shape[dimension]; }
     int64_t numel() const {
         int64_t product = 1;

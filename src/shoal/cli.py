@@ -56,15 +56,20 @@ def train(args: list[str]) -> None:
     """Pretrain a model: shoal train [RECIPE] [--data PATH...] [--minutes 5] ..."""
     from .config.recipes import load_recipe, recipe_names, with_one_budget
 
-    recipe = args.pop(0) if args and not args[0].startswith("-") else "default"
-    default = load_recipe(recipe)
+    named = bool(args) and not args[0].startswith("-")
+    default = load_recipe(args.pop(0) if named else "default")
     if "--help" in args or "-h" in args:
         print(f"shoal train [RECIPE] [OPTIONS]; RECIPE is a TOML file or one of: {', '.join(recipe_names())}\n")
-    config = with_one_budget(parse(TrainConfig, args, "train", default), default)
+    config = parse(TrainConfig, args, "train", default)
 
     from .showcase import present
+    from .train import find_run
     from .train import train as run
 
+    if config.resume and not named:
+        default = find_run(config.out).settings()
+        config = parse(TrainConfig, args, "train", default)
+    config = with_one_budget(config, default)
     finish(present(run(config), config), config.json)
 
 
@@ -115,6 +120,9 @@ def plan(args: list[str]) -> None:
 def bench(args: list[str]) -> None:
     """Measure Shoal beside its peers: shoal bench train --vs transformers"""
     benches = {"train": _bench_train}
+    if args[:1] in (["-h"], ["--help"]):
+        print(f"shoal bench NAME [OPTIONS]; NAME is one of: {', '.join(benches)}")
+        return
     if not args or args[0] not in benches:
         raise UserError(f"shoal bench needs the name of a benchmark: {', '.join(benches)}")
     benches[args[0]](args[1:])
@@ -152,7 +160,8 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
 def usage() -> str:
     lines = [f"Shoal {__version__}: train, shrink and serve DeepSeek-style language models on the hardware you have.", ""]
     lines += [f"  shoal {name:<10}{verb.__doc__}" for name, verb in VERBS.items()]
-    return "\n".join([*lines, "", "shoal VERB --help lists the options of a verb. MODEL is a run folder, a checkpoint or a Hugging Face folder."])
+    lines += ["", "shoal VERB --help lists the options of a verb. MODEL is a run folder, a checkpoint or a Hugging Face folder."]
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -165,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"shoal {__version__}")
         return 0
     try:
+        _refuse_broken_text(args)
         if args[0] not in VERBS:
             raise UserError(f"there is no verb {args[0]!r}: use one of {', '.join(VERBS)}")
         VERBS[args[0]](args[1:])
@@ -178,4 +188,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has left (as `head` does); say nothing, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        print(f"shoal: error: {error}: check the path, its permissions and the free space", file=sys.stderr)
+        return 2
     return 0
+
+
+def _refuse_broken_text(args: list[str]) -> None:
+    """Bytes that are not UTF-8 reach us as lone surrogates, which no file or tokenizer can hold."""
+    for arg in args:
+        try:
+            arg.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"the argument {arg!r} is not valid UTF-8: check its encoding") from None

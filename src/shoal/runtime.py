@@ -49,6 +49,8 @@ def choose_device(device: str) -> torch.device:
 
 def start(device: str = "auto", precision: str = "auto", threads: int = 0) -> Machine:
     """Set threads, choose device and precision, measure the matmul peak (about half a second)."""
+    if threads < 0:
+        raise UserError(f"--threads is {threads}: it must be 0 (one per core) or more")
     count = threads or available_cores()
     torch.set_num_threads(count)
     keep_freed_memory()

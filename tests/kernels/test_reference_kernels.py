@@ -150,3 +150,14 @@ def test_grouped_linear_gradients_and_autocast() -> None:
     assert gradcheck(lambda x, w: kernels.grouped_linear(x, w, offsets), (doubles(6, 4), doubles(3, 5, 4)))
     with torch.autocast("cpu", torch.bfloat16):
         assert kernels.grouped_linear(torch.randn(6, 8), torch.randn(3, 16, 8), offsets).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 9), (2, 9, 5), (1, 4, 4), (1, 1, 3)])
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_newton_schulz_moves_the_singular_values_and_keeps_their_vectors(shape: tuple[int, int, int], steps: int) -> None:
+    x = torch.randn(shape, dtype=torch.float64)
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    s = s / (s.norm(dim=-1, keepdim=True) + 1e-7)
+    for _ in range(steps):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    torch.testing.assert_close(kernels.newton_schulz(x, steps), u @ torch.diag_embed(s) @ v)

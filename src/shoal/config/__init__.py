@@ -1,5 +1,13 @@
 """Settings: dataclasses with validation, TOML recipes, dotted overrides. Knows nothing else of Shoal."""
 
+from .commands import BenchTrainCommand as BenchTrainCommand
+from .commands import ChatCommand as ChatCommand
+from .commands import DoctorCommand as DoctorCommand
+from .commands import EvalCommand as EvalCommand
+from .commands import ExportCommand as ExportCommand
+from .commands import GenerateCommand as GenerateCommand
+from .commands import MachineOptions as MachineOptions
+from .commands import SamplingOptions as SamplingOptions
 from .errors import UserError as UserError
 from .model import ModelConfig as ModelConfig
 from .train import BalanceConfig as BalanceConfig
@@ -9,11 +17,3 @@ from .train import MTPConfig as MTPConfig
 from .train import OptimizerConfig as OptimizerConfig
 from .train import ScheduleConfig as ScheduleConfig
 from .train import TrainConfig as TrainConfig
-from .commands import BenchTrainCommand as BenchTrainCommand
-from .commands import ChatCommand as ChatCommand
-from .commands import DoctorCommand as DoctorCommand
-from .commands import EvalCommand as EvalCommand
-from .commands import ExportCommand as ExportCommand
-from .commands import GenerateCommand as GenerateCommand
-from .commands import MachineOptions as MachineOptions
-from .commands import SamplingOptions as SamplingOptions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -40,8 +41,10 @@ class SamplingOptions:
     def validate(self) -> None:
         if self.max_tokens < 1:
             raise UserError(f"--max-tokens is {self.max_tokens}: it must be at least 1")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise UserError(f"--temperature is {self.temperature}: it must be 0 or more")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise UserError(f"--seed is {self.seed}: it must lie between 0 and 2^64 - 1")
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,12 @@ import tyro
 from .errors import UserError
 
 ModelType = Literal["deepseek_v3", "deepseek_v2", "llama"]
+
+SCALING_NEEDS: dict[str | None, tuple[str, ...]] = {
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""What `rope_scaling` must hold, by type."""
 
 
 @dataclass
@@ -33,7 +40,7 @@ class ModelConfig:
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: Annotated[dict[str, Any] | None, tyro.conf.Fixed] = None
+    rope_scaling: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
     """None, or YaRN: {type: yarn, factor, beta_fast, beta_slow, mscale, mscale_all_dim, original_max_position_embeddings}."""
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
@@ -85,6 +92,11 @@ class ModelConfig:
     extra: Annotated[dict[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
     """Keys of a loaded `config.json` that Shoal does not use, kept so that saving loses nothing."""
 
+    def __post_init__(self) -> None:
+        # Files write "no experts" as null or 0; here it is None.
+        self.n_routed_experts = self.n_routed_experts or None
+        self.n_shared_experts = self.n_shared_experts or None
+
     @property
     def uses_mla(self) -> bool:
         return self.model_type != "llama"
@@ -117,7 +129,10 @@ class ModelConfig:
         return 2 * self.kv_heads * self.qk_head_dim
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether the feed-forward part of `layer` is a mixture of experts; MTP layers (>= num_hidden_layers) follow the main model's last."""
+        """Whether the feed-forward part of `layer` is a mixture of experts.
+
+        MTP layers (>= num_hidden_layers) follow the main model's last.
+        """
         if not self.uses_mla or not self.n_routed_experts:
             return False
         if layer >= self.num_hidden_layers:
@@ -127,12 +142,19 @@ class ModelConfig:
     def validate(self) -> None:
         """Raise `UserError` on the first setting that cannot work, with what to do about it."""
         positive = ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"]
-        positive += ["max_position_embeddings"]
+        positive += ["max_position_embeddings", "q_lora_rank", "num_key_value_heads", "head_dim"]
         if self.uses_mla:
             positive += ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
         for name in positive:
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"model.{name} is {value}: it must be at least 1")
+        for name in ("rms_norm_eps", "rope_theta", "logit_softcap"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"model.{name} is {value}: it must be more than 0")
+        if not 0 <= self.initializer_range < math.inf:
+            raise UserError(f"model.initializer_range is {self.initializer_range}: it must be 0 or more")
         if self.rope_dim % 2:
             raise UserError(f"RoPE turns pairs of channels, but its width is {self.rope_dim}: make it even")
         if not self.uses_mla:
@@ -147,6 +169,9 @@ class ModelConfig:
         kind = scaling.get("type", scaling.get("rope_type"))
         if kind not in (None, "yarn", "default", "llama3"):
             raise UserError(f"rope_scaling type {kind!r} is not supported: use yarn, llama3 or none")
+        missing = [name for name in SCALING_NEEDS.get(kind, ()) if not isinstance(scaling.get(name), (int, float))]
+        if missing:
+            raise UserError(f"model.rope_scaling of type {kind} lacks the number {', '.join(missing)}: add it")
 
     def _validate_gqa(self) -> None:
         heads, kv_heads = self.num_attention_heads, self.kv_heads
@@ -158,8 +183,12 @@ class ModelConfig:
     def _validate_moe(self, experts: int) -> None:
         if not 1 <= self.num_experts_per_tok <= experts:
             raise UserError(f"model.num_experts_per_tok is {self.num_experts_per_tok}: it must be between 1 and the {experts} experts")
-        if self.moe_intermediate_size < 1:
-            raise UserError("model.moe_intermediate_size must be at least 1")
+        for name in ("moe_intermediate_size", "moe_layer_freq"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("n_shared_experts", "first_k_dense_replace"):
+            if (getattr(self, name) or 0) < 0:
+                raise UserError(f"model.{name} is {getattr(self, name)}: it must be 0 or more")
         if self.topk_method != "greedy":
             if self.n_group < 1 or experts % self.n_group:
                 raise UserError(f"{experts} experts do not divide into {self.n_group} groups: change model.n_group")
@@ -167,6 +196,7 @@ class ModelConfig:
                 raise UserError(f"model.topk_group is {self.topk_group}: it must be between 1 and n_group = {self.n_group}")
             reachable = experts // self.n_group * self.topk_group
             if self.num_experts_per_tok > reachable:
-                raise UserError(f"{self.topk_group} groups hold {reachable} experts, fewer than num_experts_per_tok = {self.num_experts_per_tok}")
+                chosen = self.num_experts_per_tok
+                raise UserError(f"{self.topk_group} groups hold {reachable} experts, fewer than num_experts_per_tok = {chosen}")
             if self.topk_method == "noaux_tc" and experts // self.n_group < 2:
                 raise UserError("noaux_tc scores a group by its best two experts: give each group at least 2")

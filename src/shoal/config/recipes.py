@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import types
 import typing
@@ -33,7 +34,10 @@ def load_recipe(name: str) -> TrainConfig:
     if name in recipe_names():
         text = (resources.files("shoal") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
     elif path.is_file():
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"recipe {name} cannot be read: {error}") from None
     else:
         raise UserError(f"there is no recipe {name!r}: give a TOML file or one of {', '.join(recipe_names())}")
     try:
@@ -54,12 +58,9 @@ def from_table(cls: type[T], table: dict[str, Any], where: str) -> T:
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):
                 raise UserError(f"{where}: {key} is a section, write [{key}]")
-            value = from_table(typing.cast(type, hint), value, f"{where}: {key}")
-        elif isinstance(value, list):
-            value = tuple(value)
-        if not dataclasses.is_dataclass(hint):
-            value = _checked(value, hint, f"{where}: {key}")
-        values[key] = value
+            values[key] = from_table(typing.cast(type, hint), value, f"{where}: {key}")
+        else:
+            values[key] = _checked(value, hint, f"{where}: {key}")
     return cls(**values)
 
 
@@ -71,28 +72,43 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         if origin is typing.Literal:
             if value in typing.get_args(option):
                 return value
+        elif origin is tuple and isinstance(value, (list, tuple)):
+            items = typing.get_args(option)
+            if items[-1] is ...:
+                items = items[:1] * len(value)
+            if len(items) == len(value):
+                return tuple(_checked(item, wanted, where) for item, wanted in zip(value, items, strict=True))
         elif option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
-        elif type(value) is (origin or option) or value is None and option is type(None):
+        elif type(value) is (origin or option) or (value is None and option is type(None)):
             return value
     raise UserError(f"{where} cannot be {value!r}: expected {str(hint).replace('typing.', '')}")
 
 
 def to_toml(config: Any) -> str:
-    """Every setting of a dataclass as TOML that `load_recipe` reads back; None is left out, as TOML has no such value."""
+    """Every setting of a dataclass as TOML that `load_recipe` reads back.
+
+    TOML has no None: it is left out where it is the default, and elsewhere written as 0, which such settings take for none.
+    """
     lines: list[str] = []
-    _write_table(dataclasses.asdict(config), "", lines)
+    _write_table(dataclasses.asdict(config), dataclasses.asdict(type(config)()), "", lines)
     return "\n".join(lines).lstrip() + "\n"
 
 
-def _write_table(table: dict[str, Any], prefix: str, lines: list[str]) -> None:
+def _write_table(table: dict[str, Any], defaults: dict[str, Any], prefix: str, lines: list[str]) -> None:
     for key, value in table.items():
-        if value is not None and not isinstance(value, dict):
-            lines.append(f"{key} = {_toml_value(value)}")
+        if value is None and defaults.get(key) is not None:
+            lines.append(f"{_toml_key(key)} = 0")
+        elif value is not None and not isinstance(value, dict):
+            lines.append(f"{_toml_key(key)} = {_toml_value(value)}")
     for key, value in table.items():
         if isinstance(value, dict) and value:
-            lines.extend(["", f"[{prefix}{key}]"])
-            _write_table(value, f"{prefix}{key}.", lines)
+            lines.extend(["", f"[{prefix}{_toml_key(key)}]"])
+            _write_table(value, defaults.get(key) or {}, f"{prefix}{_toml_key(key)}.", lines)
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
 
 
 def _toml_value(value: Any) -> str:
@@ -112,4 +128,5 @@ def with_one_budget(config: TrainConfig, recipe: TrainConfig) -> TrainConfig:
     given = [kind for kind in kinds if getattr(config, kind) != getattr(recipe, kind) and getattr(config, kind) is not None]
     if len(given) != 1:
         return config
-    return dataclasses.replace(config, **{kind: None for kind in kinds if kind != given[0]})
+    others: dict[str, Any] = {kind: None for kind in kinds if kind != given[0]}
+    return dataclasses.replace(config, **others)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Literal
 
 from .errors import UserError
 from .model import ModelConfig
+
+NOT_NEGATIVE = (
+    "eval_every_minutes", "threads", "optimizer.muon_lr", "optimizer.adam_lr", "optimizer.embed_lr", "optimizer.head_lr",
+    "optimizer.adam_eps", "optimizer.weight_decay", "optimizer.clip", "balance.bias_update_speed", "balance.sequence_loss",
+    "mtp.weight", "mtp.final_weight", "checkpoint.every_steps", "checkpoint.every_minutes",
+)  # fmt: skip
+SHARES = ("schedule.warmup", "schedule.decay", "schedule.final")
 
 
 @dataclass
@@ -146,11 +155,21 @@ class TrainConfig:
         budgets = [name for name in ("minutes", "tokens", "steps") if getattr(self, name) is not None]
         if len(budgets) != 1:
             raise UserError(f"the budget is set {len(budgets)} times: give exactly one of --minutes, --tokens and --steps")
-        if getattr(self, budgets[0]) <= 0:
-            raise UserError(f"--{budgets[0]} must be more than 0")
-        for name in ("sequence_length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not 0 < getattr(self, budgets[0]) < math.inf:
+            raise UserError(f"--{budgets[0]} is {getattr(self, budgets[0])}: it must be more than 0")
+        for name in ("sequence_length", "batch_size", "eval_tokens", "optimizer.muon_steps", "checkpoint.keep_last"):
+            if (value := attrgetter(name)(self)) < 1:
+                raise UserError(f"{name} is {value}: it must be at least 1")
+        for name in NOT_NEGATIVE:
+            if not 0 <= (value := attrgetter(name)(self)) < math.inf:
+                raise UserError(f"{name} is {value}: it must be 0 or more")
+        for name in SHARES:
+            if not 0 <= (value := attrgetter(name)(self)) <= 1:
+                raise UserError(f"{name} is {value}: it must lie between 0 and 1")
+        if not all(0 <= value < 1 for value in (*self.optimizer.adam_betas, self.optimizer.muon_momentum)):
+            raise UserError("optimizer.adam_betas and optimizer.muon_momentum must be 0 or more and less than 1")
+        if not 0 <= self.seed < 2**64:
+            raise UserError(f"seed is {self.seed}: it must lie between 0 and 2^64 - 1")
         if self.sequence_length > self.model.max_position_embeddings:
             raise UserError(
                 f"sequence_length {self.sequence_length} is longer than model.max_position_embeddings "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 from typing import Any
 
@@ -25,6 +26,8 @@ def run_chat(command: ChatCommand) -> None:
     if is_base and command.system:
         raise UserError(f"{command.model} is a base model without a chat template: it has no system prompt, leave out --system")
     print(f"{loaded.folder}: {'a base model, it continues what you type' if is_base else 'a chat model'}. {HELP}.", file=sys.stderr)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a stray byte in what someone pastes is no reason to leave
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  line editing and history for input()
     opening = [{"role": "system", "content": command.system}] if command.system else []
@@ -74,11 +77,13 @@ def render(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> str:
     def raise_exception(message: str) -> None:
         raise UserError(f"the chat template refuses this conversation: {message}")
 
-    template = environment.from_string(tokenizer.chat_template or "")
-    return template.render(
-        messages=messages,
-        add_generation_prompt=True,
-        raise_exception=raise_exception,
-        bos_token=tokenizer.decode([tokenizer.bos_id], skip_special=False) if tokenizer.bos_id is not None else "",
-        eos_token=tokenizer.decode([tokenizer.eos_id], skip_special=False),
-    )
+    try:
+        return environment.from_string(tokenizer.chat_template or "").render(
+            messages=messages,
+            add_generation_prompt=True,
+            raise_exception=raise_exception,
+            bos_token=tokenizer.decode([tokenizer.bos_id], skip_special=False) if tokenizer.bos_id is not None else "",
+            eos_token=tokenizer.decode([tokenizer.eos_id], skip_special=False),
+        )
+    except jinja2.TemplateError as error:
+        raise UserError(f"the model's chat template cannot be used: {error}") from None

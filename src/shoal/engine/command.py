@@ -14,7 +14,7 @@ from .load import Loaded, load
 def run_generate(command: GenerateCommand) -> dict[str, Any]:
     """Continue the prompt, streaming to stdout unless JSON was asked for; returns the JSON object."""
     command.sampling.validate()
-    prompt = sys.stdin.read() if command.prompt == "-" else command.prompt
+    prompt = _read_prompt() if command.prompt == "-" else command.prompt
     loaded = load(command.model, command.machine)
     if not command.json:
         print(prompt, end="", flush=True)
@@ -24,10 +24,15 @@ def run_generate(command: GenerateCommand) -> dict[str, Any]:
     return result
 
 
+def _read_prompt() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt on standard input is not valid UTF-8 (byte {error.start}): check its encoding") from None
+
+
 def complete(loaded: Loaded, prompt: str, sampling: SamplingOptions, stream: bool = False) -> dict[str, Any]:
     """Continuation of `prompt`: `text`, `tokens` (their number), `finish_reason` (`stop` or `length`), `tokens_per_second`."""
-    if "\ufffd" in prompt and not prompt.isprintable():
-        raise UserError("the prompt is not valid UTF-8 text: check its encoding")
     tokenizer = loaded.tokenizer
     ids = tokenizer.encode(prompt, bos=True)
     if not ids:

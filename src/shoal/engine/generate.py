@@ -52,24 +52,35 @@ def sample(logits: torch.Tensor, temperature: float, generator: torch.Generator)
 
 
 class TextStream:
-    """Turns ids into text piece by piece, holding back bytes that do not yet make a whole character."""
+    """Turns ids into text piece by piece, holding back bytes that do not yet make a whole character.
+
+    The pieces together are what the tokenizer makes of all ids at once. Some tokenizers decode a token differently at
+    the beginning of a text (they drop its space), so the tokens of the last piece are decoded again with what follows.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._pending: list[int] = []
+        self._shown: list[int] = []
+        """Tokens of the last piece."""
+        self._open: list[int] = []
+        """Tokens since then."""
 
     def push(self, token: int) -> str:
         """Text that `token` completes; empty while a character is still open."""
-        self._pending.append(token)
-        text = self._tokenizer.decode(self._pending)
-        # A replacement character at the end may be the beginning of a character; four bytes are the longest there are.
-        if text.endswith("\ufffd") and len(self._pending) < 8:
+        self._open.append(token)
+        piece = self._undecided()
+        # A replacement character at the end may be the beginning of a character.
+        if not piece or piece.endswith("\ufffd"):
             return ""
-        self._pending.clear()
-        return text
+        self._shown, self._open = self._open, []
+        return piece
 
     def finish(self) -> str:
-        """What is still pending, at the end."""
-        text = self._tokenizer.decode(self._pending)
-        self._pending.clear()
-        return text
+        """What is still held back, at the end."""
+        piece = self._undecided()
+        self._shown, self._open = [], []
+        return piece
+
+    def _undecided(self) -> str:
+        """Text of the open tokens."""
+        return self._tokenizer.decode(self._shown + self._open)[len(self._tokenizer.decode(self._shown)) :]

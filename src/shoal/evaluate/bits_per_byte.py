@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..config import CorpusConfig, EvalCommand, UserError
+from ..config.recipes import load_recipe
 from ..data import Corpus, Tokenizer, open_corpus
 from ..engine import load
 from ..train import likelihood
@@ -19,9 +21,13 @@ def run_eval(command: EvalCommand) -> dict[str, Any]:
     """Score the held-out part of a folder that names one, and anything else whole; prints a table, returns the JSON object."""
     if not command.data:
         raise UserError("there is nothing to score: give --data PATH...")
+    if command.max_tokens is not None and command.max_tokens < 1:
+        raise UserError(f"--max-tokens is {command.max_tokens}: it must be at least 1")
     loaded = load(command.model, command.machine)
     longest = loaded.model.config.max_position_embeddings
-    window = command.window or min(DEFAULT_WINDOW, longest)
+    window = command.window
+    if window is None:
+        window = _training_window(loaded.folder) or min(DEFAULT_WINDOW, longest)
     overlap = window // 2 if command.overlap is None else command.overlap
     if not 1 <= window <= longest:
         raise UserError(f"--window is {window}: this model sees 1 to {longest} tokens")
@@ -33,7 +39,8 @@ def run_eval(command: EvalCommand) -> dict[str, Any]:
         result = likelihood(loaded.model, loaded.machine, documents, window=window, overlap=overlap, progress=progress.add)
     if not result.bytes:
         raise UserError(f"{corpus.name} holds no text to score")
-    print(f"{result.bits_per_byte:.4f} bits per byte over {result.bytes:,} bytes ({result.tokens:,} tokens, {result.nats_per_token:.4f} nats per token)")
+    details = f"{result.bytes:,} bytes ({result.tokens:,} tokens, {result.nats_per_token:.4f} nats per token)"
+    print(f"{result.bits_per_byte:.4f} bits per byte over {details}")
     return {
         "bpb": result.bits_per_byte,
         "nats_per_token": result.nats_per_token,
@@ -42,6 +49,14 @@ def run_eval(command: EvalCommand) -> dict[str, Any]:
         "window": window,
         "overlap": overlap,
     }
+
+
+def _training_window(folder: Path) -> int | None:
+    """Sequence length of the run that a checkpoint belongs to; None where the model comes without its run."""
+    config = folder.parent.parent / "config.toml"
+    if folder.parent.name != "checkpoints" or not config.is_file():
+        return None
+    return load_recipe(str(config)).sequence_length
 
 
 def _tokenized(corpus: Corpus, tokenizer: Tokenizer, limit: int | None) -> Iterator[tuple[np.ndarray, int]]:
@@ -64,7 +79,8 @@ class _Progress:
         from rich.progress import Progress, SpinnerColumn, TextColumn
 
         console = Console(stderr=True)
-        self._bar = Progress(SpinnerColumn(), TextColumn("{task.completed:,.0f} tokens scored"), console=console, transient=True, disable=not console.is_terminal)
+        columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} tokens scored"))
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._bar.add_task("", total=None)
         self._bar.start()
         return self

@@ -5,6 +5,7 @@ from .grouped import grouped_linear as grouped_linear
 from .ops import apply_rope as apply_rope
 from .ops import causal_attention as causal_attention
 from .ops import combine_tokens as combine_tokens
+from .ops import newton_schulz as newton_schulz
 from .ops import permute_tokens as permute_tokens
 from .ops import rms_norm as rms_norm
 from .ops import sort_by_expert as sort_by_expert

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .reference import QUINTIC
 from .selection import BACKEND
 
 _cpu: Any = BACKEND.cpu
@@ -188,3 +189,9 @@ class _Combine(torch.autograd.Function):
         grad_y, grad_weights = _empty(y), _empty(weights)
         _cpu.combine_backward(y, weights, inverse, _dense(grad), grad_y, grad_weights, torch.get_num_threads())
         return grad_y, grad_weights, None
+
+
+def newton_schulz(x: Tensor, steps: int) -> Tensor:
+    y = _empty(x)
+    _cpu.newton_schulz(x.contiguous(), *QUINTIC, steps, y, torch.get_num_threads())
+    return y

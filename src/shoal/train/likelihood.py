@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .. import kernels
-from ..data import TokenShards
+from ..data import PreparedData
 from ..model import Transformer
 from ..runtime import Machine, inference
 
@@ -38,10 +38,14 @@ class Likelihood:
         return self.nats / self.tokens
 
 
-def held_out(shards: TokenShards, tokens: int) -> list[Document]:
+def held_out(data: PreparedData, tokens: int) -> list[Document]:
     """Documents of about `tokens` tokens, spread evenly over the held-out text; all of them where it is shorter."""
+    shards = data.val
     stride = -(-shards.num_tokens // tokens)
-    return [(shards.document(i), int(shards.document_bytes[i])) for i in range(0, shards.num_documents, stride)]
+    # Without a begin-of-text token nothing stands before a document's first token: the end of another one then does.
+    head = [] if data.tokenizer.bos_id is not None else [data.tokenizer.eos_id]
+    chosen = range(0, shards.num_documents, stride)
+    return [(np.concatenate([head, shards.document(i)]).astype(np.int64), int(shards.document_bytes[i])) for i in chosen]
 
 
 def windows(document: np.ndarray, length: int, overlap: int) -> Iterator[tuple[np.ndarray, int]]:

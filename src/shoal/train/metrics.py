@@ -31,8 +31,16 @@ class MetricsLog:
 
     def write(self, row: dict[str, Any]) -> None:
         assert self._file is not None
-        # JSON has no NaN; a loss that was not finite is written as null.
-        safe = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        safe = _finite(row)
         self._file.write(json.dumps(safe) + "\n")
         if self._tensorboard is not None:
             self._tensorboard.write(safe)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: a figure that is not finite is written as null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,27 +8,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-QUINTIC = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the Newton-Schulz polynomial a x + b x^3 + c x^5 that lifts small singular values fastest."""
+from ..kernels import newton_schulz
 
 UPDATE_RMS = 0.2
 """Root mean square of an update at learning rate 1, about that of AdamW (Moonlight, section 2.2)."""
 
-BATCH_BYTES = 64 << 20
-"""Matrices of one shape are orthogonalised together up to this size, which keeps scratch memory small."""
-
-
-def orthogonalize(x: Tensor, steps: int) -> Tensor:
-    """Approximate U V^T of every matrix of `x [B, m, n]` by `steps` Newton-Schulz iterations; singular values end in about 0.7 to 1.2."""
-    a, b, c = QUINTIC
-    transposed = x.shape[-2] > x.shape[-1]
-    if transposed:
-        x = x.mT
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if transposed else x
+BATCH_BYTES = 16 << 20
+"""Matrices of one shape are orthogonalised together up to this size: enough for all cores, and small enough that their copies stay in
+the cache and in memory that malloc keeps."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -53,22 +40,19 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, params: list[Tensor], group: dict) -> None:
         rows, columns = params[0].shape[-2:]
-        momentum = group["momentum"]
-        for p in params:
+        counts = [p.numel() // (rows * columns) for p in params]
+        directions = torch.empty(sum(counts), rows, columns, dtype=params[0].dtype, device=params[0].device)
+        grads = [p.grad for p in params if p.grad is not None]
+        for p, grad, direction in zip(params, grads, directions.split(counts), strict=True):
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum"] for p in params]
-        grads = [p.grad for p in params]
-        torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        nesterov = torch._foreach_lerp(grads, buffers, momentum)
-        stacked = torch.cat([g.reshape(-1, rows, columns) for g in nesterov])
-        if stacked.is_cuda:
-            stacked = stacked.bfloat16()
-        update = orthogonalize(stacked, group["steps"])
+            momentum = self.state[p]["momentum"]
+            momentum.lerp_(grad, 1 - group["momentum"])
+            torch.lerp(grad, momentum, group["momentum"], out=direction.view(p.shape))  # Nesterov's look ahead
+        updates = newton_schulz(directions.bfloat16() if directions.is_cuda else directions, group["steps"])
         scale = -group["lr"] * UPDATE_RMS * max(rows, columns) ** 0.5
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        pieces = update.split([p.numel() // (rows * columns) for p in params])
-        torch._foreach_add_(params, [u.reshape(p.shape).to(p.dtype) for u, p in zip(pieces, params, strict=True)], alpha=scale)
+        for p, update in zip(params, updates.split(counts), strict=True):
+            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.reshape(p.shape), alpha=scale)
 
 
 def _batches(params: list[Tensor]) -> Iterable[list[Tensor]]:

@@ -1,12 +1,12 @@
 """The folder of a run: what is in it, and how it survives being killed.
 
-    RUN/run.json        what was asked for and on what data, so that a resume can tell a change
-    RUN/config.toml     every setting as it was resolved
-    RUN/metrics.jsonl   one line a step or evaluation
-    RUN/best.json       the step of the best evaluation
-    RUN/checkpoints/    see formats.checkpoints
-    RUN/summary.json    figures of the finished run
-    RUN/report/         pictures, and report.html beside them
+RUN/run.json        what was asked for and on what data, so that a resume can tell a change
+RUN/config.toml     every setting as it was resolved
+RUN/metrics.jsonl   one line a step or evaluation
+RUN/best.json       the step of the best evaluation
+RUN/checkpoints/    see formats.checkpoints
+RUN/summary.json    figures of the finished run
+RUN/report/         pictures, and report.html beside them
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..atomic import remove_folder
 from ..config import TrainConfig, UserError
-from ..config.recipes import to_toml
+from ..config.recipes import from_table, to_toml
 
 RESUME_MAY_CHANGE = {
     "out", "resume", "overwrite", "json", "minutes", "tokens", "steps", "threads", "tensorboard",
@@ -51,6 +51,18 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path / name} cannot be read ({error}): is {self.path} the folder of a run?") from None
 
+    def facts(self) -> dict[str, Any]:
+        """What `run_facts` wrote when the run began."""
+        facts = self.read_json("run.json")
+        if not isinstance(facts, dict) or not {"requested", "data_fingerprint", "precision"} <= facts.keys():
+            raise UserError(f"{self.path / 'run.json'} does not describe a run: choose another --out")
+        return facts
+
+    def settings(self) -> TrainConfig:
+        """What the run was asked for, as the defaults of resuming it."""
+        requested = from_table(TrainConfig, self.facts()["requested"], str(self.path / "run.json"))
+        return dataclasses.replace(requested, out=str(self.path), overwrite=False, json=False)
+
     def keep_metrics_up_to(self, step: int) -> None:
         """Drop the rows of steps after `step` (they will be made again) and a line cut short by a kill."""
         kept = []
@@ -76,8 +88,8 @@ def new_run(config: TrainConfig, name: str) -> RunFolder:
         path = Path(config.out)
         if (path / "run.json").exists():
             if not config.overwrite:
-                raise UserError(f"{path} already holds a run: add --resume to go on with it, --overwrite to discard it, or choose another --out")
-            shutil.rmtree(path)
+                raise UserError(f"{path} already holds a run: --resume goes on with it, --overwrite discards it; or choose another --out")
+            remove_folder(path)
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path} exists and is not the folder of a run: choose another --out")
     else:
@@ -85,7 +97,10 @@ def new_run(config: TrainConfig, name: str) -> RunFolder:
         while path.exists():
             number += 1
             path = Path("runs") / f"{name}-{number}"
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be created ({error.strerror}): choose another --out") from None
     return RunFolder(path)
 
 
@@ -120,7 +135,7 @@ def refuse_changes(facts: dict[str, Any], config: TrainConfig, data_fingerprint:
     changed = [name for name in _differences(before, now) if name.split(".")[0] not in RESUME_MAY_CHANGE]
     if changed:
         names = ", ".join(changed[:4])
-        raise UserError(f"this run was started with other settings ({names}): resume with the same ones, or start a new run with another --out")
+        raise UserError(f"this run was started with other settings ({names}): resume with the same, or start a new run with another --out")
     if facts["data_fingerprint"] != data_fingerprint:
         raise UserError("the data has changed since this run was started: restore it, or start a new run with another --out")
 

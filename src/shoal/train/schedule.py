@@ -19,7 +19,8 @@ def learning_rate_share(schedule: ScheduleConfig, progress: float) -> float:
         past = (progress - schedule.warmup) / max(1.0 - schedule.warmup, 1e-12)
         share = 0.5 * (1 + math.cos(math.pi * past))
     else:
-        share = min(1.0, (1.0 - progress) / max(schedule.decay, 1e-12))
+        # A decay that would begin before the warm-up ends begins where it ends, or the rate would jump.
+        share = min(1.0, (1.0 - progress) / max(min(schedule.decay, 1.0 - schedule.warmup), 1e-12))
     return schedule.final + (1 - schedule.final) * share
 
 

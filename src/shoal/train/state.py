@@ -52,6 +52,7 @@ class TrainState:
         init_weights(model, config.seed)
         model = model.to(machine.device)
         state = cls(config, folder, data, model, Optimizers(model, config.optimizer), batches)
+        checkpoints.clean_temporary(folder.path)
         complete = checkpoints.complete_checkpoints(folder.path)
         if complete:
             state._load(complete[-1])
@@ -76,7 +77,8 @@ class TrainState:
         }
         keep = self.config.checkpoint
         checkpoints.save_checkpoint(self.folder.path, at.step, self.model, self.data.tokenizer, saved)
-        if at.best_step == at.step:
+        if at.best_step >= 0:
+            # Written every time: a run that was killed before it got here catches up.
             self.folder.write_json("best.json", {"step": at.step, "val_bpb": at.best_bpb})
         checkpoints.prune(self.folder.path, keep.keep_last, {at.best_step} if keep.keep_best else set())
 

@@ -38,7 +38,7 @@ def summarize(state: TrainState, machine: Machine, scored: list[Document], final
     steps = [row for row in rows if "loss" in row]
     last = steps[-max(1, round(MAX_VIO_SHARE * len(steps))) :]
     violations = [row["max_vio"] for row in last if "max_vio" in row]
-    texts = [state.data.tokenizer.decode(tokens) for tokens, _ in scored]
+    texts = [state.data.tokenizer.decode(tokens.tolist()) for tokens, _ in scored]
     training_seconds = sum(state.config.tokens_per_step / row["tokens_per_second"] for row in steps)
     return {
         "val_bpb": final.bits_per_byte,

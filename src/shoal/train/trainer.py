@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..config import TrainConfig, UserError
+from ..config import ModelConfig, TrainConfig, UserError
 from ..data import Batches, Tokenizer, open_corpus, prepare
 from ..plan.cost import flops_per_token, optimizer_flops
 from ..runtime import Machine, start
@@ -24,7 +24,7 @@ from .likelihood import held_out, likelihood
 from .loss import compute_losses
 from .metrics import MetricsLog
 from .optimizer import clip_gradients
-from .run_folder import RunFolder, find_run, new_run, refuse_changes, run_facts
+from .run_folder import find_run, new_run, refuse_changes, run_facts
 from .schedule import learning_rate_share, mtp_weight
 from .signals import StopRequest
 from .state import TrainState
@@ -51,23 +51,31 @@ def train(requested: TrainConfig) -> Trained:
     """Train as asked. Figures go to the run folder, progress to stderr; nothing is printed to stdout."""
     requested.validate()
     folder = find_run(requested.out) if requested.resume else None
-    precision = folder.read_json("run.json")["precision"] if folder else requested.precision
+    precision = folder.facts()["precision"] if folder else requested.precision
     machine = start(requested.device, precision, requested.threads)
     corpus = open_corpus(requested.data, requested.corpus)
     tokenizer = Tokenizer.load(requested.corpus.tokenizer) if requested.corpus.tokenizer else None
     data = prepare(corpus, tokenizer, requested.model.vocab_size, requested.corpus)
-    # A tokenizer may hold fewer or more tokens than asked for; rows of the embedding come in multiples of 64.
-    vocab_size = math.ceil(data.tokenizer.vocab_size / 64) * 64
-    config = replace(requested, model=replace(requested.model, vocab_size=vocab_size))
+    config = replace(requested, model=fit_tokenizer(requested.model, data.tokenizer))
     lookahead = 1 + config.model.num_nextn_predict_layers
     batches = Batches(data.train, config.sequence_length, config.batch_size, config.seed, lookahead=lookahead)
     if folder is None:
         folder = new_run(requested, corpus.name)
         folder.write_json("run.json", run_facts(requested, data.fingerprint, machine.precision))
     else:
-        refuse_changes(folder.read_json("run.json"), requested, data.fingerprint)
+        refuse_changes(folder.facts(), requested, data.fingerprint)
     folder.write_config(config)
     return run_loop(TrainState.create(config, folder, data, batches, machine), machine)
+
+
+def fit_tokenizer(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The shape that goes with a tokenizer, which may hold fewer or more tokens than asked for, and ids of its own."""
+    return replace(
+        model,
+        vocab_size=math.ceil(tokenizer.vocab_size / 64) * 64,  # rows of the embedding come in multiples of 64
+        bos_token_id=tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+    )
 
 
 def run_loop(state: TrainState, machine: Machine) -> Trained:
@@ -152,7 +160,7 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
             return Trained(state.folder.path, {"step": at.step}, finished=False)
         state.save(evaluate(state, machine, log, display, config.eval_tokens))
         display.message("scoring the held-out text")
-        documents = held_out(state.data.val, 64 * config.eval_tokens)
+        documents = held_out(state.data, 64 * config.eval_tokens)
         final = likelihood(model, machine, documents, window=config.sequence_length)
     summary = summarize(state, machine, documents, final)
     state.folder.write_json("summary.json", summary)
@@ -162,7 +170,7 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
 def evaluate(state: TrainState, machine: Machine, log: MetricsLog, display: Display, tokens: int) -> float:
     """Bits per byte of about `tokens` tokens of held-out documents, the same ones every time."""
     at = state.counters
-    result = likelihood(state.model, machine, held_out(state.data.val, tokens), window=state.config.sequence_length)
+    result = likelihood(state.model, machine, held_out(state.data, tokens), window=state.config.sequence_length)
     row = {
         "step": at.step, "tokens": at.tokens, "flops": at.flops, "seconds": round(at.seconds, 3),
         "val_bpb": result.bits_per_byte, "val_loss": result.nats_per_token,

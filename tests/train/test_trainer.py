@@ -1,0 +1,317 @@
+"""A run from its settings to its folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shoal.cli import main
+from shoal.config import TrainConfig, UserError
+from shoal.config.recipes import load_recipe
+from shoal.data import Tokenizer, train_tokenizer
+from shoal.formats import complete_checkpoints, load_model
+from shoal.formats.checkpoints import checkpoint_step
+from shoal.model import Transformer
+from shoal.train import Trained, find_run, train, trainer
+
+SUMMARY = {
+    "val_bpb", "xz_bpb", "val_loss", "val_tokens", "val_bytes", "tokens", "steps", "skipped", "train_flops", "seconds",
+    "tokens_per_second", "peak_share", "max_vio", "params_total", "params_active", "params_mtp", "precision", "peak_memory", "samples",
+}  # fmt: skip
+
+Args = Callable[..., list[str]]
+
+
+@pytest.fixture
+def config(workshop: Path, tmp_path: Path) -> TrainConfig:
+    """Settings of a run in `tmp_path / "run"`."""
+    recipe = load_recipe(str(workshop / "recipe.toml"))
+    corpus = replace(recipe.corpus, cache=str(workshop / "cache"))
+    return replace(recipe, data=(str(workshop / "text.txt"),), out=str(tmp_path / "run"), corpus=corpus)
+
+
+def rows_of(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of steps and of evaluations; strictly JSON, which knows no NaN."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    rows = [json.loads(line, parse_constant=refuse) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row], [row for row in rows if "val_bpb" in row]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_folder_of_a_finished_run(trained: Path) -> None:
+    names = {path.name for path in trained.iterdir()}
+    assert names == {"run.json", "config.toml", "metrics.jsonl", "best.json", "checkpoints", "summary.json", "report", "report.html"}
+    steps, evaluations = rows_of(trained)
+    assert [row["step"] for row in steps] == list(range(1, 13))
+    assert [row["step"] for row in evaluations] == [4, 8, 12]
+    assert [checkpoint_step(path) for path in complete_checkpoints(trained)] == [8, 12]
+    config = load_recipe(str(trained / "config.toml"))
+    assert config.model.vocab_size == load_model(complete_checkpoints(trained)[-1]).config.vocab_size
+    best = json.loads((trained / "best.json").read_text())
+    assert best["val_bpb"] == min(row["val_bpb"] for row in evaluations)
+
+
+def test_the_summary_agrees_with_the_rows(trained: Path) -> None:
+    summary = json.loads((trained / "summary.json").read_text())
+    assert summary.keys() == SUMMARY
+    steps, _ = rows_of(trained)
+    assert (summary["tokens"], summary["steps"], summary["skipped"]) == (12 * 4 * 32, 12, 0)
+    assert summary["train_flops"] == steps[-1]["flops"]
+    assert summary["val_loss"] / summary["val_bpb"] == pytest.approx(0.6931472 * summary["val_bytes"] / summary["val_tokens"])
+    assert 0 < summary["xz_bpb"] < 8
+    assert summary["params_total"] > summary["params_active"]
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.5, "it learns"
+
+
+def test_a_row_holds_the_figures_of_its_step(trained: Path) -> None:
+    steps, _ = rows_of(trained)
+    for before, row in zip(steps, steps[1:], strict=False):
+        assert row["tokens"] - before["tokens"] == 4 * 32
+        assert row["flops"] > before["flops"]
+        assert row["seconds"] >= before["seconds"]
+    for row in steps:
+        assert len(row["max_vio_layers"]) == len(row["entropy_layers"]) == 2, "one MoE layer, and that of the MTP module"
+        assert row["max_vio"] == pytest.approx(sum(row["max_vio_layers"]) / 2)
+        assert ("expert_load" in row) == (row["step"] % 10 == 1)
+        assert row["mtp_loss"] > 0
+        assert row["peak_share"] == pytest.approx(steps[0]["peak_share"] * row["tflops"] / steps[0]["tflops"])
+    assert all(sum(layer) == pytest.approx(1, abs=1e-3) for layer in steps[0]["expert_load"])
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_seed_others(config: TrainConfig, tmp_path: Path, trained: Path) -> None:
+    short = replace(config, steps=12, checkpoint=replace(config.checkpoint, every_steps=0))
+    train(short)
+    other = train(replace(short, out=str(tmp_path / "other"), seed=1))
+    reference = [row["loss"] for row in rows_of(trained)[0]]
+    assert [row["loss"] for row in rows_of(tmp_path / "run")[0]] == reference
+    assert [row["loss"] for row in rows_of(other.folder)[0]] != reference
+
+
+def test_micro_batches_change_the_memory_and_not_the_learning(config: TrainConfig, trained: Path) -> None:
+    train(replace(config, micro_batch_size=2))
+    whole, parts = rows_of(trained)[0], rows_of(Path(str(config.out)))[0]
+    assert [row["loss"] for row in parts][:4] == pytest.approx([row["loss"] for row in whole][:4], rel=1e-4)
+    assert parts[0]["expert_load"] == whole[0]["expert_load"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "adamw", "tied", "dense"])
+def test_other_models_and_optimizers_learn_too(config: TrainConfig, kind: str) -> None:
+    changes: dict[str, dict[str, Any]] = {
+        "llama": {"model_type": "llama", "num_nextn_predict_layers": 0, "num_key_value_heads": 1},
+        "tied": {"tie_word_embeddings": True, "num_nextn_predict_layers": 0},
+        "dense": {"n_routed_experts": None},
+        "adamw": {},
+    }
+    optimizer = replace(config.optimizer, name="adamw" if kind == "adamw" else "muon")
+    result = train(replace(config, steps=8, model=replace(config.model, **changes[kind]), optimizer=optimizer))
+    steps, _ = rows_of(result.folder)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert ("max_vio" in steps[0]) == (kind in ("adamw", "tied"))
+    assert (result.summary["max_vio"] is None) == (kind in ("llama", "dense"))
+    # What was written is read back as the same model, dense ones included.
+    models = Transformer(load_recipe(str(result.folder / "config.toml")).model), load_model(complete_checkpoints(result.folder)[-1])
+    written, saved = ({name: tensor.shape for name, tensor in model.state_dict().items()} for model in models)
+    assert written == saved
+
+
+def test_a_tokenizer_given_from_outside_decides_size_and_special_ids(config: TrainConfig, tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["red fish, blue fish"], 300)
+    # Its texts begin and end with other tokens than those of the tokenizers trained here.
+    tokenizer.config |= {"bos_token": "<think>", "eos_token": "</think>"}
+    tokenizer.save(tmp_path / "tokenizer")
+    result = train(replace(config, steps=2, corpus=replace(config.corpus, tokenizer=str(tmp_path / "tokenizer"))))
+    saved = load_model(complete_checkpoints(result.folder)[-1]).config
+    assert (saved.bos_token_id, saved.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id) == (5, 6)
+    assert saved.vocab_size % 64 == 0
+    assert 0 <= saved.vocab_size - tokenizer.vocab_size < 64
+    assert Tokenizer.load(complete_checkpoints(result.folder)[-1]).fingerprint == tokenizer.fingerprint
+
+
+def test_a_time_budget_ends_with_the_step_that_spends_it(config: TrainConfig) -> None:
+    result = train(replace(config, steps=None, minutes=0.01))
+    steps, _ = rows_of(result.folder)
+    assert steps[-1]["seconds"] >= 0.6
+    assert all(row["seconds"] < 0.6 for row in steps[:-1])
+    assert steps[-1]["lr"] < 1
+
+
+# Steps that cannot be applied
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], list[list[torch.Tensor]]]:
+    """Makes the loss of some steps NaN; gives the list of the weights that each step began with."""
+
+    def prepare(steps: set[int]) -> list[list[torch.Tensor]]:
+        seen: list[list[torch.Tensor]] = []
+
+        def compute(model: Any, *args: Any) -> Any:
+            seen.append([tensor.detach().clone() for tensor in model.state_dict().values()])
+            losses = original(model, *args)
+            if len(seen) in steps:
+                losses.total = losses.total * float("nan")
+                losses.main = losses.main * float("nan")
+                for stats in losses.routing:
+                    stats.entropy = stats.entropy * float("nan")
+            return losses
+
+        original = trainer.compute_losses
+        monkeypatch.setattr(trainer, "compute_losses", compute)
+        return seen
+
+    return prepare
+
+
+def test_a_step_without_a_finite_loss_is_counted_and_not_applied(config: TrainConfig, poison: Any) -> None:
+    seen = poison({3, 6})
+    result = train(replace(config, steps=7))
+    for step, moved in ((2, True), (3, False), (4, True), (6, False)):
+        same = [torch.equal(a, b) for a, b in zip(seen[step - 1], seen[step], strict=True)]
+        assert all(same) is not moved, f"step {step}"
+    steps, _ = rows_of(result.folder)
+    assert [row["skipped"] for row in steps] == [0, 0, 1, 1, 1, 2, 2]
+    assert [row["loss"] is None for row in steps] == [False, False, True, False, False, True, False]
+    assert result.summary["skipped"] == 2
+    assert (result.folder / "summary.json").exists()
+
+
+def test_twenty_such_steps_in_a_row_end_the_run(config: TrainConfig, poison: Any) -> None:
+    poison(set(range(6, 100)))
+    with pytest.raises(UserError, match="no finite loss for 20 steps in a row"):
+        train(replace(config, steps=100))
+    steps, _ = rows_of(Path(str(config.out)))
+    assert steps[-1]["step"] == 5 + 20
+    assert [checkpoint_step(path) for path in complete_checkpoints(Path(str(config.out)))][-1] <= 24
+
+
+# Folders that are there already
+
+
+def test_a_new_run_does_not_touch_an_earlier_one(train_args: Args, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files_of(trained)
+    assert main(train_args(trained)) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert files_of(trained) == before
+
+
+def test_a_folder_with_something_else_in_it_is_refused_even_with_overwrite(config: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="not the folder of a run"):
+        train(replace(config, overwrite=True))
+    assert (tmp_path / "run" / "thesis.tex").read_text() == "years of work"
+
+
+def test_overwrite_starts_from_nothing(config: TrainConfig) -> None:
+    train(replace(config, steps=5))
+    result = train(replace(config, steps=3, overwrite=True))
+    assert [row["step"] for row in rows_of(result.folder)[0]] == [1, 2, 3]
+    assert [checkpoint_step(path) for path in complete_checkpoints(result.folder)] == [3]
+    assert [path.name for path in result.folder.parent.iterdir()] == ["run"]
+
+
+# Resuming
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--optimizer.muon-lr", "0.5"], "optimizer.muon_lr"),
+        (["--model.num-hidden-layers", "3"], "model.num_hidden_layers"),
+        (["--batch-size", "8"], "batch_size"),
+        (["--seed", "5"], "seed"),
+    ],
+)
+def test_other_settings_are_refused_and_nothing_is_touched(
+    train_args: Args, trained: Path, capsys: pytest.CaptureFixture[str], change: list[str], named: str
+) -> None:
+    before = files_of(trained)
+    assert main(train_args(trained, "--resume", *change)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("shoal: error: this run was started with other settings")
+    assert named in error
+    assert files_of(trained) == before
+
+
+def test_other_data_is_refused_and_nothing_is_touched(config: TrainConfig, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    shutil.copy(config.data[0], text)
+    started = replace(config, data=(str(text),), steps=4)
+    result = train(started)
+    before = files_of(result.folder)
+    text.write_text(text.read_text() + "\n\nOne more paragraph, at the end, with a fish.\n")
+    with pytest.raises(UserError, match="the data has changed"):
+        train(replace(started, resume=True, steps=6))
+    assert files_of(result.folder) == before
+
+
+@pytest.fixture
+def copy(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run that may be changed."""
+    shutil.copytree(trained, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_resume_needs_nothing_but_the_folder(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--resume", "--out", str(copy), "--steps", "15", "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["steps"] == 15
+    assert [row["step"] for row in rows_of(copy)[0]] == list(range(1, 16))
+    assert load_recipe(str(copy / "config.toml")).steps == 15
+
+
+def test_resume_of_a_finished_run_sums_up_again(copy: Path, trained: Path) -> None:
+    (copy / "summary.json").unlink()
+    (copy / "best.json").unlink()
+    train(replace(find_run(str(copy)).settings(), resume=True))
+    first, again = (json.loads((run / "summary.json").read_text()) for run in (trained, copy))
+    assert {key: again[key] for key in ("val_bpb", "tokens", "steps")} == {key: first[key] for key in ("val_bpb", "tokens", "steps")}
+    assert json.loads((copy / "best.json").read_text()) == json.loads((trained / "best.json").read_text())
+
+
+def test_resume_clears_what_a_killed_save_left(copy: Path) -> None:
+    checkpoints = copy / "checkpoints"
+    shutil.copytree(checkpoints / "step_0000012", checkpoints / "step_0000099.tmp")
+    shutil.copytree(checkpoints / "step_0000012", checkpoints / "step_0000098")
+    (checkpoints / "step_0000098" / "COMPLETE").unlink()
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "loss": 1.0}\n{"step": 14, "lo')
+    train(replace(find_run(str(copy)).settings(), resume=True))
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_0000008", "step_0000012"]
+    assert rows_of(copy)[0][-1]["step"] == 12
+
+
+def test_resume_without_a_name_takes_the_newest_run(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs").mkdir()
+    copy.rename(tmp_path / "runs" / "mine")
+    monkeypatch.chdir(tmp_path)
+    # another kind of budget takes the place of the first
+    assert main(["train", "--resume", "--tokens", str(13 * 128), "--json"]) == 0
+    assert json.loads((tmp_path / "runs" / "mine" / "summary.json").read_text())["steps"] == 13
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "not json", '{"requested": {"no_such_setting": 1}, "data_fingerprint": "", "precision": "fp32"}'])
+def test_a_damaged_run_json_is_one_line(copy: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "run.json").write_text(content)
+    assert main(["train", "--resume", "--out", str(copy)]) == 2
+    assert capsys.readouterr().err.startswith("shoal: error: ")
+
+
+def test_runs_without_a_name_get_one_from_the_data(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    results: list[Trained] = [train(replace(config, out=None, steps=1)) for _ in range(2)]
+    name = results[0].folder.name
+    assert [result.folder for result in results] == [Path("runs") / name, Path("runs") / f"{name}-2"]

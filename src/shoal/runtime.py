@@ -95,7 +95,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     best = 0.0
-    for _ in range(6):
+    for _ in range(12):
         synchronize(device)
         began = time.perf_counter()
         a @ b

@@ -39,7 +39,13 @@ def _samples(folder: Path, config: TrainConfig) -> list[dict[str, str]]:
         return []
     loaded = load(str(folder), MachineOptions(config.device, config.precision, config.threads))
     sampling = SamplingOptions(max_tokens=SAMPLE_TOKENS, temperature=0.5, seed=config.seed)
-    return [{"prompt": prompt, "text": complete(loaded, prompt, sampling)["text"]} for prompt in config.prompts]
+    samples = []
+    for prompt in config.prompts:
+        try:
+            samples.append({"prompt": prompt, "text": complete(loaded, prompt, sampling)["text"]})
+        except UserError as error:  # one that is too long, say: no reason to lose the report of the run
+            print(f"no sample: {error}", file=sys.stderr)
+    return samples
 
 
 def _print_result(folder: Path, summary: dict[str, Any], report: Path | None) -> None:

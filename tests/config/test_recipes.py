@@ -66,7 +66,7 @@ def test_any_settings_come_back_from_the_json_of_a_run(config: TrainConfig) -> N
 
 
 def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
-    config = TrainConfig(steps=3, out="a\r\nb\t\x7f\u2028é\"\\", prompts=("", "\x00"), model=ModelConfig(n_routed_experts=None))
+    config = TrainConfig(steps=3, out='a\r\nb\t\x7f\u2028é"\\', prompts=("", "\x00"), model=ModelConfig(n_routed_experts=None))
     (tmp_path / "config.toml").write_text(to_toml(config), encoding="utf-8")
     assert load_recipe(str(tmp_path / "config.toml")) == config
 

@@ -39,7 +39,7 @@ NUMBERS = [
 def test_the_defaults_work() -> None:
     GOOD.validate()
     for model_type in ("deepseek_v3", "deepseek_v2", "llama"):
-        ModelConfig(model_type=model_type).validate()  # type: ignore[arg-type]
+        ModelConfig(model_type=model_type).validate()
 
 
 @pytest.mark.parametrize("name", NUMBERS)

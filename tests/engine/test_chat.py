@@ -16,7 +16,9 @@ from shoal.engine.chat import HELP, render
 from shoal.formats import complete_checkpoints
 
 Say = Callable[..., str]
-TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 @pytest.fixture

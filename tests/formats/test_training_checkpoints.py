@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.config import UserError
 from shoal import atomic
+from shoal.config import UserError
 from shoal.formats import checkpoints
 from shoal.formats.checkpoints import (
     checkpoint_step,

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def test_the_summary_agrees_with_the_rows(trained: Path) -> None:
 
 def test_a_row_holds_the_figures_of_its_step(trained: Path) -> None:
     steps, _ = rows_of(trained)
-    for before, row in zip(steps, steps[1:], strict=False):
+    for before, row in pairwise(steps):
         assert row["tokens"] - before["tokens"] == 4 * 32
         assert row["flops"] > before["flops"]
         assert row["seconds"] >= before["seconds"]
@@ -143,8 +144,8 @@ def test_a_tokenizer_given_from_outside_decides_size_and_special_ids(config: Tra
 def test_a_time_budget_ends_with_the_step_that_spends_it(config: TrainConfig) -> None:
     result = train(replace(config, steps=None, minutes=0.01))
     steps, _ = rows_of(result.folder)
-    assert steps[-1]["seconds"] >= 0.6
-    assert all(row["seconds"] < 0.6 for row in steps[:-1])
+    assert result.summary["seconds"] >= 0.6, "a checkpoint may be what spends the rest"
+    assert all(row["seconds"] <= 0.6 for row in steps[:-1])
     assert steps[-1]["lr"] < 1
 
 
@@ -303,7 +304,9 @@ def test_resume_without_a_name_takes_the_newest_run(copy: Path, tmp_path: Path, 
     assert json.loads((tmp_path / "runs" / "mine" / "summary.json").read_text())["steps"] == 13
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", "not json", '{"requested": {"no_such_setting": 1}, "data_fingerprint": "", "precision": "fp32"}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", "not json", '{"requested": {"no_setting": 1}, "data_fingerprint": "", "precision": "fp32"}']
+)
 def test_a_damaged_run_json_is_one_line(copy: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
     (copy / "run.json").write_text(content)
     assert main(["train", "--resume", "--out", str(copy)]) == 2

@@ -72,7 +72,7 @@ class Transformers(Contestant):
             from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
         except ImportError:
             raise UserError("--vs transformers needs the transformers package: pip install transformers") from None
-        self.precision, self.name = precision, f"transformers ({experts} experts)"
+        self.precision, self.name = precision, f"transformers, {experts}"
         settings = {key: value for key, value in model_config_to_dict(SHAPE).items() if key not in ("architectures", "model_type")}
         self.model = DeepseekV3ForCausalLM(DeepseekV3Config(**settings)).float().train()
         self.model.set_experts_implementation(experts)
@@ -147,10 +147,11 @@ def _result(contestants: list[Contestant], rates: list[float], machine: Machine,
             "transformers_bf16_tokens_per_second": bf16,
             "transformers_fp32_tokens_per_second": fp32,
             "transformers_tokens_per_second": max(bf16, fp32),
-            # Against the faster of the peer's precisions, so that the figure does not depend on how slow bf16 is here.
-            "ratio": muon / max(bf16, fp32),
-            "ratio_bf16": muon / bf16,
-            "ratio_adamw": adamw / max(bf16, fp32),
+            # The published comparison is with bf16 autocast; where bf16 is slow, the peer is faster in fp32: both count.
+            "ratio": muon / bf16,
+            "ratio_adamw": adamw / bf16,
+            "ratio_fastest": muon / max(bf16, fp32),
+            "ratio_fastest_adamw": adamw / max(bf16, fp32),
         }
     return result
 
@@ -161,18 +162,21 @@ def _print(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"training step of {tokens} tokens on {machine.describe()}")
-    for column in ("", "optimizer", "precision", "tokens/s", "ms/step", "min-max"):
-        table.add_column(column, justify="left" if column in ("", "optimizer", "precision") else "right")
+    table = Table(title=f"training step of {tokens} tokens")
+    for column in ("", "optimizer", "precision"):
+        table.add_column(column, no_wrap=True)
+    for column in ("tokens/s", "ms/step", "min-max"):
+        table.add_column(column, justify="right", no_wrap=True)
     for contestant, times, rate in zip(contestants, seconds, rates, strict=True):
         spread = f"{1e3 * min(times):,.0f}-{1e3 * max(times):,.0f}"
         median = f"{1e3 * statistics.median(times):,.0f}"
         table.add_row(contestant.name, contestant.optimizer, contestant.precision, f"{rate:,.0f}", median, spread)
-    console = Console()
+    console = Console(highlight=False)
+    console.print(machine.describe())
     console.print(table)
     console.print(f"shoal with Muon runs at {result['peak_share']:.0%} of this machine's measured matmul peak")
     if "ratio" in result:
         console.print(
-            f"{result['ratio']:.2f}x transformers at its fastest here, {result['ratio_bf16']:.2f}x under bf16 autocast, "
-            f"{result['ratio_adamw']:.2f}x with AdamW on both sides"
+            f"against transformers under bf16 autocast: {result['ratio']:.2f}x with Muon, {result['ratio_adamw']:.2f}x with AdamW; "
+            f"against its fastest precision here: {result['ratio_fastest']:.2f}x and {result['ratio_fastest_adamw']:.2f}x"
         )

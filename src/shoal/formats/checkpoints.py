@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import torch
 
+from ..atomic import TEMPORARY, new_folder, remove_folder, sync
 from ..config import UserError
 from ..model import Transformer
-from ..atomic import TEMPORARY, new_folder, remove_folder, sync
 from .huggingface import save_model
 
 MARKER = "COMPLETE"

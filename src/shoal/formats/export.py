@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
+from ..atomic import new_folder
 from ..config import ModelConfig, UserError
 from ..config.huggingface import export_obstacles
 from ..model import Transformer
-from ..atomic import new_folder
 from .checkpoints import SavesFiles
 from .huggingface import save_model
 

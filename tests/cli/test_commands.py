@@ -1,0 +1,147 @@
+"""The verbs on good input: what they print, and that the last line is JSON where that was asked for."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal import __version__
+from shoal.cli import VERBS, main
+
+FAST = ["--threads", "1", "--precision", "fp32", "--device", "cpu"]
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return result
+
+
+def test_usage_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    for args in ([], ["--help"], ["help"]):
+        assert main(args) == 0
+        out = capsys.readouterr().out
+        assert all(f"shoal {verb}" in out for verb in VERBS)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"shoal {__version__}\n"
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "bench"])
+def test_every_verb_explains_its_options(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert not stop.value.code
+    assert f"usage: shoal {verb}" in capsys.readouterr().out
+
+
+def test_bench_names_its_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--help"]) == 0
+    assert "train" in capsys.readouterr().out
+
+
+def test_train_ends_with_its_summary(train_args: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # An option of the command line counts more than the recipe.
+    assert main(train_args(tmp_path / "run", "--json", "--steps", "3", "--prompts", "the red", "fish", "--tensorboard")) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 1, "nothing but the JSON object on stdout"
+    summary = json.loads(out)
+    assert summary["steps"] == 3
+    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert [sample["prompt"] for sample in summary["samples"]] == ["the red", "fish"]
+    assert all(sample["text"] for sample in summary["samples"])
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_train_tells_people_what_to_do_next(train_args: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(train_args(tmp_path / "run", "--steps", "2", "--prompts", "the red")) == 0
+    out = capsys.readouterr().out
+    assert "held-out text:" in out
+    assert "'the red' continues:" in out
+    assert f"shoal chat {tmp_path / 'run'}" in out
+    assert str(tmp_path / "run" / "report.html") in out
+
+
+def test_a_missing_plot_library_costs_the_report_and_nothing_else(
+    train_args: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(train_args(tmp_path / "run", "--steps", "2")) == 0
+    captured = capsys.readouterr()
+    assert "no report: " in captured.err
+    assert "held-out text:" in captured.out
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_prompt_that_is_too_long_costs_its_sample_and_nothing_else(
+    train_args: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(train_args(tmp_path / "run", "--json", "--steps", "2", "--prompts", "red " * 300, "fish")) == 0
+    captured = capsys.readouterr()
+    assert [sample["prompt"] for sample in json.loads(captured.out)["samples"]] == ["fish"]
+    assert "no sample: " in captured.err
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_generate_streams_the_text_that_json_holds(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["generate", str(trained), "the red", *FAST, "--max-tokens", "12", "--seed", "3"]
+    assert main(args) == 0
+    streamed = capsys.readouterr().out
+    assert main([*args, "--json"]) == 0
+    result = last_line(capsys)
+    assert streamed == f"the red{result['text']}\n"
+    assert result.keys() == {"text", "tokens", "prompt_tokens", "finish_reason", "tokens_per_second"}
+    assert 0 < result["tokens"] <= 12
+
+
+def test_generate_is_the_same_for_the_same_seed_and_at_temperature_zero(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def text(*more: str) -> str:
+        assert main(["generate", str(trained), "the red", *FAST, "--max-tokens", "20", "--json", *more]) == 0
+        return str(last_line(capsys)["text"])
+
+    assert text("--seed", "3") == text("--seed", "3") != text("--seed", "4")
+    assert text("--temperature", "0") == text("--temperature", "0", "--seed", "9")
+
+
+def test_generate_reads_its_prompt_from_standard_input(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("été\n".encode()), encoding="ascii"))
+    assert main(["generate", str(trained), "-", *FAST, "--max-tokens", "3"]) == 0
+    assert capsys.readouterr().out.startswith("été\n")
+
+
+def test_a_run_a_checkpoint_and_its_parent_folder_are_one_model(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best = json.loads((trained / "best.json").read_text())["step"]
+    texts = set()
+    for model in (trained, trained / "checkpoints", trained / "checkpoints" / f"step_{best:07d}"):
+        assert main(["generate", str(model), "the red", *FAST, "--max-tokens", "9", "--temperature", "0", "--json"]) == 0
+        texts.add(last_line(capsys)["text"])
+    assert len(texts) == 1
+
+
+def test_doctor_says_what_runs_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    assert result["shoal"] == __version__
+    assert result["threads"] >= 1
+    assert result["matmul_flops"] > 0
+    assert result["kernels"] in "\n".join(lines[:-1])
+    assert set(result["packages"]) >= {"matplotlib", "pyarrow", "transformers"}
+
+
+def test_output_into_a_closed_pipe_is_silent(trained: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "shoal", "generate", str(trained), "the", *FAST, "--max-tokens", "5"]
+    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (0, "")

@@ -58,7 +58,8 @@ def _print_result(folder: Path, summary: dict[str, Any], report: Path | None) ->
     )
     if report is not None:
         print(f"report:   {report}")
+    prompt = next((sample["prompt"] for sample in summary["samples"] if "\n" not in sample["prompt"]), "The ")
     print(f"chat:     shoal chat {folder}")
-    print(f"continue: shoal generate {folder} 'def main('")
+    print(f"continue: shoal generate {folder} {prompt!r}")
     print(f"export:   shoal export {folder} OUT --format hf")
     print("your own: shoal train --data PATH --minutes 5")

@@ -90,7 +90,7 @@ def complete_checkpoints(run: Path) -> list[Path]:
 def prune(run: Path, keep_last: int, keep: set[int]) -> None:
     """Delete the complete checkpoints but the last `keep_last` and those of the steps in `keep`."""
     checkpoints = complete_checkpoints(run)
-    for path in checkpoints[: len(checkpoints) - keep_last]:
+    for path in checkpoints[: max(0, len(checkpoints) - keep_last)]:
         if checkpoint_step(path) not in keep:
             remove_folder(path)
 

@@ -1,0 +1,68 @@
+"""The commands of the README work as written, on a small run in place of the demo."""
+
+from __future__ import annotations
+
+import io
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shoal.cli import main
+from shoal.config import UserError
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+COMMANDS = [shlex.split(line, comments=True) for block in BLOCKS for line in block.splitlines() if line.strip()]
+SHOAL = [command[1:] for command in COMMANDS if command[0] == "shoal"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, trained: Path, workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory in which `runs/demo` and `PATH` of the README exist."""
+    shutil.copytree(trained, tmp_path / "runs" / "demo")
+    shutil.copy(workshop / "text.txt", tmp_path / "PATH")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"def f(\n/quit\n")))
+    yield tmp_path
+
+
+def small(command: list[str], recipe: Path, cache: Path) -> list[str]:
+    """A training command of the README at the size of a test: same options, a tiny model, a few steps."""
+    if command[0] != "train" or "--resume" in command:
+        return command
+    rest = command[2:] if command[1] == "demo" else command[1:]
+    rest = [
+        "0.02" if before == "--minutes" else "2" if before == "--steps" else word for before, word in zip(["", *rest], rest, strict=False)
+    ]
+    if "--data" not in rest:
+        rest += ["--data", "PATH"]
+    return ["train", str(recipe), *rest, "--corpus.cache", str(cache)]
+
+
+@pytest.mark.parametrize("command", [c for c in SHOAL if c[0] != "bench"], ids=" ".join)
+def test_command_works(command: list[str], folder: Path, workshop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(small(command, workshop / "recipe.toml", workshop / "cache")) == 0, capsys.readouterr().err
+
+
+def test_benchmark_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark takes minutes: only its options are tried, up to where it would begin to measure."""
+    benches = [command for command in SHOAL if command[0] == "bench"]
+    assert benches
+    started = []
+
+    def begin(options: object) -> None:
+        started.append(options)
+        raise UserError("far enough")
+
+    monkeypatch.setattr("shoal.bench.train.run_bench", begin)
+    assert all(main(command) == 2 for command in benches)
+    assert len(started) == len(benches)
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {command[1] for command in COMMANDS if command[0] == "make"} <= targets

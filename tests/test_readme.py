@@ -6,7 +6,6 @@ import io
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,13 +20,13 @@ SHOAL = [command[1:] for command in COMMANDS if command[0] == "shoal"]
 
 
 @pytest.fixture
-def folder(tmp_path: Path, trained: Path, workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(tmp_path: Path, trained: Path, workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory in which `runs/demo` and `PATH` of the README exist."""
     shutil.copytree(trained, tmp_path / "runs" / "demo")
     shutil.copy(workshop / "text.txt", tmp_path / "PATH")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"def f(\n/quit\n")))
-    yield tmp_path
+    return tmp_path
 
 
 def small(command: list[str], recipe: Path, cache: Path) -> list[str]:

@@ -34,9 +34,8 @@ def small(command: list[str], recipe: Path, cache: Path) -> list[str]:
     if command[0] != "train" or "--resume" in command:
         return command
     rest = command[2:] if command[1] == "demo" else command[1:]
-    rest = [
-        "0.02" if before == "--minutes" else "2" if before == "--steps" else word for before, word in zip(["", *rest], rest, strict=False)
-    ]
+    sizes = {"--minutes": "0.02", "--steps": "2"}
+    rest = [sizes.get(before, word) for before, word in zip(["", *rest], rest, strict=False)]
     if "--data" not in rest:
         rest += ["--data", "PATH"]
     return ["train", str(recipe), *rest, "--corpus.cache", str(cache)]

@@ -87,7 +87,7 @@ class Transformers(Contestant):
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
-        return float(loss)
+        return float(loss.detach())
 
 
 def run_bench(command: BenchTrainCommand) -> dict[str, Any]:
@@ -172,6 +172,8 @@ def _print(
         median = f"{1e3 * statistics.median(times):,.0f}"
         table.add_row(contestant.name, contestant.optimizer, contestant.precision, f"{rate:,.0f}", median, spread)
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 110  # a file or pipe has no width that the table would have to fit
     console.print(machine.describe())
     console.print(table)
     console.print(f"shoal with Muon runs at {result['peak_share']:.0%} of this machine's measured matmul peak")

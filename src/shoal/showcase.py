@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from .config import MachineOptions, SamplingOptions, TrainConfig, UserError
 from .engine import complete, load
 from .train import Trained
 from .train.report import write_report
+from .train.run_folder import RunFolder
 
 SAMPLE_TOKENS = 96
 
@@ -21,9 +21,7 @@ def present(trained: Trained, config: TrainConfig) -> dict[str, Any]:
     if not trained.finished:
         return trained.summary
     summary = trained.summary | {"samples": _samples(folder, config)}
-    temporary = folder / ".summary.json.tmp"
-    temporary.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(folder / "summary.json")
+    RunFolder(folder).write_json("summary.json", summary)
     try:
         report: Path | None = write_report(folder)
     except UserError as error:

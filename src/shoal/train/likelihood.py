@@ -11,14 +11,12 @@ import torch
 
 from .. import kernels
 from ..data import PreparedData
+from ..kernels.reference import IGNORED
 from ..model import Transformer
 from ..runtime import Machine, inference
 
 Document = tuple[np.ndarray, int]
 """Token ids from begin-of-text to end-of-text, and the length of the text in UTF-8 bytes."""
-
-IGNORED = -100
-"""Target of a position that is not scored."""
 
 
 @dataclass

@@ -54,7 +54,7 @@ class PackedMatrix:
 def pack_floats(weight: Tensor, format: Literal["fp32", "bf16"]) -> PackedMatrix:
     """`weight [..., O, I]` in tiles, its numbers rounded to `format`."""
     dtype = torch.float32 if format == "fp32" else torch.bfloat16
-    *_, rows, columns = weight.shape
+    rows, columns = weight.shape[-2:]
     return PackedMatrix(format, rows, columns, _tiles(weight.to(dtype)).transpose(-1, -2).contiguous())
 
 
@@ -68,7 +68,7 @@ def pack_integers(
         scales, mins: `[..., O, I/group]`.
         columns: I before it was padded to whole groups.
     """
-    *leading, rows, padded = quants.shape
+    rows, padded = quants.shape[-2:]
     tiles = _tiles(quants)  # [..., O/16, 16, I]
     if format == "int8":
         data = tiles.unflatten(-1, (padded // 4, 4)).transpose(-3, -2).flatten(-2)
@@ -89,7 +89,8 @@ def unpack_integers(matrix: PackedMatrix) -> tuple[Tensor, Tensor, Tensor | None
     quants = lines.transpose(-3, -2).flatten(-2)  # [..., O/16, 16, I]
     parts = [quants, *(None if x is None else x.transpose(-1, -2) for x in (matrix.scales, matrix.mins))]
     rows = [None if x is None else x.flatten(-3, -2)[..., : matrix.rows, :] for x in parts]
-    assert rows[0] is not None and rows[1] is not None
+    assert rows[0] is not None
+    assert rows[1] is not None
     return rows[0], rows[1], rows[2]
 
 

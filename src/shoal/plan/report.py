@@ -102,7 +102,7 @@ def published_table(model: ModelConfig, published: Published) -> Table:
 
 
 def machine_table(machine: Machine) -> Table:
-    figures = {name: value for name, value in asdict(machine).items() if name not in ("name", "source", "measured")}
+    figures = {name: value for name, value in asdict(machine).items() if name not in ("name", "source", "measured", "is_cpu", "sustained")}
     rows = [(name, f"{value:g}") for name, value in figures.items() if value]
     return Table(f"Machine: {machine.name}", ("figure", "per device"), rows, machine.source)
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import fields, replace
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 
@@ -24,13 +26,18 @@ from .sustained import Curve, Sustained, product_size
 
 READ_BYTES = 2**28
 """Far beyond any cache of a CPU; a GPU gets four times as much."""
+RING_BYTES = 96 * 2**20
+"""A training step comes back to a tensor when the caches have long forgotten it: kernels take turns on so many bytes of them."""
+ROUNDS = 3
+"""Everything is measured in turns, so that a busy moment of the machine does not fall on one figure alone."""
 
 
-def measure_machine(folder: str | None = None, budget: float = 0.1) -> Machine:
+def measure_machine(folder: str | None = None, budget: float = 0.04) -> Machine:
     """Measure memory bandwidth, matrix products, the kernels of a training step, and disk reads (of a file in `folder`).
 
-    Uses the GPU if there is one, else as many CPU threads as `shoal train` does. Every figure is the median over repetitions
-    of about `budget` seconds after one to warm up; some seconds in all. Rates that the machine cannot do are 0.
+    Uses the GPU if there is one, else as many CPU threads as `shoal train` does. Every figure is the median of three rounds,
+    each the median over repetitions of about `budget` seconds after one to warm up; some seconds in all. Rates that the machine
+    cannot do are 0.
     """
     here = start()
     probe = Probe(here.device, budget)
@@ -39,21 +46,25 @@ def measure_machine(folder: str | None = None, budget: float = 0.1) -> Machine:
         name, memory = properties.name, properties.total_memory
     else:
         name, memory = "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    rounds = [probe.rates() for _ in range(ROUNDS)]
+    rates = {rate: median(each[rate] for each in rounds) for rate in rounds[0]}
     return Machine(
         name=name,
         memory_gib=memory / GIB,
-        bandwidth_gb_s=probe.copies() / 1e9,
-        read_gb_s=probe.reads() / 1e9,
-        fp32_tflops=probe.products(torch.float32, probe.large, probe.large) / 1e12,
-        bf16_tflops=probe.products(torch.bfloat16, probe.large, probe.large) / 1e12,
-        int8_tops=probe.int8() / 1e12,
+        disk_gb_s=_disk_rate(folder) / 1e9,
         devices_per_node=1,
         is_cpu=not probe.is_gpu,
-        disk_gb_s=_disk_rate(folder) / 1e9,
         measured=True,
-        sustained=probe.sustained(here.precision),
+        sustained=typical([probe.sustained(here.precision) for _ in range(ROUNDS)]),
         source=f"measured: products of {probe.large} x {probe.large} matrices, reads and copies of {probe.memory // 2**20} MiB",
+        **rates,
     )
+
+
+def matmul_tflops() -> float:
+    """The FP32 product again, to see whether the machine is still as fast as it was."""
+    probe = Probe(start().device, 0.3)
+    return probe.products(torch.float32, probe.large, probe.large) / 1e12
 
 
 class Probe:
@@ -80,6 +91,22 @@ class Probe:
     def random(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*shape, device=self.device).to(dtype)
 
+    def ring(self, *shape: int, dtype: torch.dtype) -> Callable[[], Tensor]:
+        """Random tensors that take turns, so many that none is still in a cache when its turn comes again."""
+        first = self.random(*shape, dtype=dtype)
+        tensors = [first, *(torch.empty_like(first).copy_(first) for _ in range(RING_BYTES // first.nbytes))]
+        return cycle(tensors).__next__
+
+    def rates(self) -> dict[str, float]:
+        """Large and simple work, by the fields of `Machine`."""
+        return {
+            "bandwidth_gb_s": self.copies() / 1e9,
+            "read_gb_s": self.reads() / 1e9,
+            "fp32_tflops": self.products(torch.float32, self.large, self.large) / 1e12,
+            "bf16_tflops": self.products(torch.bfloat16, self.large, self.large) / 1e12,
+            "int8_tops": self.int8() / 1e12,
+        }
+
     def copies(self) -> float:
         """Bytes per second read and written."""
         source = torch.ones(self.memory // 4, device=self.device)
@@ -92,14 +119,14 @@ class Probe:
         return self.memory / self.seconds(source.sum)
 
     def products(self, dtype: torch.dtype, rows: int, side: int) -> float:
-        """FLOP/s of [rows, side] x [side, side]."""
-        x, weight = self.random(rows, side, dtype=dtype), self.random(side, side, dtype=dtype)
-        return 2 * rows * side * side / self.seconds(lambda: x @ weight.T)
+        """FLOP/s of [rows, side] x [side, side]: the input has just been made, the output goes to memory."""
+        x, weight, out = self.random(rows, side, dtype=dtype), self.random(side, side, dtype=dtype), self.ring(rows, side, dtype=dtype)
+        return 2 * rows * side * side / self.seconds(lambda: torch.mm(x, weight.T, out=out()))
 
     def weight_gradients(self, dtype: torch.dtype, rows: int, side: int) -> float:
-        """FLOP/s of [side, rows] x [rows, side]."""
-        x, y = self.random(rows, side, dtype=dtype), self.random(rows, side, dtype=dtype)
-        return 2 * rows * side * side / self.seconds(lambda: y.T @ x)
+        """FLOP/s of [side, rows] x [rows, side]: the gradient has just been made, the activation comes from memory."""
+        x, y = self.ring(rows, side, dtype=dtype), self.random(rows, side, dtype=dtype)
+        return 2 * rows * side * side / self.seconds(lambda: y.T @ x())
 
     def int8(self) -> float:
         """Operations per second of torch's int8 product; 0 where it has none."""
@@ -112,9 +139,11 @@ class Probe:
     def attention(self, dtype: torch.dtype, channels: int, time: int = 512) -> float:
         """FLOP/s of causal attention with heads of so many channels, forward and backward."""
         heads, batch = 4, 64 if self.is_gpu else 8
-        q, k, v = (self.random(batch, time, heads, channels, dtype=dtype).requires_grad_() for _ in range(3))
+        q = self.ring(batch, time, heads, channels, dtype=dtype)
+        k, v = (self.random(batch, time, heads, channels, dtype=dtype).requires_grad_() for _ in range(2))
         pairs = batch * heads * time * (time + 1) / 2
-        return 3 * 4 * channels * pairs / self.both_passes(lambda: kernels.causal_attention(q, k, v, channels**-0.5), (q, k, v))
+        seconds = self.both_passes(lambda queries: kernels.causal_attention(queries, k, v, channels**-0.5), q, k, v)
+        return 3 * 4 * channels * pairs / seconds
 
     def newton_schulz(self, side: int, steps: int = 5) -> float:
         """FLOP/s of Muon's orthogonalisation of a stack of [side, side] matrices of 4 MiB."""
@@ -122,11 +151,15 @@ class Probe:
         x = self.random(count, side, side, dtype=torch.bfloat16 if self.is_gpu else torch.float32)
         return count * steps * 6 * side**3 / self.seconds(lambda: kernels.newton_schulz(x, steps))
 
-    def both_passes(self, run: Callable[[], Tensor], inputs: Iterable[Tensor]) -> float:
-        """Seconds of a forward and a backward pass."""
-        wanted = tuple(inputs)
-        gradient = torch.ones_like(run())
-        return self.seconds(lambda: torch.autograd.grad(run(), wanted, gradient))
+    def both_passes(self, kernel: Callable[[Tensor], Tensor], next_input: Callable[[], Tensor], *others: Tensor) -> float:
+        """Seconds of a forward and a backward pass of `kernel`, which takes turns on its inputs and has `others` as parameters."""
+        gradient = torch.ones_like(kernel(next_input()))
+
+        def run() -> None:
+            tokens = next_input().detach().requires_grad_()
+            torch.autograd.grad(kernel(tokens), (tokens, *others), gradient)
+
+        return self.seconds(run)
 
     def sustained(self, precision: str) -> Sustained:
         """Everything that a training step is made of, in `precision`."""
@@ -134,18 +167,22 @@ class Probe:
         rows = 16384 if self.is_gpu else 8192
         sides = (256, 1024, 4096) if self.is_gpu else (32, 64, 128, 256, 512, 1024)
         width = 1024 if self.is_gpu else 128
-        x, other = (self.random(rows, width, dtype=dtype).requires_grad_() for _ in range(2))
+        x, other = self.ring(rows, width, dtype=dtype), self.random(rows, width, dtype=dtype).requires_grad_()
         weight = self.random(width).requires_grad_()
-        heads = self.random(rows // 256, 256, width // 32, 32, dtype=dtype).requires_grad_()
         cos, sin = (self.random(1, 256, 16) for _ in range(2))
-        tokens, chosen = self.random(rows, width, dtype=dtype).requires_grad_(), torch.randint(8, (rows, 2), device=self.device)
-        weights = self.random(rows, 2, dtype=dtype).requires_grad_()
+        chosen, weights = torch.randint(8, (rows, 2), device=self.device), self.random(rows, 2, dtype=dtype).requires_grad_()
 
-        def there_and_back() -> Tensor:
+        def there_and_back(tokens: Tensor) -> Tensor:
             order, inverse, _ = kernels.sort_by_expert(chosen, 8)
             return kernels.combine_tokens(kernels.permute_tokens(tokens, order, inverse), weights, inverse)
 
-        values = rows * width
+        def turn(tokens: Tensor) -> Tensor:
+            return kernels.apply_rope(tokens.view(rows // 256, 256, width // 32, 32), cos, sin, interleaved=True)
+
+        def both(kernel: Callable[[Tensor], Tensor], *inputs: Tensor) -> float:
+            """Values of `x` per second, forward and backward."""
+            return rows * width / self.both_passes(kernel, x, *inputs)
+
         logits, targets = self.random(512, 8192), torch.randint(8192, (512,), device=self.device)
         loss = cpu if cpu.runs(logits) else reference
         return Sustained(
@@ -154,13 +191,26 @@ class Probe:
             weight_gradients=Curve(tuple((product_size(rows, side, side), self.weight_gradients(dtype, rows, side)) for side in sides)),
             attention=Curve(tuple((side, self.attention(dtype, side)) for side in (32, 64, 128))),
             newton_schulz=Curve(tuple((side, self.newton_schulz(side)) for side in sides[:5])),
-            norm=values / self.both_passes(lambda: kernels.rms_norm(x, weight, 1e-6), (x, weight)),
-            swiglu=values / self.both_passes(lambda: kernels.swiglu(x, other), (x, other)),
-            rope=values / self.both_passes(lambda: kernels.apply_rope(heads, cos, sin, interleaved=True), (heads,)),
-            route=2 * values / self.both_passes(there_and_back, (tokens, weights)),
+            norm=both(lambda tokens: kernels.rms_norm(tokens, weight, 1e-6), weight),
+            swiglu=both(lambda tokens: kernels.swiglu(tokens, other), other),
+            rope=both(turn),
+            route=2 * both(there_and_back, weights),
             softmax=logits.numel() / self.seconds(lambda: loss.cross_entropy_rows(logits, targets, None, with_grad=True)),
-            add=values / self.seconds(lambda: x.detach() + other.detach()),
+            add=rows * width / self.seconds(lambda: torch.add(x(), x(), out=x())),
         )
+
+
+def typical(rounds: list[Sustained]) -> Sustained:
+    """The median of every rate."""
+
+    def middle(name: str) -> float | Curve:
+        each = [getattr(one, name) for one in rounds]
+        if not isinstance(each[0], Curve):
+            return median(each)
+        return Curve(tuple((points[0][0], median(rate for _, rate in points)) for points in zip(*(c.points for c in each), strict=True)))
+
+    names = [field.name for field in fields(Sustained) if field.name != "precision"]
+    return replace(rounds[0], **{name: middle(name) for name in names})  # type: ignore[arg-type]
 
 
 def _disk_rate(folder: str | None, size: int = 128 * 2**20) -> float:

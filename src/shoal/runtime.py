@@ -110,6 +110,39 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def available_memory() -> int:
+    """Bytes that this process can still have: what the system says is available, less where a container's limit is closer."""
+    found = [2**62]
+    for line in _lines("/proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            found.append(int(line.split()[1]) * 1024)
+    limit, used = _lines("/sys/fs/cgroup/memory.max"), _lines("/sys/fs/cgroup/memory.current")
+    if limit and used and limit[0].isdigit():
+        cached = [
+            int(line.split()[1]) for line in _lines("/sys/fs/cgroup/memory.stat") if line.startswith(("inactive_file ", "active_file "))
+        ]
+        found.append(int(limit[0]) - int(used[0]) + sum(cached))
+    return max(0, min(found))
+
+
+def require_memory(needed: int, what: str) -> None:
+    """Raise `UserError` unless `needed` bytes are available."""
+    available = available_memory()
+    if needed > available:
+        raise UserError(
+            f"{what} needs {needed / 1e9:.1f} GB of memory, but only {available / 1e9:.1f} GB are available: use a smaller format"
+        )
+
+
+def _lines(path: str) -> list[str]:
+    """Lines of a file of the system; none where there is no such file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read().splitlines()
+    except OSError:
+        return []
+
+
 def peak_memory(device: torch.device) -> int:
     """Most bytes held so far: allocated on a GPU, resident in this process on a CPU."""
     if device.type == "cuda":

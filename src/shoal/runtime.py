@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -110,39 +111,6 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def available_memory() -> int:
-    """Bytes that this process can still have: what the system says is available, less where a container's limit is closer."""
-    found = [2**62]
-    for line in _lines("/proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            found.append(int(line.split()[1]) * 1024)
-    limit, used = _lines("/sys/fs/cgroup/memory.max"), _lines("/sys/fs/cgroup/memory.current")
-    if limit and used and limit[0].isdigit():
-        cached = [
-            int(line.split()[1]) for line in _lines("/sys/fs/cgroup/memory.stat") if line.startswith(("inactive_file ", "active_file "))
-        ]
-        found.append(int(limit[0]) - int(used[0]) + sum(cached))
-    return max(0, min(found))
-
-
-def require_memory(needed: int, what: str) -> None:
-    """Raise `UserError` unless `needed` bytes are available."""
-    available = available_memory()
-    if needed > available:
-        raise UserError(
-            f"{what} needs {needed / 1e9:.1f} GB of memory, but only {available / 1e9:.1f} GB are available: use a smaller format"
-        )
-
-
-def _lines(path: str) -> list[str]:
-    """Lines of a file of the system; none where there is no such file."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read().splitlines()
-    except OSError:
-        return []
-
-
 def peak_memory(device: torch.device) -> int:
     """Most bytes held so far: allocated on a GPU, resident in this process on a CPU."""
     if device.type == "cuda":
@@ -150,6 +118,31 @@ def peak_memory(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be taken: of the GPU, or of the machine and the control group this process runs in."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    room = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, StopIteration):  # counts memory that Linux would give back, where there is Linux
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        room = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        kept = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        room = min(room, max(limit - used + int(kept["inactive_file"]) + int(kept["active_file"]), 0))  # files it would drop
+    return room
+
+
+def require_memory(needed: int, what: str) -> None:
+    """Raise `UserError` unless `needed` bytes are available."""
+    available = available_memory(torch.device("cpu"))
+    if needed > available:
+        raise UserError(
+            f"{what} needs {needed / 1e9:.1f} GB of memory, but only {available / 1e9:.1f} GB are available: use a smaller format"
+        )
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import ModelConfig, UserError
 from ..formats.huggingface import open_model, refuse_other_copies
 from ..formats.packing import pack_files
-from ..formats.parts import Scheme, parts_of
+from ..formats.parts import EMBEDDING, Scheme, parts_of
 from ..formats.quantized import dequantized, is_quantized, open_quantized
 from ..kernels.packed import PackedMatrix
 from ..model import Transformer
@@ -41,9 +41,8 @@ class Weights:
         return sum(part.nbytes for part in self.parts.values())
 
 
-def plain_scheme(dtype: torch.dtype) -> Scheme:
-    """Weights as a folder of this dtype has them: fp32, or else bf16."""
-    name = "fp32" if dtype == torch.float32 else "bf16"
+def plain_scheme(name: str) -> Scheme:
+    """All weights in fp32 or bf16."""
     return Scheme(name, name, name, name)  # type: ignore[arg-type]
 
 
@@ -56,8 +55,10 @@ def quantized_scheme(bits: int, group: int = 32, *, mins: bool = False) -> Schem
     return Scheme("int4" if bits == 4 else "int8", "int8", "int8", "bf16", group, mins)
 
 
-def load_weights(folder: Path, bits: int | None = None, group: int = 32) -> Weights:
-    """The weights in `folder` (as `locate_model` finds it), quantized on the way with `bits`.
+def load_weights(folder: Path, bits: int | None = None, group: int = 32, *, precision: str | None = None) -> Weights:
+    """The weights in `folder` (as `locate_model` finds it), quantized on the way with `bits`, else in `precision` (fp32 or bf16).
+
+    Without either they are held in fp32 where the folder has them so, and in bf16 otherwise.
 
     A quantized folder is mapped as it is. Any other is read tensor by tensor: no more memory is needed than for the result and one tensor.
 
@@ -69,7 +70,8 @@ def load_weights(folder: Path, bits: int | None = None, group: int = 32) -> Weig
         quantized = open_quantized(folder)
         return Weights(quantized.config, quantized.scheme, quantized.parts)
     with open_model(folder) as (empty, files):
-        scheme = plain_scheme(files.plain_dtype("model.embed_tokens.weight")) if bits is None else quantized_scheme(bits, group)
+        stored = "fp32" if files.plain_dtype(EMBEDDING) == torch.float32 else "bf16"
+        scheme = plain_scheme(precision or stored) if bits is None else quantized_scheme(bits, group)
         plan = parts_of(empty.config, scheme)
         largest = max(tensor.numel() * 4 for tensor in empty.state_dict().values() if tensor.ndim < 3)
         require_memory(sum(part.nbytes for part in plan.values()) + largest, f"{folder} in {scheme.matrices}")

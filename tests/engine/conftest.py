@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from packed_weights import packed
 
 from shoal.config import ModelConfig
 from shoal.engine import Runner, TorchRunner
+from shoal.engine.native import NativeRunner
+from shoal.kernels.selection import BACKEND
 from shoal.model import Transformer, init_weights
 from shoal.runtime import Machine
 
@@ -38,7 +41,11 @@ def torch_runner(model: Transformer) -> Runner:
     return TorchRunner(model, Machine(torch.device("cpu"), "fp32", 1, 1.0, "test"))
 
 
-RUNNERS: dict[str, MakeRunner] = {"torch": torch_runner}
+def native_runner(model: Transformer) -> Runner:
+    return NativeRunner(model.config, packed(model), threads=1)
+
+
+RUNNERS: dict[str, MakeRunner] = {"torch": torch_runner} | ({"native": native_runner} if BACKEND.cpu else {})
 
 
 @pytest.fixture(params=sorted(KINDS), scope="module")

@@ -42,6 +42,11 @@ struct NewtonSchulz {
     int64_t steps;
 };
 
+struct Matrix;
+struct Model;
+struct Step;
+struct Workspace;
+
 struct Kernels {
     void (*rms_norm)(int64_t rows, int64_t width, Rows x, const float* weight, float eps, Rows y, int threads);
     void (*rms_norm_backward)(int64_t rows, int64_t width, Rows x, const float* weight, float eps, Rows grad, Rows grad_x,
@@ -70,10 +75,20 @@ struct Kernels {
 
     // Each matrix of x [batch, rows, columns], divided by its Frobenius norm, after the steps.
     void (*newton_schulz)(int64_t batch, int64_t rows, int64_t columns, const float* x, NewtonSchulz iteration, float* y, int threads);
+
+    // The engine's (weights.h). hidden [T, D] after the final norm; experts [mixtures, T, K] may be null.
+    void (*decoder_forward)(const Model& model, int64_t layers, const Step& step, float* hidden, int32_t* experts, Workspace& workspace,
+                            int threads);
+    // MTP module `layer`: hidden [T, D] of the depth before, step.ids the tokens that follow each position.
+    void (*decoder_draft)(const Model& model, int64_t layer, const Step& step, const float* previous, float* hidden, Workspace& workspace,
+                          int threads);
+    // y [leading, tokens, rows] = w x for x [tokens, columns]; soft-capped where cap > 0.
+    void (*packed_linear)(const Matrix& w, int64_t tokens, const float* x, float cap, float* y, Workspace& workspace, int threads);
 };
 
 namespace portable { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
+namespace avx512vnni { extern const Kernels kernels; }
 
 }  // namespace shoal

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "module.h"
 #include "tensor.h"
 
 namespace nb = nanobind;
@@ -24,13 +25,17 @@ struct Variant {
 };
 
 // Best first.
-std::vector<Variant> variants() {
+std::vector<Variant> all_variants() {
 #ifdef SHOAL_X86
     __builtin_cpu_init();
-    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512bw");
-    return {{"avx512", avx512, &avx512::kernels}, {"avx2", avx2, &avx2::kernels}, {"portable", true, &portable::kernels}};
+    bool vnni = avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+    return {{"avx512vnni", vnni, &avx512vnni::kernels},
+            {"avx512", avx512, &avx512::kernels},
+            {"avx2", avx2, &avx2::kernels},
+            {"portable", true, &portable::kernels}};
 #else
     return {{"portable", true, &portable::kernels}};
 #endif
@@ -38,7 +43,7 @@ std::vector<Variant> variants() {
 
 std::vector<std::string> supported() {
     std::vector<std::string> names;
-    for (const Variant& variant : variants())
+    for (const Variant& variant : all_variants())
         if (variant.runs_here) names.push_back(variant.name);
     return names;
 }
@@ -70,11 +75,7 @@ AttentionShape attention_shape(const Tensor& q, const Tensor& k, const Tensor& v
 // The kernels of one instruction set. Methods write into tensors that the caller made, on `threads` threads.
 class Cpu {
   public:
-    explicit Cpu(const std::string& name) {
-        for (const Variant& variant : variants())
-            if (variant.name == name && variant.runs_here) run_ = variant.kernels;
-        if (!run_) throw nb::value_error(("this processor has no kernels named " + name).c_str());
-    }
+    explicit Cpu(const std::string& name) : run_(kernels_named(name)) {}
 
     void rms_norm(Tensor x, optional<Tensor> weight, float eps, Tensor y, int threads) {
         Rows rows = x.rows(), out = y.rows();
@@ -184,12 +185,19 @@ class Cpu {
     }
 
   private:
-    const Kernels* run_ = nullptr;
+    const Kernels* run_;
 };
 
 }  // namespace
 
+const Kernels* shoal::kernels_named(const std::string& name) {
+    for (const Variant& variant : all_variants())
+        if (variant.name == name && variant.runs_here) return variant.kernels;
+    throw nb::value_error(("this processor has no kernels named " + name).c_str());
+}
+
 NB_MODULE(_cpu, m) {
+    bind_decoder(m);
     m.def("supported", &supported, "Names of the instruction sets that this processor runs, best first.");
     nb::class_<Cpu>(m, "Cpu")
         .def(nb::init<const std::string&>())

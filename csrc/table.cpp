@@ -2,6 +2,7 @@
 #include <type_traits>
 
 #include "kernels.h"
+#include "weights.h"
 
 namespace shoal::SHOAL_ISA {
 
@@ -17,10 +18,14 @@ SHOAL_DECLARE(cross_entropy);
 SHOAL_DECLARE(combine);
 SHOAL_DECLARE(combine_backward);
 SHOAL_DECLARE(newton_schulz);
+SHOAL_DECLARE(decoder_forward);
+SHOAL_DECLARE(decoder_draft);
+SHOAL_DECLARE(packed_linear);
 
 const Kernels kernels = {
     rms_norm,           rms_norm_backward, swiglu,  swiglu_backward,  rope,          attention,
-    attention_backward, cross_entropy,     combine, combine_backward, newton_schulz,
+    attention_backward, cross_entropy,     combine, combine_backward, newton_schulz, decoder_forward,
+    decoder_draft,      packed_linear,
 };
 
 }  // namespace shoal::SHOAL_ISA

@@ -71,6 +71,20 @@ class Tensor {
         return data;
     }
 
+    bool is_float() const { return tensor_.type_code == 2 && tensor_.type_bits == 32; }
+    bool is_half() const { return tensor_.type_code == 2 && tensor_.type_bits == 16; }
+    bool is_bfloat() const { return tensor_.type_code == 4 && tensor_.type_bits == 16; }
+    bool is_byte() const { return tensor_.type_code == 1 && tensor_.type_bits == 8; }
+    // The first byte of a tensor without gaps, whatever its type.
+    uint8_t* bytes() const {
+        if (!packed()) throw nanobind::value_error("a tensor is not contiguous");
+        return static_cast<uint8_t*>(tensor_.data) + tensor_.byte_offset;
+    }
+    int32_t* flat_ints() const {
+        if (tensor_.type_code != 0 || tensor_.type_bits != 32) throw nanobind::type_error("a tensor is not int32");
+        return reinterpret_cast<int32_t*>(bytes());
+    }
+
   private:
     DLTensor tensor_ = {};
 

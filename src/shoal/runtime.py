@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -117,6 +118,21 @@ def peak_memory(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be taken: of the GPU, or of the machine and the control group this process runs in."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    room = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, StopIteration):  # counts memory that Linux would give back, where there is Linux
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        room = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        room = min(room, max(limit - used, 0))
+    return room
 
 
 @contextlib.contextmanager

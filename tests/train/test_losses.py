@@ -115,7 +115,7 @@ def test_micro_batches_give_the_gradients_and_loads_of_the_whole_batch(changes: 
 
 
 def stats(load: list[int], entropy: float = 0.5) -> RoutingStats:
-    return RoutingStats(torch.tensor(load), torch.tensor(1.0), torch.tensor(entropy))
+    return RoutingStats(torch.tensor(load), torch.tensor(1.0), torch.tensor(entropy), torch.tensor([]))
 
 
 def test_the_figures_of_a_step_count_all_its_micro_batches() -> None:

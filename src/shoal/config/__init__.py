@@ -7,7 +7,10 @@ from .commands import EvalCommand as EvalCommand
 from .commands import ExportCommand as ExportCommand
 from .commands import GenerateCommand as GenerateCommand
 from .commands import MachineOptions as MachineOptions
-from .commands import SamplingOptions as SamplingOptions
+from .engine import CacheFormat as CacheFormat
+from .engine import EngineOptions as EngineOptions
+from .engine import RunOptions as RunOptions
+from .engine import SamplingOptions as SamplingOptions
 from .errors import UserError as UserError
 from .model import ModelConfig as ModelConfig
 from .train import BalanceConfig as BalanceConfig

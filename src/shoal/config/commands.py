@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
 
-from .errors import UserError
+from .engine import RunOptions, SamplingOptions
 
 Model = Annotated[
     str,
@@ -33,25 +32,6 @@ class MachineOptions:
 
 
 @dataclass
-class SamplingOptions:
-    """How the next token is chosen."""
-
-    max_tokens: int = 256
-    temperature: float = 0.8
-    """0 takes the most likely token."""
-    seed: int | None = None
-    """None: another text every time."""
-
-    def validate(self) -> None:
-        if self.max_tokens < 1:
-            raise UserError(f"--max-tokens is {self.max_tokens}: it must be at least 1")
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"--temperature is {self.temperature}: it must be 0 or more")
-        if self.seed is not None and not 0 <= self.seed < 2**64:
-            raise UserError(f"--seed is {self.seed}: it must lie between 0 and 2^64 - 1")
-
-
-@dataclass
 class GenerateCommand:
     """Continue PROMPT."""
 
@@ -59,6 +39,7 @@ class GenerateCommand:
     prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
     """Text to continue; - reads it from standard input."""
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")]
+    run: Annotated[RunOptions, tyro.conf.arg(name="")]
     machine: Annotated[MachineOptions, tyro.conf.arg(name="")]
     json: bool = False
     """End with one JSON object: text, tokens, finish_reason, tokens_per_second."""
@@ -70,6 +51,7 @@ class ChatCommand:
 
     model: Model
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")]
+    run: Annotated[RunOptions, tyro.conf.arg(name="")]
     machine: Annotated[MachineOptions, tyro.conf.arg(name="")]
     system: str | None = None
     """System prompt."""

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import io
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jinja2.sandbox
 
 from ..config import ChatCommand, UserError
 from ..data import Tokenizer
-from .generate import TextStream, generate
+from .command import engine_for_one
+from .engine import Engine
 from .load import load
+from .requests import Request
 
 HELP = "/reset starts over, /quit (or Ctrl-D) leaves; Ctrl-C stops an answer"
 
@@ -20,8 +25,9 @@ HELP = "/reset starts over, /quit (or Ctrl-D) leaves; Ctrl-C stops an answer"
 def run_chat(command: ChatCommand) -> None:
     """Read a line, answer it, until the input ends."""
     command.sampling.validate()
+    command.run.validate()
     loaded = load(command.model, command.machine)
-    tokenizer = loaded.tokenizer
+    tokenizer, engine = loaded.tokenizer, engine_for_one(loaded, command.run)
     is_base = tokenizer.chat_template is None
     if is_base and command.system:
         raise UserError(f"{command.model} is a base model without a chat template: it has no system prompt, leave out --system")
@@ -53,21 +59,44 @@ def run_chat(command: ChatCommand) -> None:
         else:
             messages.append({"role": "user", "content": line})
             prompt = tokenizer.encode(render(tokenizer, messages), special=True)
-        answer, stream = "", TextStream(tokenizer)
+        answer = ""
         try:
-            for token in generate(loaded.model, loaded.machine, prompt, command.sampling, {tokenizer.eos_id}):
-                if token == tokenizer.eos_id:
-                    break
-                piece = stream.push(token)
-                answer += piece
-                print(piece, end="", flush=True)
-        except KeyboardInterrupt:
-            print(" [stopped]", end="")
+            answer = _say(engine, Request(prompt, command.sampling))
         except UserError as error:
             print(f"shoal: {error}; /reset starts over", file=sys.stderr)
-        answer += stream.finish()
         print()
         messages.append({"role": "assistant", "content": answer})
+
+
+def _say(engine: Engine, request: Request) -> str:
+    """Print the answer as it comes, until its end or Ctrl-C."""
+    answer = ""
+    number = engine.add_request(request)
+    with _interrupts() as interrupted:
+        while engine.has_work:
+            for increment in engine.step().values():
+                answer += increment.text
+                print(increment.text, end="", flush=True)
+                if increment.error:
+                    raise UserError(increment.error)
+            if interrupted.is_set():
+                engine.abort(number)
+                print(" [stopped]", end="")
+    return answer
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event, so that it never cuts a step in two."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def render(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> str:

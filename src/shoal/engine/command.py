@@ -6,19 +6,21 @@ import sys
 import time
 from typing import Any
 
-from ..config import GenerateCommand, SamplingOptions, UserError
-from .generate import TextStream, generate
+from ..config import EngineOptions, GenerateCommand, RunOptions, SamplingOptions, UserError
+from .engine import Engine
 from .load import Loaded, load
+from .requests import Request, Result
 
 
 def run_generate(command: GenerateCommand) -> dict[str, Any]:
     """Continue the prompt, streaming to stdout unless JSON was asked for; returns the JSON object."""
     command.sampling.validate()
+    command.run.validate()
     prompt = _read_prompt() if command.prompt == "-" else command.prompt
     loaded = load(command.model, command.machine)
     if not command.json:
         print(prompt, end="", flush=True)
-    result = complete(loaded, prompt, command.sampling, stream=not command.json)
+    result = complete(loaded, prompt, command.sampling, command.run, stream=not command.json)
     if not command.json:
         print()
     return result
@@ -31,33 +33,30 @@ def _read_prompt() -> str:
         raise UserError(f"the prompt on standard input is not valid UTF-8 (byte {error.start}): check its encoding") from None
 
 
-def complete(loaded: Loaded, prompt: str, sampling: SamplingOptions, stream: bool = False) -> dict[str, Any]:
+def complete(loaded: Loaded, prompt: str, sampling: SamplingOptions, run: RunOptions | None = None, stream: bool = False) -> dict[str, Any]:
     """Continuation of `prompt`: `text`, `tokens` (their number), `finish_reason` (`stop` or `length`), `tokens_per_second`."""
-    tokenizer = loaded.tokenizer
-    ids = tokenizer.encode(prompt, bos=True)
-    if not ids:
-        raise UserError("the prompt is empty and this tokenizer has no begin-of-text token: give at least one character")
-    pieces, tokens, reason = TextStream(tokenizer), [], "length"
-    text = ""
+    engine = engine_for_one(loaded, run or RunOptions())
+    request = Request(engine.encode(prompt), sampling)
+    result = Result(len(request.prompt))
     began = time.perf_counter()
-    for token in generate(loaded.model, loaded.machine, ids, sampling, {tokenizer.eos_id}):
-        tokens.append(token)
-        if token == tokenizer.eos_id:
-            reason = "stop"
-            break
-        text += _emit(pieces.push(token), stream)
-    text += _emit(pieces.finish(), stream)
+    engine.add_request(request)
+    while engine.has_work:
+        for increment in engine.step().values():
+            result.add(increment)
+            if stream and increment.text:
+                print(increment.text, end="", flush=True)
     seconds = time.perf_counter() - began
+    if result.error is not None:
+        raise UserError(result.error)
     return {
-        "text": text,
-        "tokens": len(tokens),
-        "prompt_tokens": len(ids),
-        "finish_reason": reason,
-        "tokens_per_second": len(tokens) / seconds,
+        "text": result.text,
+        "tokens": len(result.tokens),
+        "prompt_tokens": result.prompt_tokens,
+        "finish_reason": result.finish_reason,
+        "tokens_per_second": len(result.tokens) / seconds,
     }
 
 
-def _emit(piece: str, stream: bool) -> str:
-    if stream and piece:
-        print(piece, end="", flush=True)
-    return piece
+def engine_for_one(loaded: Loaded, run: RunOptions) -> Engine:
+    """An engine with room for one conversation at a time."""
+    return Engine(loaded.runner, loaded.tokenizer, EngineOptions(**vars(run), max_running=1))

@@ -13,6 +13,7 @@ from ..formats.huggingface import load_model
 from ..formats.locate import locate_model
 from ..model import Transformer
 from ..runtime import Machine, start
+from .runner import Runner, TorchRunner
 
 
 @dataclass
@@ -20,6 +21,7 @@ class Loaded:
     """A model with all it needs to turn text into text."""
 
     model: Transformer
+    runner: Runner
     tokenizer: Tokenizer
     machine: Machine
     folder: Path
@@ -30,4 +32,10 @@ def load(path: str, options: MachineOptions) -> Loaded:
     folder = locate_model(path)
     tokenizer = Tokenizer.load(folder)
     machine = start(options.device, options.precision, options.threads)
-    return Loaded(load_model(folder, dtype=torch.float32, device=machine.device), tokenizer, machine, folder)
+    model = load_model(folder, dtype=torch.float32, device=machine.device)
+    return Loaded(model, make_runner(model, machine), tokenizer, machine, folder)
+
+
+def make_runner(model: Transformer, machine: Machine) -> Runner:
+    """The fastest runner for this model and machine."""
+    return TorchRunner(model, machine)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .packed import ZERO_POINT, PackedMatrix, unpack, unpack_integers
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100
@@ -136,3 +138,21 @@ def newton_schulz(x: Tensor, steps: int) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if transposed else x
+
+
+def packed_linear(x: Tensor, matrix: PackedMatrix) -> Tensor:
+    """See `serving.packed_linear`: what the kernels compute, their rounding of the activations included."""
+    if matrix.format in ("fp32", "bf16"):
+        return x @ unpack(matrix).mT
+    quants, scales, mins = unpack_integers(matrix)
+    padded = torch.nn.functional.pad(x, (0, quants.shape[-1] - x.shape[-1])).unflatten(-1, (-1, matrix.group))  # [N, G, group]
+    top = padded.abs().amax(-1, keepdim=True)
+    rounded = (padded * torch.where(top > 0, 127 / top, 0)).round()  # integers up to 127
+    grouped = quants.unflatten(-1, (-1, matrix.group)).float()
+    zero = 0 if mins is not None else ZERO_POINT[matrix.format]
+    # Products of integers, exact in fp32; then the scales of weight and activation.
+    sums = torch.einsum("...ogk,ngk->...nog", grouped - zero, rounded)
+    total = sums * scales.float().unsqueeze(-3) * (top / 127).squeeze(-1).unsqueeze(-2)
+    if mins is not None:
+        total = total + mins.float().unsqueeze(-3) * (rounded.sum(-1) * (top / 127).squeeze(-1)).unsqueeze(-2)
+    return total.sum(-1)

@@ -19,6 +19,9 @@ class Backend:
 
     cpu: Any | None
     reason: str
+    isa: str = ""
+    module: Any = None
+    """Of the C++ kernels."""
 
 
 def choose(wanted: str) -> Backend:
@@ -40,8 +43,8 @@ def choose(wanted: str) -> Backend:
     if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
         return Backend(None, f"reference kernels: torch {torch.__version__} is too old to share tensors with the C++ ones")
     isa = wanted or supported[0]
-    titles = {"avx512": "AVX-512", "avx2": "AVX2", "portable": "no special instructions"}
-    return Backend(_cpu.Cpu(isa), f"cpu kernels: {titles[isa]} (C++)")
+    titles = {"avx512vnni": "AVX-512 VNNI and BF16", "avx512": "AVX-512", "avx2": "AVX2", "portable": "no special instructions"}
+    return Backend(_cpu.Cpu(isa), f"cpu kernels: {titles[isa]} (C++)", isa, _cpu)
 
 
 BACKEND = choose(os.environ.get("SHOAL_KERNELS", ""))

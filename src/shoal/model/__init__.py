@@ -1,6 +1,7 @@
 """The mathematics: one transformer, Llama-style or DeepSeek-style by configuration."""
 
 from .attention import GQA as GQA
+from .attention import LATENT_NORM_EPS as LATENT_NORM_EPS
 from .attention import MLA as MLA
 from .attention import Context as Context
 from .attention import LayerCache as LayerCache
@@ -10,5 +11,7 @@ from .moe import LocalDispatcher as LocalDispatcher
 from .moe import MoE as MoE
 from .moe import Router as Router
 from .moe import RoutingStats as RoutingStats
+from .rope import rotary_tables as rotary_tables
+from .rope import softmax_scale as softmax_scale
 from .transformer import Output as Output
 from .transformer import Transformer as Transformer

@@ -28,6 +28,8 @@ class RoutingStats:
     """Sequence-wise balance loss (V3, equations 17-20) before its weight alpha; 1 when perfectly balanced. Scalar."""
     entropy: Tensor
     """Mean entropy of a token's normalised scores, as a share of ln E. Scalar without gradient."""
+    indices: Tensor
+    """The experts chosen for every token, `[B, T, K]`."""
 
 
 class Router(nn.Module):
@@ -100,7 +102,7 @@ def routing_stats(scores: Tensor, indices: Tensor) -> RoutingStats:
     balance = (frequency * share.mean(1)).sum(-1).mean()
     with torch.no_grad():
         entropy = torch.special.entr(share).sum(-1).mean() / torch.log(torch.tensor(float(experts)))
-    return RoutingStats(chosen.sum(0), balance, entropy)
+    return RoutingStats(chosen.sum(0), balance, entropy, indices)
 
 
 class Dispatcher(Protocol):

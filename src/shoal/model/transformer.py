@@ -96,15 +96,29 @@ class Transformer(nn.Module):
         hidden = self.model.norm(x)
         mtp_hidden: list[Tensor] = []
         previous = hidden
-        for depth, shifted in enumerate(mtp_ids):
-            module = self.mtp_modules[depth]
-            cache = caches[self.config.num_hidden_layers + depth] if caches else None
-            joined = module.join(previous, self.model.embed_tokens(shifted))
-            previous, stats = module(joined, context, cache)
-            mtp_hidden.append(module.shared_head["norm"](previous))
+        for depth, shifted in enumerate(mtp_ids, 1):
+            cache = caches[self.config.num_hidden_layers + depth - 1] if caches else None
+            previous, normed, stats = self._run_mtp(depth, previous, shifted, context, cache)
+            mtp_hidden.append(normed)
             if stats is not None:
                 routing.append(stats)
         return Output(hidden, mtp_hidden, routing)
+
+    def ahead(self, depth: int, previous: Tensor, shifted: Tensor, positions: Tensor, caches: Sequence[LayerCache]) -> Tensor:
+        """MTP module `depth` (1, 2, ...) by itself, for drafting; `[B, T, D]` after its norm.
+
+        `previous [B, T, D]` is what depth - 1 gave, `shifted [B, T]` the tokens `depth` ahead, `caches` those of all layers.
+        """
+        context = Context(positions, *rotary_tables(self.config, positions))
+        return self._run_mtp(depth, previous, shifted, context, caches[self.config.num_hidden_layers + depth - 1])[1]
+
+    def _run_mtp(
+        self, depth: int, previous: Tensor, shifted: Tensor, context: Context, cache: LayerCache | None
+    ) -> tuple[Tensor, Tensor, RoutingStats | None]:
+        """Representation of `depth`, the same after the module's norm, and what its router did."""
+        module = self.mtp_modules[depth - 1]
+        x, stats = module(module.join(previous, self.model.embed_tokens(shifted)), context, cache)
+        return x, module.shared_head["norm"](x), stats
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., D]` -> `[..., V]` in fp32, soft-capped where configured."""

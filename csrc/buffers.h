@@ -1,0 +1,182 @@
+// The working memory of one step.
+#pragma once
+#include <sys/mman.h>
+
+#include "paged_attention.h"
+
+namespace shoal::SHOAL_ISA {
+
+// Hands out pieces of one block of memory; a first pass without memory only adds up how much is needed.
+class Arena {
+  public:
+    explicit Arena(uint8_t* data) : data_(data) {}
+    template <class T>
+    T* take(int64_t count) {
+        uint8_t* start = data_ ? data_ + used_ : nullptr;
+        used_ += round_up(count * sizeof(T), 64) + 64;  // rows of different arrays never share a cache line
+        return reinterpret_cast<T*>(start);
+    }
+    int64_t used() const { return used_; }
+
+  private:
+    uint8_t* data_;
+    int64_t used_ = 0;
+};
+
+// Rows of activations and, where the model's matrices are quantized, their quantized copy.
+struct Activations {
+    float* floats;
+    int64_t columns, padded, group;
+    int8_t* quants;
+    float* scales;
+    int32_t* sums;
+
+    static Activations make(Arena& arena, int64_t rows, int64_t columns, int64_t group) {
+        Activations a = {};
+        a.columns = columns, a.group = group, a.padded = group ? round_up(columns, group) : columns;
+        a.floats = arena.take<float>(rows * columns);
+        if (group) {
+            a.quants = arena.take<int8_t>(rows * a.padded);
+            a.scales = arena.take<float>(rows * (a.padded / group));
+            a.sums = arena.take<int32_t>(rows * (a.padded / group));
+        }
+        return a;
+    }
+    SHOAL_INLINE_MEMBER float* row(int64_t i) const { return floats + i * columns; }
+    SHOAL_INLINE_MEMBER Inputs from(int64_t i) const { return Inputs{floats, columns, quants, scales, sums, padded, group}.from(i); }
+
+    // The same memory for rows of another width, at most as wide.
+    SHOAL_INLINE_MEMBER Activations narrowed(int64_t width) const {
+        Activations a = *this;
+        a.columns = width, a.padded = group ? round_up(width, group) : width;
+        return a;
+    }
+    // Quantize columns [begin, end) of a row; begin is a multiple of the group.
+    SHOAL_INLINE_MEMBER void quantize(int64_t i, int64_t begin, int64_t end) const {
+        if (!group) return;
+        for (int64_t c = begin; c < end; c += group) {
+            const int64_t g = i * (padded / group) + c / group;
+            quantize_group(row(i) + c, smaller(group, columns - c), group, quants + i * padded + c, scales + g, sums + g);
+        }
+    }
+    SHOAL_INLINE_MEMBER void quantize(int64_t i) const { quantize(i, 0, columns); }
+    // The quantized copy of another's row.
+    SHOAL_INLINE_MEMBER void copy(int64_t i, const Activations& other, int64_t j) const {
+        memcpy(row(i), other.row(j), columns * 4);
+        if (!group) return;
+        const int64_t groups = padded / group;
+        memcpy(quants + i * padded, other.quants + j * padded, padded);
+        memcpy(scales + i * groups, other.scales + j * groups, groups * 4);
+        memcpy(sums + i * groups, other.sums + j * groups, groups * 4);
+    }
+};
+
+// Everything a layer writes. T tokens, H heads, K experts of a token.
+struct Buffers {
+    int64_t slots;         // T * K
+    Activations x;         // [T, D] the residual stream
+    Activations normed;    // [T, D]
+    Activations joined;    // [T, 2 D] MTP
+    Activations q_latent;  // [T, q_lora_rank]
+    float* projected;      // [T, all of q, kv_a (or k, v)]
+    int64_t projected_width;
+    Activations nope;    // [H, T, nope]
+    float* queries;      // [T, H, key width]
+    float* partials;
+    Activations mixed;    // [H, T, R] MLA: attention over the latent, divided by its weight
+    Activations heads;    // [T, H * V]
+    float* scores;        // [T, E]
+    int32_t* chosen;      // [T, K]
+    float* weights;       // [T, K]
+    int64_t *expert_end, *slot_of;  // [E] ends of each expert's slots; [T, K] -> slot
+    int32_t* token_of;    // [slots]
+    Activations gathered;  // [slots, D]
+    Activations wide;     // [slots, F] experts' inner activations
+    Activations dense;    // [T, dense or shared width]
+    float* results;       // [threads, slots + T, columns of one item]
+    uint16_t* pairs;      // [threads, kBlock, value width + 32]
+    Queries* items;
+    int64_t item_count, partial_count;
+    bool divided;  // blocks of one item go to different threads
+};
+
+constexpr int64_t kResultBytes = 1 << 18;
+
+// Tiles of one work item, so that every thread gets some of them.
+SHOAL_INLINE int64_t tiles_per_item(int64_t tiles, int threads) {
+    const int64_t fair = tiles / (threads * 6);
+    return fair < 1 ? 1 : fair > 16 ? 16 : fair;
+}
+
+// Where the latent starts among the projections of a token: behind its queries, compressed or not.
+SHOAL_INLINE int64_t kv_column(const Model& model) { return larger(model.q_rank, model.heads * (model.nope + model.rope)); }
+SHOAL_INLINE int64_t value_width_of(const Model& model) { return model.latent ? model.rank : model.head; }
+SHOAL_INLINE int64_t key_width_of(const Model& model) { return model.latent ? model.rank + model.rope : model.head; }
+SHOAL_INLINE int64_t head_width_of(const Model& model) { return model.latent ? model.value : model.head; }
+
+// The queries of a step in items; with `items` null only counts.
+static int64_t divide_queries(const Model& model, const Step& step, Queries* items, int64_t* partials) {
+    const int64_t kv_heads = model.latent ? 1 : model.kv_heads, sharing = model.heads / kv_heads;
+    const int64_t abreast = sharing < kRows ? kRows / sharing : 1;
+    int64_t count = 0;
+    *partials = 0;
+    for (int64_t s = 0; s < step.sequences; ++s)
+        for (int64_t t = step.starts[s]; t < step.starts[s + 1]; t += abreast)
+            for (int64_t g = 0; g < kv_heads; ++g)
+                for (int64_t h = 0; h < sharing; h += kRows) {
+                    const int64_t tokens = smaller(abreast, step.starts[s + 1] - t);
+                    const int64_t blocks = step.positions[t + tokens - 1] / kBlock + 1;
+                    if (items)
+                        items[count] = {t, tokens, g, g * sharing + h, smaller(kRows, sharing - h), step.tables + s * step.table_width,
+                                        blocks, *partials};
+                    ++count;
+                    *partials += blocks;
+                }
+    return count;
+}
+
+static Buffers take_buffers(Arena& arena, const Model& model, const Step& step, const Layer* layers, int64_t layer_count, int threads) {
+    Buffers b = {};
+    const int64_t T = step.tokens, H = model.heads, D = model.hidden, group = model.group;
+    int64_t wide = 0, dense = 0;
+    bool mixture = false, joins = false;
+    for (const Layer* layer = layers; layer < layers + layer_count; ++layer) {
+        dense = larger(dense, layer->dense.gate.rows);
+        wide = larger(wide, layer->experts.gate.rows);
+        mixture |= layer->mixture >= 0;
+        joins |= bool(layer->join);
+    }
+    const int64_t K = mixture ? model.per_token : 0, E = mixture ? model.experts : 0;
+    b.slots = T * K;
+    b.x = Activations::make(arena, T, D, 0);
+    b.normed = Activations::make(arena, T, D, group);
+    b.joined = Activations::make(arena, joins ? T : 0, 2 * D, group);
+    b.q_latent = Activations::make(arena, T, model.q_rank, group);
+    b.projected_width = model.latent ? kv_column(model) + model.rank + model.rope : (H + 2 * model.kv_heads) * model.head;
+    b.projected = arena.take<float>(T * b.projected_width);
+    b.nope = Activations::make(arena, model.latent ? H * T : 0, model.nope, group);
+    b.queries = arena.take<float>(T * H * key_width_of(model));
+    b.mixed = Activations::make(arena, model.latent ? H * T : 0, model.rank, group);
+    b.heads = Activations::make(arena, T, H * head_width_of(model), group);
+    b.scores = arena.take<float>(T * round_up(E, kTile));
+    b.chosen = arena.take<int32_t>(T * K);
+    b.weights = arena.take<float>(T * K);
+    b.expert_end = arena.take<int64_t>(E);
+    b.slot_of = arena.take<int64_t>(b.slots);
+    b.token_of = arena.take<int32_t>(b.slots);
+    b.gathered = Activations::make(arena, b.slots, D, group);
+    b.wide = Activations::make(arena, b.slots, wide, group);
+    b.dense = Activations::make(arena, T, dense, group);
+    b.results = arena.take<float>(threads * larger((b.slots + T) * kTile, kResultBytes / 4));
+    b.pairs = arena.take<uint16_t>(threads * kBlock * (round_up(value_width_of(model), 32) + 32));
+
+    b.item_count = divide_queries(model, step, nullptr, &b.partial_count);
+    // Few items: their blocks are spread over the threads. Many: an item's blocks stay on one thread and need no memory of their own.
+    b.divided = b.item_count < 4 * threads;
+    if (!b.divided) b.partial_count = 2 * threads;
+    b.items = arena.take<Queries>(b.item_count);
+    b.partials = arena.take<float>(b.partial_count * partial_size(value_width_of(model)));
+    return b;
+}
+
+}  // namespace shoal::SHOAL_ISA

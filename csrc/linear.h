@@ -1,0 +1,276 @@
+// Products with packed matrices (src/shoal/kernels/packed.py): one tile of 16 rows with some tokens at a time.
+//
+// Quantized weights meet activations that are quantized on the fly: a group of each token to int8 with its own scale. A group's products are summed
+// exactly, in int32; groups are added up in fp32 from the first to the last, whatever the number of tokens: a token's result does not
+// depend on its neighbours.
+#pragma once
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "vector.h"
+#include "weights.h"
+
+namespace shoal::SHOAL_ISA {
+
+constexpr int64_t kParts = kTile / kLanes;  // registers of a tile's row numbers
+constexpr int64_t kTokens = 8;              // tokens at most that share one pass over a tile
+
+typedef uint8_t ByteVec __attribute__((vector_size(4 * SHOAL_LANES)));
+typedef uint16_t HalfVec __attribute__((vector_size(2 * SHOAL_LANES)));
+typedef int8_t SmallVec __attribute__((vector_size(SHOAL_LANES)));
+typedef uint16_t WordVec __attribute__((vector_size(4 * SHOAL_LANES)));
+
+template <class V>
+SHOAL_INLINE V load_as(const void* p) {
+    V v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+SHOAL_INLINE Vec from_bf16(const uint16_t* p) {
+    return (Vec)(__builtin_convertvector(load_as<HalfVec>(p), IntVec) << 16);
+}
+
+SHOAL_INLINE Vec from_fp16(const uint16_t* p) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_cvtph_ps(load_as<__m256i>(p));
+#elif defined(__F16C__)
+    return (Vec)_mm256_cvtph_ps(load_as<__m128i>(p));
+#else
+    // Exponent and mantissa in the places of fp32's, then the difference of the biases as a factor: right for subnormals too.
+    IntVec bits = __builtin_convertvector(load_as<HalfVec>(p), IntVec);
+    Vec magnitude = (Vec)((bits & 0x7FFF) << 13) * 0x1p112f;
+    return (Vec)((IntVec)magnitude | ((bits & 0x8000) << 16));
+#endif
+}
+
+// 8-bit e4m3 the same way (NaN aside).
+SHOAL_INLINE Vec from_fp8(const uint8_t* p) {
+    typedef uint8_t Bytes __attribute__((vector_size(SHOAL_LANES)));
+    IntVec bits = __builtin_convertvector(load_as<Bytes>(p), IntVec);
+    Vec magnitude = (Vec)((bits & 0x7F) << 20) * 0x1p120f;
+    return (Vec)((IntVec)magnitude | ((bits & 0x80) << 24));
+}
+
+SHOAL_INLINE uint16_t to_bf16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if (x != x) return 0x7FC0;
+    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+}
+
+// Nearest e4m3, ties to even, saturating at 448.
+SHOAL_INLINE uint8_t to_fp8(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    uint8_t sign = (bits >> 24) & 0x80;
+    float magnitude = x < 0 ? -x : x;
+    if (x != x) return sign | 0x7F;
+    if (magnitude >= 448) return sign | 0x7E;
+    if (magnitude < 0x1p-6f) {  // subnormals: steps of 2^-9; adding 1.5 * 2^(23 - 9) rounds to them
+        float shifted = magnitude + 0x1.8p14f;
+        uint32_t raw;
+        memcpy(&raw, &shifted, 4);
+        return sign | (raw & 0xF);
+    }
+    bits &= 0x7FFFFFFF;
+    bits += 0x7FFFF + ((bits >> 20) & 1);
+    return sign | ((bits >> 20) - ((127 - 7) << 3));
+}
+
+// acc + the products of four neighbouring columns: unsigned weights (row i: bytes 4i to 4i + 3) and four signed activations.
+// Without VNNI pairs of products must fit 16 bits: weights up to 15 do, so bytes come as two halves (kWholeBytes).
+#if defined(__AVX512VNNI__)
+constexpr bool kWholeBytes = true;
+SHOAL_INLINE IntVec dot(IntVec acc, ByteVec weights, int32_t four) {
+    return (IntVec)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)weights, _mm512_set1_epi32(four));
+}
+#elif defined(__AVX512BW__)
+constexpr bool kWholeBytes = false;
+SHOAL_INLINE IntVec dot(IntVec acc, ByteVec weights, int32_t four) {
+    __m512i pairs = _mm512_maddubs_epi16((__m512i)weights, _mm512_set1_epi32(four));
+    return acc + (IntVec)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+}
+#elif defined(__AVX2__)
+constexpr bool kWholeBytes = false;
+SHOAL_INLINE IntVec dot(IntVec acc, ByteVec weights, int32_t four) {
+    __m256i pairs = _mm256_maddubs_epi16((__m256i)weights, _mm256_set1_epi32(four));
+    return acc + (IntVec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+#else
+constexpr bool kWholeBytes = true;
+SHOAL_INLINE IntVec dot(IntVec acc, ByteVec weights, int32_t four) {
+    int8_t x[4];
+    memcpy(x, &four, 4);
+    for (int i = 0; i < kLanes; ++i)
+        for (int j = 0; j < 4; ++j) acc[i] += weights[4 * i + j] * x[j];
+    return acc;
+}
+#endif
+
+// Tokens as a matrix takes them: floats, and their quantized copy.
+struct Inputs {
+    const float* floats;
+    int64_t stride;
+    const int8_t* quants;  // [tokens, width], width = columns padded to whole groups
+    const float* scales;   // [tokens, width / group]
+    const int32_t* sums;   // of a group's quants, likewise
+    int64_t width, group;
+
+    SHOAL_INLINE_MEMBER Inputs from(int64_t token) const {
+        Inputs rest = *this;
+        rest.floats += token * stride;
+        if (group) rest.quants += token * width, rest.scales += token * (width / group), rest.sums += token * (width / group);
+        return rest;
+    }
+};
+
+// One group of a token: round(x / s) with s = max |x| / 127.
+SHOAL_INLINE void quantize_group(const float* x, int64_t present, int64_t group, int8_t* quants, float* scale, int32_t* sum_out) {
+    Vec largest = {};
+    for (int64_t c = 0; c < present; c += kLanes) {
+        Vec v = load_first(x + c, present - c);
+        largest = max(largest, max(v, -v));
+    }
+    float top = max(largest);
+    float inverse = top > 0 ? 127.0f / top : 0;
+    const float round = 12582912.0f;  // 1.5 * 2^23
+    IntVec total = {};
+    for (int64_t c = 0; c < group; c += kLanes) {
+        Vec v = c < present ? load_first(x + c, present - c) : Vec{};
+        IntVec q = (IntVec)(v * inverse + round) - 0x4B400000;
+        total += q;
+        SmallVec small = __builtin_convertvector(q, SmallVec);
+        memcpy(quants + c, &small, sizeof small);
+    }
+    int32_t sums = 0;
+    for (int64_t i = 0; i < kLanes; ++i) sums += total[i];
+    *scale = top / 127.0f;
+    *sum_out = sums;
+}
+
+// [T, 16] of one tile. Lines: bytes of 4 columns and 16 rows each.
+template <int T, bool kFour, bool kMins, int kGroup>
+__attribute__((noinline)) static void integer_tile(const Matrix& w, int64_t tile, const Inputs& x, float* out) {
+    constexpr int kQuads = kGroup / 4;  // columns in fours
+    constexpr int kSplit = !kFour && !kWholeBytes ? 2 : 1;
+    const int64_t groups = x.width / kGroup, bytes = kGroup * kTile / (kFour ? 2 : 1);
+    const uint8_t* line = w.data + tile * groups * bytes;
+    const uint16_t* scales = w.scales + tile * groups * kTile;
+    const uint16_t* mins = kMins ? w.mins + tile * groups * kTile : nullptr;
+    Vec acc[T][kParts] = {};
+    for (int64_t g = 0; g < groups; ++g, line += bytes) {
+#pragma GCC unroll 4
+        for (int p = 0; p < kParts; ++p) {
+            ByteVec weights[kQuads * kSplit];
+            if constexpr (kFour) {
+#pragma GCC unroll 8
+                for (int c = 0; c < kQuads / 2; ++c) {
+                    if (T == 1) __builtin_prefetch(line + 64 * c + 2048);
+                    ByteVec both = load_as<ByteVec>(line + 64 * c + 4 * kLanes * p);
+                    weights[2 * c] = both & 15;
+                    weights[2 * c + 1] = (ByteVec)((WordVec)both >> 4) & 15;
+                }
+            } else {
+#pragma GCC unroll 16
+                for (int c = 0; c < kQuads; ++c) {
+                    if (T == 1) __builtin_prefetch(line + 64 * c + 2048);
+                    ByteVec bytes_ = load_as<ByteVec>(line + 64 * c + 4 * kLanes * p);
+                    if constexpr (kSplit == 2) {
+                        weights[2 * c] = bytes_ & 15;
+                        weights[2 * c + 1] = (ByteVec)((WordVec)bytes_ >> 4) & 15;
+                    } else {
+                        weights[c] = bytes_;
+                    }
+                }
+            }
+            Vec scale = from_fp16(scales + g * kTile + p * kLanes);
+            Vec low = {};
+            if constexpr (kMins) low = from_fp16(mins + g * kTile + p * kLanes);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) {
+                const int8_t* q = x.quants + t * x.width + g * kGroup;
+                const int64_t at = t * groups + g;
+                IntVec sum = IntVec{} + (kMins ? 0 : x.sums[at] * (kFour ? -8 : -128));
+                IntVec high = {};
+#pragma GCC unroll 16
+                for (int k = 0; k < kQuads; ++k) {
+                    int32_t four;
+                    memcpy(&four, q + 4 * k, 4);
+                    if constexpr (kSplit == 2) {
+                        sum = dot(sum, weights[2 * k], four);
+                        high = dot(high, weights[2 * k + 1], four);
+                    } else {
+                        sum = dot(sum, weights[k], four);
+                    }
+                }
+                if constexpr (kSplit == 2) sum += high << 4;
+                acc[t][p] += __builtin_convertvector(sum, Vec) * (scale * x.scales[at]);
+                if constexpr (kMins) acc[t][p] += low * (x.scales[at] * x.sums[at]);
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t)
+        for (int p = 0; p < kParts; ++p) store(out + t * kTile + p * kLanes, acc[t][p]);
+}
+
+// [T, 16] of `S` neighbouring tiles, each `out_stride` further.
+template <int T, int S, bool kShort>
+__attribute__((noinline)) static void float_tiles(const Matrix& w, int64_t tile, const Inputs& x, float* out, int64_t out_stride) {
+    const int64_t size = kShort ? 2 : 4, tile_bytes = w.columns * kTile * size;
+    const uint8_t* line = w.data + tile * tile_bytes;
+    Vec acc[S][T][kParts] = {};
+    for (int64_t k = 0; k < w.columns; ++k, line += kTile * size)
+#pragma GCC unroll 4
+        for (int s = 0; s < S; ++s)
+#pragma GCC unroll 4
+            for (int p = 0; p < kParts; ++p) {
+                const uint8_t* at = line + s * tile_bytes + p * kLanes * size;
+                Vec weight = kShort ? from_bf16(reinterpret_cast<const uint16_t*>(at)) : load(reinterpret_cast<const float*>(at));
+#pragma GCC unroll 8
+                for (int t = 0; t < T; ++t) acc[s][t][p] += weight * x.floats[t * x.stride + k];
+            }
+    for (int s = 0; s < S; ++s)
+        for (int t = 0; t < T; ++t)
+            for (int p = 0; p < kParts; ++p) store(out + s * out_stride + t * kTile + p * kLanes, acc[s][t][p]);
+}
+
+template <int T>
+static void product_of(const Matrix& w, int64_t tile, const Inputs& x, float* out) {
+    if (w.format == Format::fp32) return float_tiles<T, 1, false>(w, tile, x, out, 0);
+    if (w.format == Format::bf16) return float_tiles<T, 1, true>(w, tile, x, out, 0);
+    const bool four = w.format == Format::int4;
+    if (w.group == 32) {
+        if (four) return w.mins ? integer_tile<T, true, true, 32>(w, tile, x, out) : integer_tile<T, true, false, 32>(w, tile, x, out);
+        return w.mins ? integer_tile<T, false, true, 32>(w, tile, x, out) : integer_tile<T, false, false, 32>(w, tile, x, out);
+    }
+    if (four) return w.mins ? integer_tile<T, true, true, 64>(w, tile, x, out) : integer_tile<T, true, false, 64>(w, tile, x, out);
+    return w.mins ? integer_tile<T, false, true, 64>(w, tile, x, out) : integer_tile<T, false, false, 64>(w, tile, x, out);
+}
+
+// done(token, first row, products [16]) for the rows of tiles [begin, end) and tokens [0, tokens).
+template <class Done>
+SHOAL_INLINE void multiply_tiles(const Matrix& w, int64_t begin, int64_t end, const Inputs& x, int64_t tokens, Done done) {
+    alignas(64) float out[kTokens * kTile];
+    int64_t tile = begin;
+    if (tokens == 1 && !w.quantized())  // one tile's sums would wait for each other
+        for (; tile + 4 <= end; tile += 4) {
+            w.format == Format::fp32 ? float_tiles<1, 4, false>(w, tile, x, out, kTile) : float_tiles<1, 4, true>(w, tile, x, out, kTile);
+            for (int s = 0; s < 4; ++s) done(int64_t{0}, (tile + s) * kTile, out + s * kTile);
+        }
+    for (; tile < end; ++tile)
+        for (int64_t t = 0; t < tokens;) {
+            const int64_t left = tokens - t, taken = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+            const Inputs part = x.from(t);
+            if (taken == 8) product_of<8>(w, tile, part, out);
+            if (taken == 4) product_of<4>(w, tile, part, out);
+            if (taken == 2) product_of<2>(w, tile, part, out);
+            if (taken == 1) product_of<1>(w, tile, part, out);
+            for (int64_t i = 0; i < taken; ++i) done(t + i, tile * kTile, out + i * kTile);
+            t += taken;
+        }
+}
+
+}  // namespace shoal::SHOAL_ISA

@@ -1,0 +1,286 @@
+// Attention of new tokens over the paged cache: MLA in its absorbed form (all heads share the latent) and GQA.
+//
+// The positions of a sequence are cut into blocks of kBlock. A block is summed up on its own and blocks are merged from the first to the
+// last, so that a token's result depends neither on its neighbours nor on how the work was divided.
+#pragma once
+#include "linear.h"
+
+namespace shoal::SHOAL_ISA {
+
+constexpr int64_t kRows = 16;                      // queries that share one pass over a block
+constexpr int64_t kAbreast = kLanes == 16 ? 4 : 2;  // queries in one register tile
+
+// Some queries of one sequence that look at the same key head.
+struct Queries {
+    int64_t token, tokens, kv_head, head, heads;  // rows: token-major
+    const int32_t* table;
+    int64_t blocks, first_partial;
+
+    SHOAL_INLINE_MEMBER int64_t rows() const { return tokens * heads; }
+};
+
+// Where keys and values lie in a cached row.
+struct Slices {
+    int64_t key, key_width, value, value_width;
+};
+
+// Sums over one block, or over all blocks up to one: of row r, values [r] are not yet divided by weight[r].
+struct Partial {
+    float *top, *weight;  // [kRows]
+    float* values;        // [kRows, value_width]
+};
+
+SHOAL_INLINE int64_t partial_size(int64_t value_width) { return 2 * kRows + kRows * value_width; }
+SHOAL_INLINE Partial partial_at(float* p, int64_t value_width, int64_t i) {
+    p += i * partial_size(value_width);
+    return {p, p + kRows, p + 2 * kRows};
+}
+
+template <Format kFormat>
+SHOAL_INLINE Vec cached(const uint8_t* p, int64_t i) {
+    if constexpr (kFormat == Format::fp32) return load(reinterpret_cast<const float*>(p) + i);
+    if constexpr (kFormat == Format::bf16) return from_bf16(reinterpret_cast<const uint16_t*>(p) + i);
+    if constexpr (kFormat == Format::fp8) return from_fp8(p + i);
+}
+// The first n of a register, without reading further.
+template <Format kFormat>
+SHOAL_INLINE Vec cached_first(const uint8_t* p, int64_t i, int64_t n) {
+    constexpr int64_t size = kFormat == Format::fp32 ? 4 : kFormat == Format::bf16 ? 2 : 1;
+    alignas(64) uint8_t padded[kLanes * size] = {};
+    memcpy(padded, p + i * size, n * size);
+    return cached<kFormat>(padded, 0);
+}
+
+// The sums of four registers.
+SHOAL_INLINE void sum_four(Vec a, Vec b, Vec c, Vec d, float* out) {
+    typedef float Four __attribute__((vector_size(16)));
+    alignas(64) float parts[4][kLanes];
+    store(parts[0], a), store(parts[1], b), store(parts[2], c), store(parts[3], d);
+    Four rows[4];
+    for (int i = 0; i < 4; ++i) {
+        Four sum = {};
+        for (int64_t j = 0; j < kLanes; j += 4) {
+            Four quarter;
+            memcpy(&quarter, parts[i] + j, 16);
+            sum += quarter;
+        }
+        rows[i] = sum;
+    }
+    float square[16];
+    transpose_4x4(reinterpret_cast<float*>(rows), 4, square, 4);
+    Four total = {};
+    for (int i = 0; i < 4; ++i) {
+        Four row;
+        memcpy(&row, square + 4 * i, 16);
+        total += row;
+    }
+    memcpy(out, &total, 16);
+}
+
+// Key or value rows of a block: row i of page p.
+struct BlockRows {
+    const uint8_t* pages[kBlock / kPage];
+    int64_t stride;  // bytes of a cached row
+
+    SHOAL_INLINE_MEMBER const uint8_t* operator[](int64_t i) const { return pages[i / kPage] + (i % kPage) * stride; }
+};
+
+#if defined(__AVX512BF16__)
+// bf16 caches: pairs of products in one instruction, queries and probabilities rounded to bf16.
+constexpr int64_t kPairLanes = 32;
+
+SHOAL_INLINE __m512bh load_bf16(const void* p, int64_t n) {
+    if (n >= kPairLanes) return (__m512bh)_mm512_loadu_si512(p);
+    return (__m512bh)_mm512_maskz_loadu_epi16((uint32_t{1} << n) - 1, p);
+}
+
+static void scores_bf16(const Queries& item, const float* const* query, const BlockRows& keys, int64_t count, int64_t width, float* scores) {
+    const int64_t padded = round_up(width, kPairLanes), rows = item.rows();
+    alignas(64) uint16_t q[kRows * padded];
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < padded; c += kPairLanes) {
+            Vec low = c < width ? load_first(query[r] + c, width - c) : Vec{};
+            Vec high = c + kLanes < width ? load_first(query[r] + c + kLanes, width - c - kLanes) : Vec{};
+            __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+            memcpy(q + r * padded + c, &both, sizeof both);
+        }
+    for (int64_t i = 0; i < count; i += 4)
+        for (int64_t r = 0; r < rows; r += 4) {
+            const uint16_t* from[4];
+            for (int64_t j = 0; j < 4; ++j) from[j] = q + smaller(r + j, rows - 1) * padded;
+            __m512 acc[4][4] = {};
+            const uint8_t* key[4] = {keys[i], keys[i] + keys.stride, keys[i] + 2 * keys.stride, keys[i] + 3 * keys.stride};
+            for (int64_t c = 0; c < width; c += kPairLanes) {
+                __m512bh k[4];
+#pragma GCC unroll 4
+                for (int n = 0; n < 4; ++n) k[n] = load_bf16(key[n] + 2 * c, width - c);
+#pragma GCC unroll 4
+                for (int m = 0; m < 4; ++m) {
+                    __m512bh x = (__m512bh)_mm512_load_si512(from[m] + c);
+#pragma GCC unroll 4
+                    for (int n = 0; n < 4; ++n) acc[m][n] = _mm512_dpbf16_ps(acc[m][n], x, k[n]);
+                }
+            }
+            for (int64_t m = 0; m < 4 && r + m < rows; ++m)
+                sum_four((Vec)acc[m][0], (Vec)acc[m][1], (Vec)acc[m][2], (Vec)acc[m][3], scores + (r + m) * kBlock + i);
+        }
+}
+
+static void mix_bf16(int64_t rows, const float* probabilities, const BlockRows& values, int64_t count, int64_t width, float* out,
+                     uint16_t* pairs) {
+    const int64_t padded = round_up(width, kPairLanes), couples = blocks_of(2, count);
+    const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34,
+                                           2, 33, 1, 32, 0);
+    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    for (int64_t i = 0; i < couples; ++i)
+        for (int64_t c = 0; c < width; c += kPairLanes) {
+            __m512i a = (__m512i)load_bf16(values[2 * i] + 2 * c, width - c), b = {};
+            if (2 * i + 1 < count) b = (__m512i)load_bf16(values[2 * i + 1] + 2 * c, width - c);
+            _mm512_store_si512(pairs + (i * padded + c) * 2, _mm512_permutex2var_epi16(a, first, b));
+            _mm512_store_si512(pairs + (i * padded + c) * 2 + kPairLanes, _mm512_permutex2var_epi16(a, second, b));
+        }
+    alignas(64) uint16_t p[kRows * kBlock];
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t i = 0; i < 2 * couples; i += kPairLanes) {
+            const float* from = probabilities + r * kBlock + i;
+            __m512bh both = _mm512_cvtne2ps_pbh((__m512)load(from + kLanes), (__m512)load(from));
+            memcpy(p + r * kBlock + i, &both, sizeof both);
+        }
+    for (int64_t c = 0; c < width; c += 4 * kLanes)
+        for (int64_t r = 0; r < rows; r += 4) {
+            const uint16_t* weight[4];
+            for (int64_t j = 0; j < 4; ++j) weight[j] = p + smaller(r + j, rows - 1) * kBlock;
+            const int64_t vectors = smaller(4, blocks_of(kLanes, padded - c));  // 2 or 4
+            __m512 acc[4][4] = {};
+            for (int64_t i = 0; i < couples; ++i) {
+                __m512bh v[4];
+#pragma GCC unroll 4
+                for (int n = 0; n < 4; ++n)
+                    v[n] = (__m512bh)_mm512_load_si512(pairs + (i * padded + c + (n < vectors ? n : 0) * kLanes) * 2);
+#pragma GCC unroll 4
+                for (int m = 0; m < 4; ++m) {
+                    int32_t couple;
+                    memcpy(&couple, weight[m] + 2 * i, 4);
+                    __m512bh x = (__m512bh)_mm512_set1_epi32(couple);
+#pragma GCC unroll 4
+                    for (int n = 0; n < 4; ++n) acc[m][n] = _mm512_dpbf16_ps(acc[m][n], x, v[n]);
+                }
+            }
+            for (int64_t m = 0; m < 4 && r + m < rows; ++m)
+                for (int64_t n = 0; n < 4; ++n)
+                    if (c + n * kLanes < width)
+                        store_first(out + (r + m) * width + c + n * kLanes, (Vec)acc[m][n], width - c - n * kLanes);
+        }
+}
+#endif
+
+template <Format kFormat>
+static void scores_of(const Queries& item, const float* const* query, const BlockRows& keys, int64_t count, int64_t width, float* scores) {
+    const int64_t rows = item.rows(), whole = width / kLanes * kLanes;
+    for (int64_t i = 0; i < count; i += 4)
+        for (int64_t r = 0; r < rows; r += kAbreast) {
+            const float* from[kAbreast];
+            for (int64_t j = 0; j < kAbreast; ++j) from[j] = query[smaller(r + j, rows - 1)];
+            Vec acc[kAbreast][4] = {};
+            const uint8_t* key[4] = {keys[i], keys[i] + keys.stride, keys[i] + 2 * keys.stride, keys[i] + 3 * keys.stride};
+            for (int64_t c = 0; c < width; c += kLanes) {
+                Vec k[4];
+#pragma GCC unroll 4
+                for (int n = 0; n < 4; ++n) k[n] = c < whole ? cached<kFormat>(key[n], c) : cached_first<kFormat>(key[n], c, width - c);
+#pragma GCC unroll 4
+                for (int m = 0; m < kAbreast; ++m) {
+                    Vec x = c < whole ? load(from[m] + c) : load_first(from[m] + c, width - c);
+#pragma GCC unroll 4
+                    for (int n = 0; n < 4; ++n) acc[m][n] += x * k[n];
+                }
+            }
+            for (int64_t m = 0; m < kAbreast && r + m < rows; ++m)
+                sum_four(acc[m][0], acc[m][1], acc[m][2], acc[m][3], scores + (r + m) * kBlock + i);
+        }
+}
+
+template <Format kFormat>
+static void mix_of(int64_t rows, const float* probabilities, const BlockRows& values, int64_t count, int64_t width, float* out) {
+    for (int64_t c = 0; c < width; c += 2 * kLanes)
+        for (int64_t r = 0; r < rows; r += kAbreast) {
+            const float* weight[kAbreast];
+            for (int64_t j = 0; j < kAbreast; ++j) weight[j] = probabilities + smaller(r + j, rows - 1) * kBlock;
+            Vec acc[kAbreast][2] = {};
+            for (int64_t i = 0; i < count; ++i) {
+                const uint8_t* row = values[i];
+#pragma GCC unroll 2
+                for (int n = 0; n < 2; ++n) {
+                    const int64_t at = c + n * kLanes;
+                    if (at >= width) break;
+                    Vec v = at + kLanes <= width ? cached<kFormat>(row, at) : cached_first<kFormat>(row, at, width - at);
+#pragma GCC unroll 4
+                    for (int m = 0; m < kAbreast; ++m) acc[m][n] += v * weight[m][i];
+                }
+            }
+            for (int64_t m = 0; m < kAbreast && r + m < rows; ++m)
+                for (int64_t n = 0; n < 2; ++n)
+                    if (c + n * kLanes < width) store_first(out + (r + m) * width + c + n * kLanes, acc[m][n], width - c - n * kLanes);
+        }
+}
+
+// Sums of one block. query: a pointer for each row; positions: of the item's tokens; `pairs` [kBlock, value_width + 32].
+SHOAL_INLINE void attend_block(const Queries& item, const float* const* query, const int64_t* positions, const Cache& cache,
+                               const uint8_t* layer, Slices slices, float scale, int64_t block, Partial out, uint16_t* pairs) {
+    const int64_t size = cache.format == Format::fp32 ? 4 : cache.format == Format::bf16 ? 2 : 1;
+    const int64_t start = block * kBlock, rows = item.rows();
+    const int64_t count = smaller(kBlock, positions[item.tokens - 1] + 1 - start);
+    BlockRows keys = {{}, cache.width * size}, values = keys;
+    for (int64_t page = 0; page * kPage < count; ++page) {
+        const int64_t number = item.table[start / kPage + page];
+        keys.pages[page] = layer + (number * kPage * cache.width + slices.key) * size;
+        values.pages[page] = layer + (number * kPage * cache.width + slices.value) * size;
+    }
+    alignas(64) float scores[kRows * kBlock];
+    bool paired = false;
+#if defined(__AVX512BF16__)
+    paired = cache.format == Format::bf16;
+    if (paired) scores_bf16(item, query, keys, count, slices.key_width, scores);
+#endif
+    if (cache.format == Format::fp32) scores_of<Format::fp32>(item, query, keys, count, slices.key_width, scores);
+    if (cache.format == Format::bf16 && !paired) scores_of<Format::bf16>(item, query, keys, count, slices.key_width, scores);
+    if (cache.format == Format::fp8) scores_of<Format::fp8>(item, query, keys, count, slices.key_width, scores);
+
+    for (int64_t r = 0; r < rows; ++r) {
+        float* row = scores + r * kBlock;
+        const int64_t seen = smaller(count, positions[r / item.heads] + 1 - start);
+        float top = -__builtin_inff();
+        for (int64_t i = 0; i < seen; ++i) {
+            row[i] *= scale;
+            top = row[i] > top ? row[i] : top;
+        }
+        for (int64_t i = larger(seen, 0); i < kBlock; ++i) row[i] = -__builtin_inff();
+        Vec total = {};
+        for (int64_t i = 0; i < kBlock; i += kLanes) {
+            Vec p = seen > 0 ? exp(load(row + i) - top) : Vec{};
+            store(row + i, p);
+            total += p;
+        }
+        out.top[r] = top;
+        out.weight[r] = sum(total);
+    }
+
+#if defined(__AVX512BF16__)
+    if (paired) return mix_bf16(rows, scores, values, count, slices.value_width, out.values, pairs);
+#endif
+    if (cache.format == Format::fp32) mix_of<Format::fp32>(rows, scores, values, count, slices.value_width, out.values);
+    if (cache.format == Format::bf16) mix_of<Format::bf16>(rows, scores, values, count, slices.value_width, out.values);
+    if (cache.format == Format::fp8) mix_of<Format::fp8>(rows, scores, values, count, slices.value_width, out.values);
+}
+
+// Row r of `into` becomes the sums over its blocks and those of `next`, which come later.
+SHOAL_INLINE void merge_row(Partial into, Partial next, int64_t r, int64_t width) {
+    const float top = into.top[r] > next.top[r] ? into.top[r] : next.top[r];
+    const float old_share = exp(splat(into.top[r] - top))[0], new_share = exp(splat(next.top[r] - top))[0];
+    float *to = into.values + r * width, *from = next.values + r * width;
+    for (int64_t c = 0; c < width; c += kLanes)
+        store_first(to + c, load_first(to + c, width - c) * old_share + load_first(from + c, width - c) * new_share, width - c);
+    into.weight[r] = into.weight[r] * old_share + next.weight[r] * new_share;
+    into.top[r] = top;
+}
+
+}  // namespace shoal::SHOAL_ISA

@@ -1,0 +1,148 @@
+"""The runner on CPUs: one call into C++ for a whole step (csrc/decoder.cpp)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import CacheFormat, ModelConfig
+from ..kernels.packed import PackedMatrix, pack_floats
+from ..kernels.serving import decoder
+from ..model import LATENT_NORM_EPS, rotary_tables, softmax_scale
+from .runner import PAGE, Batch, Forward
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
+
+_ATTENTION = {
+    "q_a_proj": "q_a",
+    "q_a_layernorm.weight": "q_a_norm",
+    "q_b_proj": "q",
+    "q_proj": "q",
+    "kv_a_proj_with_mqa": "kv_a",
+    "kv_a_layernorm.weight": "kv_a_norm",
+    "k_up": "k_up",
+    "v_up": "v_up",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "o",
+    "q_proj.bias": "q_bias",
+    "k_proj.bias": "k_bias",
+    "v_proj.bias": "v_bias",
+}
+_LAYER = {
+    **{f"self_attn.{name}": short for name, short in _ATTENTION.items()},
+    "input_layernorm.weight": "input_norm",
+    "post_attention_layernorm.weight": "post_norm",
+    "mlp.gate.weight": "router",
+    "mlp.gate.e_score_correction_bias": "router_bias",
+    **{f"mlp.experts.{part}_proj": f"expert_{part}" for part in ("gate", "up", "down")},
+    **{f"mlp.shared_experts.{part}_proj": part for part in ("gate", "up", "down")},
+    **{f"mlp.{part}_proj": part for part in ("gate", "up", "down")},
+    "eh_proj": "join",
+    "enorm.weight": "embedding_norm",
+    "hnorm.weight": "hidden_norm",
+    "shared_head.norm.weight": "head_norm",
+}
+"""Name of a weight in its layer -> its name in the decoder."""
+
+
+class NativeRunner:
+    """Runs packed weights with the C++ kernels (see `Runner`)."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, PackedMatrix | Tensor], threads: int) -> None:
+        """`weights`: see `Weights`; they stay where they are (a mapped file, for instance).
+
+        Raises:
+            ValueError: a weight is missing or has another shape than `config` says.
+        """
+        self.config, self.threads = config, threads
+        self.natural_cache: CacheFormat = "bf16"
+        count = config.num_hidden_layers + config.num_nextn_predict_layers
+        layers: list[dict[str, Any]] = [{} for _ in range(count)]
+        for name, weight in weights.items():
+            if name.startswith("model.layers."):
+                number, _, part = name.removeprefix("model.layers.").partition(".")
+                # The router is fp32 in every file, and small: it is put in tiles here.
+                layers[int(number)][_LAYER[part]] = pack_floats(weight, "fp32") if part == "mlp.gate.weight" else weight
+        top = {"embedding": weights["model.embed_tokens.weight"], "norm": weights["model.norm.weight"], "head": weights["lm_head"]}
+        if all(w.format == "fp32" for w in weights.values() if isinstance(w, PackedMatrix)):
+            self.natural_cache = "fp32"
+        self._decoder = decoder(_shape(config), top, layers, config.num_hidden_layers)
+        self._cache = torch.empty(0)
+        self._tables = (torch.empty(0), torch.empty(0))
+        self._mixtures = sum(config.is_moe_layer(i) for i in range(config.num_hidden_layers))
+
+    def allocate(self, pages: int, cache: CacheFormat) -> None:
+        """See `Runner`. Memory is taken only as pages are written."""
+        layers = self.config.num_hidden_layers + self.config.num_nextn_predict_layers
+        self._cache = torch.zeros(layers, pages, PAGE, self.config.cache_values_per_token, dtype=DTYPES[cache])
+
+    def forward(self, batch: Batch) -> Forward:
+        """See `Runner`."""
+        tokens = len(batch.ids)
+        hidden = torch.empty(tokens, self.config.hidden_size)
+        experts = torch.empty(self._mixtures, tokens, self.config.num_experts_per_tok, dtype=torch.int32) if self._mixtures else None
+        place = (batch.positions, batch.starts, batch.tables, *self._rotary(batch), self._cache)
+        self._decoder.forward(batch.ids, *place, hidden, experts, self.threads)
+        return Forward(hidden, experts)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `Runner`."""
+        out = torch.empty(len(hidden), self.config.vocab_size)
+        self._decoder.logits(hidden.contiguous(), out, self.threads)
+        return out
+
+    def draft(self, batch: Batch, hidden: Tensor, next_ids: Tensor) -> Tensor:
+        """See `Runner`."""
+        out = torch.empty_like(hidden)
+        place = (batch.positions, batch.starts, batch.tables, *self._rotary(batch), self._cache)
+        self._decoder.draft(0, next_ids, *place, hidden.contiguous(), out, self.threads)
+        return out
+
+    def copy_page(self, source: int, target: int) -> None:
+        """See `Runner`."""
+        self._cache[:, target] = self._cache[:, source]
+
+    def _rotary(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of all positions up to the batch's last; the tables grow as texts do."""
+        needed = int(batch.positions.max()) + 1
+        if len(self._tables[0]) < needed:
+            length = min(max(2 * needed, 1024), max(needed, self.config.max_position_embeddings))
+            self._tables = rotary_tables(self.config, torch.arange(length))
+        return self._tables
+
+
+def _shape(config: ModelConfig) -> dict[str, Any]:
+    """The numbers the decoder wants."""
+    mla = config.uses_mla
+    return {
+        "hidden": config.hidden_size,
+        "vocabulary": config.vocab_size,
+        "heads": config.num_attention_heads,
+        "latent": int(mla),
+        "nope": config.qk_nope_head_dim if mla else 0,
+        "rope": config.qk_rope_head_dim if mla else 0,
+        "value": config.v_head_dim if mla else 0,
+        "rank": config.kv_lora_rank if mla else 0,
+        "q_rank": (config.q_lora_rank or 0) if mla else 0,
+        "kv_heads": config.kv_heads,
+        "head": config.qk_head_dim,
+        "softmax_scale": softmax_scale(config),
+        "norm_eps": config.rms_norm_eps,
+        "latent_norm_eps": LATENT_NORM_EPS,
+        "qk_norm_eps": config.rms_norm_eps if config.qk_norm else 0.0,
+        "softcap": config.logit_softcap or 0.0,
+        "experts": config.n_routed_experts or 0,
+        "per_token": config.num_experts_per_tok if config.n_routed_experts else 0,
+        "groups": 1 if config.topk_method == "greedy" else config.n_group,
+        "open_groups": 1 if config.topk_method == "greedy" else config.topk_group,
+        "sigmoid": int(config.scoring_func == "sigmoid"),
+        "biased": int(config.topk_method == "noaux_tc"),
+        "normalise": int(config.norm_topk_prob),
+        "routed_scale": config.routed_scaling_factor,
+    }

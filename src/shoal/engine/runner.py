@@ -1,0 +1,190 @@
+"""Runs a model over a paged cache: the protocol, and the runner in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import CacheFormat, ModelConfig
+from ..model import RoutingStats, Transformer
+from ..runtime import Machine, inference
+
+PAGE = 32
+"""Positions of one page of the cache."""
+
+
+@dataclass
+class Batch:
+    """What one step computes: the new tokens of S sequences laid end to end, N in all."""
+
+    ids: Tensor
+    """`[N]` int64."""
+    positions: Tensor
+    """`[N]` int64, consecutive within a sequence."""
+    starts: Tensor
+    """`[S + 1]` int64: where the tokens of every sequence start; the last is N."""
+    tables: Tensor
+    """`[S, P]` int32: pages of the positions 0 ..., `PAGE` positions a page, padded with 0."""
+
+    @classmethod
+    def lay_out(cls, ids: Sequence[Sequence[int]], firsts: Sequence[int], tables: Sequence[np.ndarray]) -> Batch:
+        """From every sequence's new tokens, the position of the first of them, and pages (int32, as many as needed or more)."""
+        starts = np.zeros(len(ids) + 1, np.int64)
+        np.cumsum([len(new) for new in ids], out=starts[1:])
+        ends = [first + len(new) for first, new in zip(firsts, ids, strict=True)]
+        padded = np.zeros((len(ids), -(-max(ends) // PAGE)), np.int32)
+        for row, table, end in zip(padded, tables, ends, strict=True):
+            count = -(-end // PAGE)
+            row[:count] = table[:count]
+        positions = np.fromiter(chain.from_iterable(map(range, firsts, ends)), np.int64, starts[-1])
+        flat = np.fromiter(chain.from_iterable(ids), np.int64, starts[-1])
+        return cls(*map(torch.from_numpy, (flat, positions, starts, padded)))
+
+
+@dataclass
+class Forward:
+    """Result of a step of the main model."""
+
+    hidden: Tensor
+    """`[N, D]` fp32, after the final norm."""
+    experts: Tensor | None
+    """`[MoE layers, N, K]` int: who was chosen; None for dense models."""
+
+
+class Runner(Protocol):
+    """Holds weights and the paged cache, `[layers + MTP layers, pages, PAGE, C]` with C = `config.cache_values_per_token`.
+
+    A sequence's results do not depend on what else is in the batch.
+    """
+
+    config: ModelConfig
+    device: torch.device
+    """Where hidden states and logits lie."""
+    natural_cache: CacheFormat
+    """The format of the cache that fits the precision the model computes in."""
+
+    def allocate(self, pages: int, cache: CacheFormat) -> None:
+        """Make room for a cache; what an earlier one held is lost."""
+        ...
+
+    def forward(self, batch: Batch) -> Forward:
+        """Run the main model, write the caches of its layers."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[M, D]` -> `[M, V]` fp32."""
+        ...
+
+    def draft(self, batch: Batch, hidden: Tensor, next_ids: Tensor) -> Tensor:
+        """Run MTP module 1 and write its cache.
+
+        `hidden [N, D]` is the main model's (or an earlier draft's) at the batch's positions, `next_ids [N]` the token after
+        each. Returns `[N, D]` after the module's norm, whose `logits` predict the token after that.
+        """
+        ...
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy one page in all layers."""
+        ...
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+
+
+class PagedLayer:
+    """One sequence's cache in one layer (see `model.LayerCache`)."""
+
+    def __init__(self, pages: Tensor, table: Tensor, seen: int) -> None:
+        self._pages, self._table, self._seen = pages, table, seen
+
+    def extend(self, values: Tensor, positions: Tensor) -> Tensor:
+        """`values [1, T, C]` at `positions [1, T]` -> everything up to the last position, `[1, S, C]`."""
+        at = positions[0]
+        self._pages[self._table[at // PAGE], at % PAGE] = encode(values[0], self._pages.dtype)
+        kept = self._pages[self._table[: -(-self._seen // PAGE)]].flatten(0, 1)[: self._seen]
+        return decode(kept).to(values.dtype).unsqueeze(0)
+
+
+def encode(values: Tensor, stored: torch.dtype) -> Tensor:
+    """Values as the cache stores them; fp8 (e4m3) lies in it as bytes, because torch cannot index that type everywhere."""
+    if stored != torch.uint8:
+        return values.to(stored)
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    return values.clamp(-largest, largest).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def decode(kept: Tensor) -> Tensor:
+    return kept.view(torch.float8_e4m3fn) if kept.dtype == torch.uint8 else kept
+
+
+class TorchRunner:
+    """Runs a `Transformer` one sequence after the other: the specification, and what runs where the C++ one does not."""
+
+    def __init__(self, model: Transformer, machine: Machine) -> None:
+        self.model, self.machine, self.config, self.device = model.eval(), machine, model.config, machine.device
+        self.natural_cache: CacheFormat = "bf16" if machine.precision == "bf16" else "fp32"
+        self._cache = torch.empty(0)
+
+    def allocate(self, pages: int, cache: CacheFormat) -> None:
+        """See `Runner`. On a CPU, memory is taken only as pages are written."""
+        dtype = torch.uint8 if cache == "fp8" else DTYPES[cache]
+        shape = (len(self.model.model.layers), pages, PAGE, self.config.cache_values_per_token)
+        if self.device.type == "cpu":
+            self._cache = torch.from_numpy(np.zeros((*shape[:-1], shape[-1] * dtype.itemsize), np.uint8)).view(dtype)
+        else:
+            self._cache = torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def forward(self, batch: Batch) -> Forward:
+        """See `Runner`."""
+        hidden, experts = [], []
+        with inference(self.machine):
+            for ids, positions, caches in self._sequences(batch):
+                output = self.model(ids[None], positions[None], caches)
+                hidden.append(output.hidden[0])
+                experts.append(_chosen(output.routing))
+        return Forward(torch.cat(hidden).float(), torch.cat(experts, 1) if experts[0] is not None else None)  # type: ignore[arg-type]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `Runner`."""
+        with inference(self.machine):
+            # Row by row: how a matrix product rounds depends on the number of its rows.
+            return torch.cat([self.model.logits(row) for row in hidden.split(1)])
+
+    def draft(self, batch: Batch, hidden: Tensor, next_ids: Tensor) -> Tensor:
+        """See `Runner`."""
+        shifted = next_ids.to(self.device)
+        drafts, starts = [], batch.starts.tolist()
+        with inference(self.machine):
+            for i, (_, positions, caches) in enumerate(self._sequences(batch)):
+                rows = slice(starts[i], starts[i + 1])
+                drafts.append(self.model.ahead(1, hidden[None, rows], shifted[None, rows], positions[None], caches)[0])
+        return torch.cat(drafts).float()
+
+    def copy_page(self, source: int, target: int) -> None:
+        """See `Runner`."""
+        self._cache[:, target] = self._cache[:, source]
+
+    def _sequences(self, batch: Batch) -> list[tuple[Tensor, Tensor, list[PagedLayer]]]:
+        """Ids, positions and caches of every sequence, on the device."""
+        device, starts = self.device, batch.starts.tolist()
+        ids, positions, tables = (tensor.to(device) for tensor in (batch.ids, batch.positions, batch.tables.long()))
+        ends = batch.positions[batch.starts[1:] - 1].tolist()
+        return [
+            (
+                ids[starts[i] : starts[i + 1]],
+                positions[starts[i] : starts[i + 1]],
+                [PagedLayer(layer, tables[i], ends[i] + 1) for layer in self._cache],
+            )
+            for i in range(len(starts) - 1)
+        ]
+
+
+def _chosen(routing: list[RoutingStats]) -> Tensor | None:
+    """`[MoE layers, T, K]` of one sequence."""
+    return torch.cat([stats.indices for stats in routing]) if routing else None

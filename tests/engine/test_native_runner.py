@@ -1,0 +1,177 @@
+"""The C++ decoder against the same model in plain torch, and the promise that a token's result depends on its own text alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.config import ModelConfig
+from shoal.engine.native import NativeRunner
+from shoal.engine.runner import Batch, TorchRunner
+from shoal.kernels.packed import PackedMatrix, pack_floats
+from shoal.kernels.selection import BACKEND
+from shoal.model import Transformer, init_weights
+from shoal.runtime import Machine
+
+pytestmark = pytest.mark.skipif(BACKEND.cpu is None, reason=BACKEND.reason)
+
+MLA: dict[str, Any] = {
+    "vocab_size": 67,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "intermediate_size": 72,
+    "num_attention_heads": 3,
+    "kv_lora_rank": 40,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "v3": {**MLA, "q_lora_rank": 32, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1},
+    "v2": {**MLA, "model_type": "deepseek_v2", "topk_method": "group_limited_greedy", "scoring_func": "softmax", "n_group": 4, "topk_group": 2,
+           "norm_topk_prob": False, "n_shared_experts": 2},
+    "lite": {**MLA, "model_type": "deepseek_v2", "topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False,
+             "rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 128, "mscale": 0.7, "mscale_all_dim": 0.7}},
+    "shoal": {**MLA, "qk_norm": True, "logit_softcap": 15.0, "first_k_dense_replace": 0, "n_shared_experts": None, "num_nextn_predict_layers": 1},
+    "dense": {**MLA, "n_routed_experts": None, "q_lora_rank": 100},
+    "many heads": {**MLA, "num_attention_heads": 20},
+    "llama": {**MLA, "model_type": "llama", "num_key_value_heads": 1, "num_attention_heads": 3},
+    "qwen": {**MLA, "model_type": "llama", "num_attention_heads": 6, "num_key_value_heads": 2, "attention_bias": True, "head_dim": 20},
+}  # fmt: skip
+
+
+def model_of(name: str) -> Transformer:
+    torch.manual_seed(1)
+    model = Transformer(ModelConfig(**MODELS[name]))
+    init_weights(model, 1)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.ndim == 1:  # norms and biases that would hide an error if they were 1 and 0
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            del parameter_name
+        for layer in model.moe_layers:
+            if hasattr(layer.gate, "e_score_correction_bias"):
+                layer.gate.e_score_correction_bias.normal_(std=0.2)
+    return model.eval()
+
+
+def packed(model: Transformer, format: str = "fp32") -> dict[str, PackedMatrix | torch.Tensor]:
+    """The model's weights under the names of `formats.parts`."""
+    config, parts = model.config, {}
+    for name, tensor in model.state_dict().items():
+        short = name.removesuffix(".weight")
+        if name.endswith(("norm.weight", "mlp.gate.weight", "bias", "embed_tokens.weight")):
+            parts[name] = tensor.detach().float()
+        elif short.endswith("kv_b_proj"):
+            key, value = tensor.unflatten(0, (config.num_attention_heads, -1)).split([config.qk_nope_head_dim, config.v_head_dim], 1)
+            parts[short.replace("kv_b_proj", "k_up")] = pack_floats(key.mT, format)  # type: ignore[arg-type]
+            parts[short.replace("kv_b_proj", "v_up")] = pack_floats(value, format)  # type: ignore[arg-type]
+        else:
+            parts[short] = pack_floats(tensor, format)  # type: ignore[arg-type]
+    if config.tie_word_embeddings:
+        parts["lm_head"] = pack_floats(model.lm_head.weight, format)  # type: ignore[arg-type]
+    return parts
+
+
+def runners(name: str, cache: Any = "fp32") -> tuple[NativeRunner, TorchRunner]:
+    model = model_of(name)
+    native = NativeRunner(model.config, packed(model), threads=2)
+    torch_runner = TorchRunner(model, Machine(torch.device("cpu"), "fp32", 2, 1.0, ""))
+    for runner in (native, torch_runner):
+        runner.allocate(40, cache)
+    return native, torch_runner
+
+
+def tables(sequences: int) -> list[Any]:
+    """Pages of each sequence, scattered."""
+    return list(torch.randperm(40, generator=torch.Generator().manual_seed(3))[: sequences * 10].view(sequences, 10).int().numpy())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_prefill_decode_and_drafts_equal_plain_torch(name: str) -> None:
+    native, plain = runners(name)
+    config, generator, places = native.config, torch.Generator().manual_seed(5), tables(3)
+    lengths = [0, 0, 0]
+    for news in ([5, 1, 140], [1, 1, 1], [150, 2, 3], [1, 1, 1]):
+        ids = [torch.randint(config.vocab_size, (n,), generator=generator).tolist() for n in news]
+        batch = Batch.lay_out(ids, lengths, places)
+        lengths = [seen + n for seen, n in zip(lengths, news, strict=True)]
+        mine, expected = native.forward(batch), plain.forward(batch)
+        torch.testing.assert_close(mine.hidden, expected.hidden, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(native.logits(mine.hidden), plain.logits(expected.hidden), rtol=1e-3, atol=2e-3)
+        if expected.experts is None:
+            assert mine.experts is None
+        else:
+            assert mine.experts is not None
+            assert (mine.experts.sort(-1).values == expected.experts.sort(-1).values).float().mean() > 0.999
+        if config.num_nextn_predict_layers:
+            next_ids = torch.randint(config.vocab_size, (sum(news),), generator=generator)
+            torch.testing.assert_close(
+                native.draft(batch, expected.hidden, next_ids), plain.draft(batch, expected.hidden, next_ids), rtol=1e-3, atol=1e-3
+            )
+
+
+@pytest.mark.parametrize("cache", ["bf16", "fp8"])
+@pytest.mark.parametrize("name", ["v3", "qwen"])
+def test_small_caches_are_read_as_plain_torch_reads_them(name: str, cache: str) -> None:
+    native, plain = runners(name, cache)
+    batch = Batch.lay_out([torch.arange(60).tolist()], [0], tables(1))
+    error = native.forward(batch).hidden - plain.forward(batch).hidden
+    assert error.square().mean().sqrt() < (0.02 if cache == "bf16" else 0.1)
+
+
+@pytest.mark.parametrize("cache", ["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize("name", ["v3", "lite", "many heads", "qwen"])
+@settings(max_examples=6, deadline=None)
+@given(data=st.data())
+def test_results_do_not_depend_on_chunks_or_neighbours(name: str, cache: str, data: st.DataObject) -> None:
+    native, _ = runners(name, cache)
+    length = data.draw(st.integers(1, 300), label="length")
+    ids = torch.randint(native.config.vocab_size, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    place, other, third = tables(3)
+    alone = native.forward(Batch.lay_out([ids], [0], [place])).hidden
+    native.allocate(40, cache)  # type: ignore[arg-type]
+    done, rows = 0, []
+    while done < length:
+        new = ids[done : done + data.draw(st.integers(1, length - done), label="chunk")]
+        neighbours = data.draw(st.integers(0, 2), label="neighbours")
+        batch = Batch.lay_out([[7] * 9, new, [1]][1 - (neighbours > 0) : 2 + (neighbours > 1)],
+                              [0, done, 0][1 - (neighbours > 0) : 2 + (neighbours > 1)],
+                              [other, place, third][1 - (neighbours > 0) : 2 + (neighbours > 1)])  # fmt: skip
+        begin = 9 if neighbours else 0
+        rows.append(native.forward(batch).hidden[begin : begin + len(new)])
+        done += len(new)
+    assert torch.cat(rows).equal(alone)
+
+
+def test_a_broken_neighbour_does_not_spread() -> None:
+    """Pages that once held NaN are used again; positions behind the end of a text are never read."""
+    native, _ = runners("v3", "bf16")
+    batch = Batch.lay_out([[1, 2, 3]], [0], tables(1))
+    good = native.forward(batch).hidden
+    native._cache.fill_(float("nan"))
+    assert native.forward(batch).hidden.equal(good)
+
+
+def test_steps_that_reach_outside_the_cache_are_refused() -> None:
+    native, _ = runners("v3")
+    good = Batch.lay_out([[1, 2, 3]], [0], tables(1))
+    for bad in (
+        {"tables": good.tables + 40},
+        {"ids": good.ids + 67},
+        {"positions": good.positions + 1000},
+        {"positions": torch.tensor([0, 2, 3])},
+        {"starts": torch.tensor([0, 2])},
+        {"tables": good.tables.long()},
+    ):
+        with pytest.raises((ValueError, IndexError, TypeError)):
+            native.forward(Batch(**{**good.__dict__, **bad}))

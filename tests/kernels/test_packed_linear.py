@@ -1,0 +1,88 @@
+"""Products with packed matrices against their specification, in every instruction set that runs here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.kernels import reference
+from shoal.kernels.packed import PackedMatrix, pack_floats, pack_integers
+from shoal.kernels.selection import BACKEND
+
+pytestmark = pytest.mark.skipif(BACKEND.cpu is None, reason=BACKEND.reason)
+SETS = BACKEND.module.supported() if BACKEND.module else []
+FORMATS = ["fp32", "bf16", "int8", "int4", "int8 with mins", "int4 with mins"]
+
+
+def random_matrix(kind: str, leading: tuple[int, ...], rows: int, columns: int, group: int) -> PackedMatrix:
+    format, _, mins = kind.partition(" with ")
+    if format in ("fp32", "bf16"):
+        return pack_floats(torch.randn(*leading, rows, columns), format)  # type: ignore[arg-type]
+    groups = -(-columns // group)
+    quants = torch.randint(0, 16 if format == "int4" else 256, (*leading, rows, groups * group), dtype=torch.uint8)
+    scales, low = torch.rand(*leading, rows, groups) + 0.01, torch.randn(*leading, rows, groups) if mins else None
+    return pack_integers(format, quants, scales, low, group=group, columns=columns)  # type: ignore[arg-type]
+
+
+def multiply(isa: str, matrix: PackedMatrix, x: torch.Tensor, threads: int = 2) -> torch.Tensor:
+    y = torch.empty(*matrix.leading, x.shape[0], matrix.rows)
+    BACKEND.module.packed_linear(isa, matrix, x, y, threads)
+    return y
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("kind", FORMATS)
+@settings(max_examples=12, deadline=None)
+@given(
+    leading=st.sampled_from([(), (3,)]),
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 200),
+    tokens=st.integers(1, 19),
+    group=st.sampled_from([32, 64]),
+    size=st.sampled_from([0.0, 1e-30, 1.0, 1e20]),
+)
+def test_products_equal_the_specification(
+    isa: str, kind: str, leading: tuple[int, ...], rows: int, columns: int, tokens: int, group: int, size: float
+) -> None:
+    matrix = random_matrix(kind, leading, rows, columns, group)
+    x = torch.randn(tokens, columns) * size
+    expected = reference.packed_linear(x, matrix)
+    torch.testing.assert_close(multiply(isa, matrix, x), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()) + 1e-38)
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_token_s_result_depends_on_nothing_but_the_token(isa: str, kind: str) -> None:
+    matrix, x = random_matrix(kind, (), 100, 192, 32), torch.randn(23, 192)
+    together = multiply(isa, matrix, x)
+    for threads in (1, 2, 3):
+        assert torch.cat([multiply(isa, matrix, row[None], threads) for row in x]).equal(together)
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_extreme_weights_do_not_overflow(isa: str) -> None:
+    """Every product at its largest: without care 16-bit sums would saturate."""
+    for format, top in (("int8", 255), ("int4", 15)):
+        quants = torch.full((16, 64), top, dtype=torch.uint8)
+        matrix = pack_integers(format, quants, torch.ones(16, 2), torch.zeros(16, 2), group=32)  # type: ignore[arg-type]
+        for sign in (1.0, -1.0):
+            assert multiply(isa, matrix, torch.full((1, 64), sign * 127)).unique().tolist() == [sign * top * 127 * 64]
+
+
+def test_matrices_that_are_not_what_they_say_are_refused() -> None:
+    good = random_matrix("int4", (), 32, 64, 32)
+    x, y = torch.randn(1, 64), torch.empty(1, 32)
+    for bad in (
+        {"rows": 33},
+        {"columns": 65},
+        {"group": 48},
+        {"data": good.data.int()},
+        {"scales": None},
+        {"scales": good.data},
+        {"data": good.data[:, ::2]},
+    ):
+        broken = PackedMatrix(**{**good.__dict__, **bad})  # type: ignore[arg-type]
+        with pytest.raises((ValueError, TypeError)):
+            BACKEND.module.packed_linear(SETS[0], broken, x, y, 1)

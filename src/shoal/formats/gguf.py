@@ -21,7 +21,7 @@ from ..model.rope import inverse_frequencies, scaling_kind
 from .export import chat_template
 from .gguf_layout import GgufTensor, add_shape, architecture, gguf_obstacles, tensors
 from .gguf_tokenizer import TokenizerFiles, add_tokenizer
-from .huggingface import open_weights
+from .huggingface import open_model
 
 GgufType = Literal["f32", "f16", "q8_0", "q4_0"]
 BLOCK = 32
@@ -39,12 +39,12 @@ def export_gguf(folder: Path, tokenizer: TokenizerFiles, out: Path, dtype: GgufT
     """
     gguf = import_gguf()
     check_target(out)
-    with open_weights(folder) as (config, files):
+    with open_model(folder) as (model, files):
+        config = model.config
         obstacles = gguf_obstacles(config)
         if obstacles:
             raise UserError(f"this model cannot become a GGUF file that llama.cpp runs as Shoal does: {'; '.join(obstacles)}")
         plan = list(tensors(config))
-        files.require(name for tensor in plan for name in tensor.sources)
         writer = gguf.GGUFWriter(path=None, arch=architecture(config))
         writer.add_name(out.stem)
         add_shape(writer, config)

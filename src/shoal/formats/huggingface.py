@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,9 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: torch.
     raw = _read_json(folder / CONFIG)
     config = _config(raw)
     with WeightFiles(folder, _fp8_block(raw)) as files:
-        drop_missing_mtp(config, files)
+        if config.num_nextn_predict_layers and not files.has_prefix(f"model.layers.{config.num_hidden_layers}."):
+            warnings.warn(f"{folder} announces multi-token prediction layers but holds none: loading without them", stacklevel=2)
+            config.num_nextn_predict_layers = 0
         with torch.device("meta"):
             model = Transformer(config)
         model = model.to(dtype or files.plain_dtype(_EMBEDDING)).to_empty(device=device)
@@ -103,26 +105,6 @@ def load_state(model: Transformer, folder: Path) -> None:
 def read_config(folder: Path) -> ModelConfig:
     """The shape of the model in `folder`, without its weights."""
     return _config(_read_json(folder / CONFIG))
-
-
-@contextmanager
-def open_weights(folder: Path) -> Iterator[tuple[ModelConfig, WeightFiles]]:
-    """The shape of the model in `folder` and its tensors, to be read one by one under their official names.
-
-    MTP layers that `config.json` announces but the files lack are taken as not there, with a warning, as `load_model` does.
-    """
-    raw = _read_json(folder / CONFIG)
-    config = _config(raw)
-    with WeightFiles(folder, _fp8_block(raw)) as files:
-        drop_missing_mtp(config, files)
-        yield config, files
-
-
-def drop_missing_mtp(config: ModelConfig, files: WeightFiles) -> None:
-    """transformers writes the number of MTP layers, but not the layers: then there are none."""
-    if config.num_nextn_predict_layers and not files.has_prefix(f"model.layers.{config.num_hidden_layers}."):
-        warnings.warn(f"{files.folder} announces multi-token prediction layers but holds none: loading without them", stacklevel=3)
-        config.num_nextn_predict_layers = 0
 
 
 def official_tensors(model: Transformer) -> dict[str, Tensor]:
@@ -188,12 +170,6 @@ class WeightFiles:
     def has_prefix(self, prefix: str) -> bool:
         return any(name.startswith(prefix) for name in self.file_of)
 
-    def require(self, names: Iterable[str]) -> None:
-        """Raise `UserError` where a tensor is missing."""
-        missing = [name for name in names if name not in self.file_of]
-        if missing:
-            raise UserError(f"{self.folder} lacks {_some(missing)}: the files are incomplete or config.json belongs to another model")
-
     def shape(self, name: str) -> list[int]:
         return self.file_of[name].get_slice(name).get_shape()
 
@@ -230,8 +206,10 @@ def _fill(model: Transformer, files: WeightFiles) -> None:
     copies = {name: source for name, source in shared_copies(model.config).items() if name in files.file_of}
     wanted = targets.keys() | copies.keys()
     wanted |= {name + _SCALE for name in wanted if name + _SCALE in files.file_of and files.is_fp8(name)}
+    missing = [name for name in targets if name not in files.file_of]
     unexpected = [name for name in files.file_of if name not in wanted and not _HARMLESS.search(name)]
-    files.require(targets)
+    if missing:
+        raise UserError(f"{files.folder} lacks {_some(missing)}: the files are incomplete or config.json belongs to another model")
     if unexpected:
         raise UserError(f"{files.folder} has {_some(unexpected)} that config.json does not account for: is it another model's?")
     for name, target in targets.items():

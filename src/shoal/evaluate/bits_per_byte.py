@@ -11,7 +11,7 @@ import numpy as np
 from ..config import CorpusConfig, EvalCommand, UserError
 from ..config.recipes import load_recipe
 from ..data import Corpus, Tokenizer, open_corpus
-from ..engine import load
+from ..engine import load_plain
 from ..train import likelihood
 
 DEFAULT_WINDOW = 2048
@@ -23,7 +23,7 @@ def run_eval(command: EvalCommand) -> dict[str, Any]:
         raise UserError("there is nothing to score: give --data PATH...")
     if command.max_tokens is not None and command.max_tokens < 1:
         raise UserError(f"--max-tokens is {command.max_tokens}: it must be at least 1")
-    loaded = load(command.model, command.machine)
+    loaded = load_plain(command.model, command.machine)
     longest = loaded.model.config.max_position_embeddings
     window = command.window
     if window is None:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .packed import ZERO_POINT, PackedMatrix, unpack, unpack_integers
-from torch.autograd.function import once_differentiable
 
 IGNORED = -100
 """Target that `linear_cross_entropy` does not count, as in `torch.nn.functional.cross_entropy`."""

@@ -125,7 +125,13 @@ def test_llama_cpp_drafts_with_the_mtp_layer(exported: Any, ids: list[int]) -> N
 
 @pytest.mark.parametrize(
     "text",
-    ["the red fish, été 😀 swims's it'S 'Re", "\n\n  def f(x):\n\treturn x  + 12345 \n", " ", "日本語のテキスト…!!\r\n\r\n", "a\u00a0b \u2003c"],
+    [
+        "the red fish, été 😀 swims's it'S 'Re",
+        "\n\n  def f(x):\n\treturn x  + 12345 \n",
+        " ",
+        "日本語のテキスト…!!\r\n\r\n",
+        "a\u00a0b \u2003c",
+    ],
 )
 def test_llama_cpp_reads_the_same_ids(text: str, exported: Any, words: Tokenizer) -> None:
     _, path = exported("f16", **LLAMA)

@@ -5,15 +5,22 @@ Every tensor is drawn from its own generator, so that any program gets the same 
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ..config import ModelConfig, UserError
 from ..formats.gguf import BLOCK, import_gguf, stored_type, write
 from ..formats.gguf_layout import GgufTensor, add_shape, architecture, gguf_obstacles, tensors
+from ..formats.packing import pack
+from ..formats.parts import EMBEDDING, Part, Scheme, arrays_of, parts_of
+from ..formats.quantized import write_quantized
+from ..kernels.packed import ZERO_POINT, PackedMatrix, pack_integers
 
 _UNIFORM_SPREAD = (16**2 / 12) ** 0.5
 """Standard deviation of the 16 quants."""
@@ -60,6 +67,57 @@ def write_random_gguf(config: ModelConfig, out: Path) -> None:
     writer.add_tokenizer_model("no_vocab")
     plan = list(tensors(config))
     write(writer, out, config, plan, ((tensor, _pieces(tensor)) for tensor in plan), "q4_0")
+
+
+def write_random_folder(config: ModelConfig, scheme: Scheme, folder: Path) -> None:
+    """Write a quantized folder (groups of 32) of the same weights that `write_random_gguf` writes, without a tokenizer.
+
+    A 4-bit weight that `scheme` holds in 8 bits keeps its value; one that it holds in floating point is rounded.
+    """
+    origin = {_part_name(tensor): tensor for tensor in tensors(config)}
+    plan = parts_of(config, scheme)
+    write_quantized(folder, config, scheme, ((name, _part(origin[name], part)) for name, part in plan.items()), _NoTokenizer())
+
+
+class _NoTokenizer:
+    def save(self, folder: Path, model_max_length: int | None = None) -> None:
+        """Nothing: random weights have no words."""
+
+
+def _part_name(tensor: GgufTensor) -> str:
+    """What a quantized folder calls a tensor of a GGUF file (see `formats.parts`)."""
+    name = re.sub(r"\.experts\.\d+\.(\w+)\.weight$", r".experts.\1", tensor.sources[0])
+    if tensor.treatment in ("key_up", "value_up"):
+        return name.replace("kv_b_proj.weight", tensor.treatment.replace("key", "k").replace("value", "v"))
+    keeps_suffix = len(tensor.shape) == 1 or tensor.exact or name == EMBEDDING
+    return name if keeps_suffix else name.removesuffix(".weight")
+
+
+def _part(tensor: GgufTensor, part: Part) -> PackedMatrix | torch.Tensor:
+    if stored_type(tensor, "q4_0").name != "Q4_0":
+        return pack(torch.from_numpy(random_floats(tensor)), part)
+    draw = generator(tensor.name)
+    rows, columns = tensor.shape[-2:]
+    arrays = part.empty()
+    leading = tensor.shape[:-2]
+    for index in np.ndindex(*leading):
+        scales, halves = random_q4(draw, rows, columns)
+        split = halves.reshape(rows, columns // BLOCK, 1, BLOCK // 2)
+        quants = torch.from_numpy(np.concatenate([split & 15, split >> 4], axis=2).reshape(rows, columns))
+        matrix = _in_part(part, quants, torch.from_numpy(scales))
+        fields = arrays_of(matrix)
+        for name, array in arrays.items():
+            array[index] = fields[name]
+    return part.assemble(arrays)
+
+
+def _in_part(part: Part, quants: torch.Tensor, scales: torch.Tensor) -> PackedMatrix | torch.Tensor:
+    """4-bit weights in the number format of `part`."""
+    if part.is_matrix and part.format in ("int4", "int8"):
+        shift = ZERO_POINT[part.format] - ZERO_POINT["int4"]
+        return pack_integers(part.format, quants + shift, scales, group=BLOCK)  # type: ignore[arg-type]
+    weight = (quants.float() - 8).unflatten(-1, (-1, BLOCK)) * scales.float().unsqueeze(-1)
+    return pack(weight.flatten(-2), replace(part, shape=tuple(quants.shape)))
 
 
 def _pieces(tensor: GgufTensor) -> Iterator[np.ndarray]:

@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 import tyro
 
 from .engine import RunOptions, SamplingOptions
+from .errors import UserError
 
 Model = Annotated[
     str,
     tyro.conf.Positional,
     tyro.conf.arg(metavar="MODEL", help="Run folder, checkpoint folder, or Hugging Face-style folder."),
 ]
-
 
 HF_DTYPES = ("fp32", "bf16", "fp16")
 GGUF_DTYPES = ("f32", "f16", "q8_0", "q4_0")

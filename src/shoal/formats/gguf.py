@@ -30,12 +30,14 @@ MAGIC = b"GGUF"
 _HEADER_ROOM = 64 << 20
 
 
-def export_gguf(folder: Path, tokenizer: TokenizerFiles, out: Path, dtype: GgufType) -> ModelConfig:
+def export_gguf(folder: Path, tokenizer: TokenizerFiles | None, out: Path, dtype: GgufType) -> ModelConfig:
     """Write the model of a Hugging Face-style folder to the file `out`; returns its shape.
 
     Matrices become `dtype`, except that those whose rows do not divide into blocks stay f16; norms, routers and biases stay fp32.
-    An earlier GGUF file at `out` is replaced. Raises `UserError` when something else is there, when the disk is too full, and for models
-    and tokenizers that llama.cpp would read differently.
+    Without a `tokenizer` the file has no vocabulary. An earlier GGUF file at `out` is replaced.
+
+    Raises `UserError` when something else is there, when the disk is too full, and for models and tokenizers that llama.cpp would read
+    differently.
     """
     gguf = import_gguf()
     check_target(out)
@@ -48,7 +50,10 @@ def export_gguf(folder: Path, tokenizer: TokenizerFiles, out: Path, dtype: GgufT
         writer = gguf.GGUFWriter(path=None, arch=architecture(config))
         writer.add_name(out.stem)
         add_shape(writer, config)
-        add_tokenizer(writer, tokenizer, config.vocab_size, chat_template())
+        if tokenizer is None:
+            writer.add_tokenizer_model("no_vocab")
+        else:
+            add_tokenizer(writer, tokenizer, config.vocab_size, chat_template())
         data = ((tensor, _pieces(tensor, files, config)) for tensor in plan)
         write(writer, out, config, plan, data, dtype)
     return config

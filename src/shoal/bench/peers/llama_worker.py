@@ -1,4 +1,4 @@
-"""llama.cpp as one side of `shoal bench engine`, in a process of its own: reads one JSON request a line, answers with one JSON line.
+"""llama.cpp as one side of `shoal bench engine`, in a process of its own (see `loop`).
 
 Stands alone (standard library, numpy, llama_cpp), so that it can run under another Python than Shoal's. Batches go straight to
 llama_decode: no sampler, no Python per token beyond the call and the argmax.
@@ -7,15 +7,13 @@ llama_decode: no sampler, no Python per token beyond the call and the argmax.
 from __future__ import annotations
 
 import ctypes
-import json
-import os
 import struct
-import sys
 import time
 from typing import Any
 
 import llama_cpp as ll
 import numpy as np
+from loop import serve
 
 CHUNK = 512
 """Tokens of a prompt that go into one call."""
@@ -163,44 +161,53 @@ def tile_state(state: bytes, length: int) -> bytes:
     return b"".join(out)
 
 
-def answer(side: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
-    """Do what a request asks."""
-    op = request.pop("op")
-    if op == "load":
-        side["llama"] = llama = Llama(**request)
+class Side:
+    """What can be asked for; `loop.serve` names the requests after the methods."""
+
+    llama: Llama
+
+    def load(self, **options: Any) -> dict[str, Any]:
+        self.llama = Llama(**options)
         info = ll.llama_print_system_info().decode()
-        return {"load_seconds": llama.load_seconds, "version": ll.__version__, "info": info, "vocab": llama.vocab}
-    llama = side["llama"]
-    ids = request["ids"]
-    if op == "prefill":
-        return {"seconds": llama.cache(len(ids)).prefill(ids)}
-    if op == "decode":
-        cache = llama.cache(request["context"], len(ids[0]))
-        cache.fill(request["prefix"], request["context"])
-        cache.steps(ids[: request["warm"]])
+        flash = {-1: "flash attention auto", 0: "flash attention off", 1: "flash attention on"}[self.llama.flash]
+        settings = f"llama-cpp-python {ll.__version__}, {self.llama.threads} threads, {flash}, batches of {CHUNK}, repacked, no mmap"
+        return {"load_seconds": self.llama.load_seconds, "settings": settings, "info": info, "vocab": self.llama.vocab}
+
+    def prefill(self, ids: list[int]) -> dict[str, Any]:
+        return {"seconds": [self.llama.cache(len(ids)).prefill(ids)]}
+
+    def decode(self, prefix: list[int], context: int, ids: list[list[int]], warm: int) -> dict[str, Any]:
+        cache = self.llama.cache(context, len(ids[0]))
+        cache.fill(prefix, context)
+        cache.steps(ids[:warm])
         return {"seconds": cache.steps(ids)}
-    if op == "logits":
-        cache = llama.cache(len(ids))
-        ll.llama_memory_clear(cache.memory, False)
-        cache.decode(ids, list(range(len(ids))), [0] * len(ids), [True] * len(ids))
-        cache.filled = len(ids)
-        np.save(request["out"], np.stack([cache.logits(i) for i in range(len(ids))]))
+
+    def nats(self, windows: list[list[int]]) -> dict[str, Any]:
+        """Sum of -log p of every token of every window but its first."""
+        total = 0.0
+        for ids in windows:
+            cache = self.llama.cache(len(ids))
+            ll.llama_memory_clear(cache.memory, False)
+            cache.filled = 0
+            for start in range(0, len(ids), CHUNK):
+                part = ids[start : start + CHUNK]
+                cache.decode(part, list(range(start, start + len(part))), [0] * len(part), [True] * len(part))
+                for i, target in enumerate(ids[start + 1 : start + len(part) + 1]):
+                    row = cache.logits(i).astype(np.float64)
+                    top = row.max()
+                    total += top + np.log(np.exp(row - top).sum()) - row[target]
+        return {"nats": float(total)}
+
+    def quantize(self, source: str, out: str, kind: int) -> dict[str, Any]:
+        """What llama.cpp's own quantizer makes of a file."""
+        params = ll.llama_model_quantize_default_params()
+        params.ftype = kind
+        code = ll.llama_model_quantize(source.encode(), out.encode(), params)
+        if code:
+            raise RuntimeError(f"llama_model_quantize failed with code {code}")
         return {}
-    raise ValueError(f"unknown request {op}")
-
-
-def main() -> None:
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints must not come between the replies
-    side: dict[str, Any] = {}
-    for line in sys.stdin:
-        try:
-            reply = answer(side, json.loads(line))
-        except Exception as error:
-            reply = {"error": f"{type(error).__name__}: {error}"}
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
 
 
 if __name__ == "__main__":
-    main()
+    side = Side()
+    serve({name: getattr(side, name) for name in ("load", "prefill", "decode", "nats", "quantize")})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -113,7 +113,8 @@ def _small(name: str, config: ModelConfig, command: BenchEngineCommand, cache: P
 
 def _large(name: str, config: ModelConfig, command: BenchEngineCommand, cache: Path, say: Callable[[str], None]) -> Contest:
     """Random 4-bit weights, made directly in both forms."""
-    scheme = quantized_scheme(4)
+    # The output head in 4 bits too, as the peer's file has it: both sides then hold the very same numbers.
+    scheme = replace(quantized_scheme(4), head="int4")
     size = sum(part.nbytes for part in parts_of(config, scheme).values())
     folder, gguf = cache / f"{name}.int4", cache / f"{name}.q4_0.gguf"
     wanted: list[tuple[Path, Callable[[], None]]] = [(folder, lambda: write_random_folder(config, scheme, folder))]

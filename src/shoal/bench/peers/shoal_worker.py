@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,11 @@ from shoal.engine.native import NativeRunner
 from shoal.engine.requests import Request
 from shoal.engine.runner import DTYPES, PAGE, Batch, Runner
 from shoal.engine.weights import Weights, load_weights
+from shoal.formats.parts import arrays_of
+from shoal.kernels.packed import PackedMatrix
 
-LONGEST = 1 << 17
-"""Positions of the cache; memory is taken only where it is written."""
+MARGIN = 256
+"""Positions beyond the context of a case, for the tokens that it decodes."""
 
 
 class Side:
@@ -30,8 +33,10 @@ class Side:
         began = time.perf_counter()
         weights = load_weights(Path(model), bits)
         self.runner: Runner = NativeRunner(weights.config, weights.parts, threads)
-        self.allocate()
+        self.positions, self.filled = 0, (0, 0)
+        self.make_room(MARGIN)
         seconds = time.perf_counter() - began
+        touch(weights)
         width = DTYPES[self.runner.natural_cache].itemsize
         config = weights.config
         settings = f"{weights.scheme.matrices}, cache in {self.runner.natural_cache}, {threads} threads"
@@ -43,11 +48,14 @@ class Side:
             "cache_bytes_per_position": config.num_hidden_layers * config.cache_values_per_token * width,
         }
 
-    def allocate(self) -> None:
-        self.runner.allocate(LONGEST // PAGE, self.runner.natural_cache)
-        self.filled: tuple[int, int] = (0, 0)
+    def make_room(self, positions: int) -> None:
+        """A cache for so many positions in all sequences together; what it held is lost where it has to grow."""
+        if positions > self.positions:
+            self.runner.allocate(-(-positions // PAGE), self.runner.natural_cache)
+            self.positions, self.filled = positions, (0, 0)
 
     def prefill(self, ids: list[int]) -> dict[str, Any]:
+        self.make_room(len(ids))
         self.filled = (0, 0)
         table = np.arange(-(-len(ids) // PAGE), dtype=np.int32)
         began = time.perf_counter()
@@ -57,7 +65,8 @@ class Side:
 
     def decode(self, prefix: list[int], context: int, ids: list[list[int]], warm: int) -> dict[str, Any]:
         sequences = len(ids[0])
-        pages = -(-(context + len(ids)) // PAGE)
+        pages = -(-(context + MARGIN) // PAGE)
+        self.make_room(sequences * pages * PAGE)
         tables = [np.arange(pages, dtype=np.int32) + s * pages for s in range(sequences)]
         self.fill(prefix, context, tables)
         self.steps(ids[:warm], context, tables)
@@ -98,8 +107,19 @@ class Side:
             made += len(result.tokens)
             answers.append(result.tokens)
         seconds = time.perf_counter() - began
-        self.allocate()
+        self.positions, self.filled = 0, (0, 0)
         return {"seconds": seconds, "tokens": made, "acceptance": engine.stats().acceptance, "answers": answers}
+
+
+def touch(weights: Weights) -> None:
+    """Read a byte of every page that decoding may need, so that no turn waits for the disk or for page faults.
+
+    Of the embedding only the rows that occur are ever read: it is left alone.
+    """
+    for part in weights.parts.values():
+        if isinstance(part, PackedMatrix):
+            for array in arrays_of(part).values():
+                array.flatten().view(torch.uint8)[:: mmap.PAGESIZE].sum()
 
 
 def weight_bytes(weights: Weights) -> float:

@@ -15,12 +15,15 @@ import tyro
 
 from . import __version__
 from .config import (
+    BenchEngineCommand,
+    BenchQuantizationCommand,
     BenchTrainCommand,
     ChatCommand,
     DoctorCommand,
     EvalCommand,
     ExportCommand,
     GenerateCommand,
+    QuantizeCommand,
     TrainConfig,
     UserError,
 )
@@ -109,6 +112,15 @@ def export(args: list[str]) -> None:
     finish(run_export(command), command.json)
 
 
+def quantize(args: list[str]) -> None:
+    """Write a model in 4 or 8 bits per weight"""
+    command = parse(QuantizeCommand, args, "quantize")
+
+    from .quantizing import run_quantize
+
+    finish(run_quantize(command), command.json)
+
+
 def plan(args: list[str]) -> None:
     """What a model costs before you pay for it"""
     from .plan.command import PlanCommand, run
@@ -122,7 +134,7 @@ def plan(args: list[str]) -> None:
 
 def bench(args: list[str]) -> None:
     """Measure Shoal beside its peers: shoal bench train --vs transformers"""
-    benches = {"train": _bench_train}
+    benches = {"train": _bench_train, "engine": _bench_engine, "quantization": _bench_quantization}
     if args[:1] in (["-h"], ["--help"]):
         print(f"shoal bench NAME [OPTIONS]; NAME is one of: {', '.join(benches)}")
         return
@@ -135,6 +147,22 @@ def _bench_train(args: list[str]) -> None:
     command = parse(BenchTrainCommand, args, "bench train")
 
     from .bench.train import run_bench
+
+    finish(run_bench(command), as_json=True)
+
+
+def _bench_engine(args: list[str]) -> None:
+    command = parse(BenchEngineCommand, args, "bench engine")
+
+    from .bench.engine import run_bench
+
+    finish(run_bench(command), as_json=True)
+
+
+def _bench_quantization(args: list[str]) -> None:
+    command = parse(BenchQuantizationCommand, args, "bench quantization")
+
+    from .bench.quantization import run_bench
 
     finish(run_bench(command), as_json=True)
 
@@ -153,6 +181,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "generate": generate,
     "chat": chat,
     "eval": evaluate,
+    "quantize": quantize,
     "export": export,
     "plan": plan,
     "bench": bench,

@@ -133,11 +133,21 @@ def available_memory(device: torch.device) -> int:
     with contextlib.suppress(OSError, StopIteration):  # counts memory that Linux would give back, where there is Linux
         lines = Path("/proc/meminfo").read_text().splitlines()
         room = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, KeyError):
         group = Path("/sys/fs/cgroup")
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        room = min(room, max(limit - used, 0))
+        kept = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        room = min(room, max(limit - used + int(kept["inactive_file"]) + int(kept["active_file"]), 0))  # files it would drop
     return room
+
+
+def require_memory(needed: int, what: str) -> None:
+    """Raise `UserError` unless `needed` bytes are available."""
+    available = available_memory(torch.device("cpu"))
+    if needed > available:
+        raise UserError(
+            f"{what} needs {needed / 1e9:.1f} GB of memory, but only {available / 1e9:.1f} GB are available: use a smaller format"
+        )
 
 
 @contextlib.contextmanager

@@ -1,5 +1,9 @@
 """Settings: dataclasses with validation, TOML recipes, dotted overrides. Knows nothing else of Shoal."""
 
+from .bench import CASES as CASES
+from .bench import BenchEngineCommand as BenchEngineCommand
+from .bench import BenchQuantizationCommand as BenchQuantizationCommand
+from .bench import Case as Case
 from .commands import BenchTrainCommand as BenchTrainCommand
 from .commands import ChatCommand as ChatCommand
 from .commands import DoctorCommand as DoctorCommand
@@ -7,6 +11,7 @@ from .commands import EvalCommand as EvalCommand
 from .commands import ExportCommand as ExportCommand
 from .commands import GenerateCommand as GenerateCommand
 from .commands import MachineOptions as MachineOptions
+from .commands import QuantizeCommand as QuantizeCommand
 from .engine import CacheFormat as CacheFormat
 from .engine import EngineOptions as EngineOptions
 from .engine import RunOptions as RunOptions

@@ -8,12 +8,16 @@ from typing import Annotated, Literal
 import tyro
 
 from .engine import RunOptions, SamplingOptions
+from .errors import UserError
 
 Model = Annotated[
     str,
     tyro.conf.Positional,
     tyro.conf.arg(metavar="MODEL", help="Run folder, checkpoint folder, or Hugging Face-style folder."),
 ]
+
+HF_DTYPES = ("fp32", "bf16", "fp16")
+GGUF_DTYPES = ("f32", "f16", "q8_0", "q4_0")
 
 
 @dataclass
@@ -78,12 +82,47 @@ class ExportCommand:
 
     model: Model
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """Folder to write; it must be new, empty, or an earlier export."""
-    format: Literal["hf"] = "hf"
-    """`hf`: a Hugging Face folder for transformers, vLLM and SGLang."""
-    dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """Number format of the weights. None: as they are."""
+    """Folder (hf) or file (gguf) to write; it must be new, empty, or an earlier export."""
+    format: Literal["hf", "gguf"] = "hf"
+    """`hf`: a Hugging Face folder for transformers, vLLM and SGLang; `gguf`: one file for llama.cpp."""
+    dtype: Literal["fp32", "bf16", "fp16", "f32", "f16", "q8_0", "q4_0"] | None = None
+    """Number format of the weights: fp32, bf16 or fp16 for `hf` (None: as they are); f32, f16 (also None), q8_0 or q4_0 for `gguf`."""
     json: bool = False
+
+    def validate(self) -> None:
+        allowed = HF_DTYPES if self.format == "hf" else GGUF_DTYPES
+        if self.dtype is not None and self.dtype not in allowed:
+            raise UserError(f"--dtype {self.dtype} is not a type of {self.format} files: use one of {', '.join(allowed)}")
+
+
+@dataclass
+class QuantizeCommand:
+    """Write a model in 4 or 8 bits per weight, in a folder that Shoal maps into memory as it is.
+
+    Norms and routers stay fp32, the embedding bf16; the output head and the layers of multi-token prediction get 8 bits.
+    """
+
+    model: Model
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder to write; it must be new, empty, or an earlier quantized model."""
+    bits: Literal[4, 8] = 4
+    group: Literal[32, 64] = 32
+    """Weights that share a scale."""
+    calibrate: tuple[str, ...] = ()
+    """Text, as for `shoal train`, on whose inputs the layers shall change least (GPTQ and coordinate descent). Without: every weight is
+    rounded to the nearest step."""
+    calibrate_tokens: int = 65536
+    data: tuple[str, ...] = ()
+    """Text to measure bits per byte on, as for `shoal eval`. Without: what is held out of the text for calibration, if there is any."""
+    text_column: str = "text"
+    threads: int = 0
+    """CPU threads; 0: one per core."""
+    json: bool = False
+    """End with one JSON object: bytes, bits_per_weight, bpb_before, bpb_after, bpb_increase, weight_error, matrices, ..."""
+
+    def validate(self) -> None:
+        if self.calibrate_tokens < 1:
+            raise UserError(f"--calibrate-tokens is {self.calibrate_tokens}: it must be at least 1")
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,31 +12,70 @@ from ..config import MachineOptions
 from ..data import Tokenizer
 from ..formats.huggingface import load_model
 from ..formats.locate import locate_model
+from ..formats.quantized import is_quantized
+from ..kernels.selection import BACKEND
 from ..model import Transformer
 from ..runtime import Machine, start
+from .native import NativeRunner
 from .runner import Runner, TorchRunner
+from .weights import load_weights, to_transformer
 
 
 @dataclass
 class Loaded:
     """A model with all it needs to turn text into text."""
 
-    model: Transformer
     runner: Runner
     tokenizer: Tokenizer
     machine: Machine
     folder: Path
 
+    @cached_property
+    def model(self) -> Transformer:
+        """The same model in plain torch, fp32: loaded when it is first asked for."""
+        return load_transformer(self.folder, self.machine.device)
 
-def load(path: str, options: MachineOptions) -> Loaded:
-    """Load a run, a checkpoint or a Hugging Face folder in fp32; raises `UserError` where it is none."""
+
+@dataclass
+class Plain:
+    """A model in plain torch, to be scored."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    machine: Machine
+    folder: Path
+
+
+def load(path: str, options: MachineOptions, bits: int | None = None, group: int = 32) -> Loaded:
+    """Load a run, a checkpoint, a Hugging Face folder or a quantized folder into the fastest runner for it and this machine.
+
+    `bits` quantizes on the way, which only the C++ kernels make use of. Raises `UserError` where there is no whole model.
+    """
     folder = locate_model(path)
     tokenizer = Tokenizer.load(folder)
     machine = start(options.device, options.precision, options.threads)
-    model = load_model(folder, dtype=torch.float32, device=machine.device)
-    return Loaded(model, make_runner(model, machine), tokenizer, machine, folder)
+    if machine.device.type == "cpu" and BACKEND.cpu is not None:
+        weights = load_weights(folder, bits, group, precision=None if options.precision == "auto" else options.precision)
+        return Loaded(NativeRunner(weights.config, weights.parts, machine.threads), tokenizer, machine, folder)
+    model = load_transformer(folder, machine.device) if bits is None else to_transformer(load_weights(folder, bits, group))
+    return Loaded(make_runner(model.to(machine.device), machine), tokenizer, machine, folder)
+
+
+def load_plain(path: str, options: MachineOptions) -> Plain:
+    """The model in plain torch, fp32; a quantized one with exactly the weights that it stands for."""
+    folder = locate_model(path)
+    tokenizer = Tokenizer.load(folder)
+    machine = start(options.device, options.precision, options.threads)
+    return Plain(load_transformer(folder, machine.device), tokenizer, machine, folder)
+
+
+def load_transformer(folder: Path, device: torch.device | str = "cpu") -> Transformer:
+    """The model of a folder in fp32, dequantized where it is quantized."""
+    if is_quantized(folder):
+        return to_transformer(load_weights(folder), torch.float32, device)
+    return load_model(folder, dtype=torch.float32, device=device)
 
 
 def make_runner(model: Transformer, machine: Machine) -> Runner:
-    """The fastest runner for this model and machine."""
+    """A runner for a model in plain torch."""
     return TorchRunner(model, machine)

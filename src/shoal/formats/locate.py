@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..config import UserError
 from .checkpoints import MARKER, STATE, checkpoint_folder, complete_checkpoints, is_complete
-from .huggingface import CONFIG, INDEX, WEIGHTS
+from .weight_files import CONFIG, INDEX, WEIGHTS
 
 BEST = "best.json"
 """In a run folder: `{"step": N}`, the checkpoint with the best held-out loss."""

@@ -77,7 +77,7 @@ class NativeRunner:
         top = {"embedding": weights["model.embed_tokens.weight"], "norm": weights["model.norm.weight"], "head": weights["lm_head"]}
         if all(w.format == "fp32" for w in weights.values() if isinstance(w, PackedMatrix)):
             self.natural_cache = "fp32"
-        self._decoder = decoder(_shape(config), top, layers, config.num_hidden_layers)
+        self._decoder: Any = decoder(_shape(config), top, layers, config.num_hidden_layers)
         self._lock = threading.Lock()
         """Held while the decoder runs or a matrix moves."""
         self._cache = torch.empty(0)

@@ -31,7 +31,8 @@ MAY_KNOW: dict[str, set[str]] = {
     **dict.fromkeys(PARTS, MATHS),
     **dict.fromkeys(WORK, MATHS | PARTS),
     "post": MATHS | PARTS | WORK,
-    **dict.fromkeys(("evaluate", "serve", "bench", "showcase", "exporting", "quantizing", "doctor"), MATHS | PARTS | WORK | {"post"}),
+    **dict.fromkeys(("evaluate", "serve", "bench", "showcase", "exporting", "doctor"), MATHS | PARTS | WORK | {"post"}),
+    "quantizing": MATHS | PARTS | WORK | {"evaluate"},
 }
 TOP = {"cli", "__main__"}
 
@@ -112,7 +113,8 @@ def modules_loaded_by(code: str) -> set[str]:
 def test_help_answers_without_loading_torch() -> None:
     code = """
 from shoal.cli import main
-for args in (['--help'], ['--version'], *([verb, '--help'] for verb in ('train', 'generate', 'chat', 'eval', 'export', 'doctor'))):
+verbs = ('train', 'generate', 'chat', 'eval', 'quantize', 'export', 'doctor')
+for args in (['--help'], ['--version'], *([verb, '--help'] for verb in verbs)):
     try:
         assert main(args) == 0
     except SystemExit as stop:

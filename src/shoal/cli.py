@@ -23,6 +23,7 @@ from .config import (
     EvalCommand,
     ExportCommand,
     GenerateCommand,
+    QuantizeCommand,
     TrainConfig,
     UserError,
 )
@@ -111,6 +112,15 @@ def export(args: list[str]) -> None:
     finish(run_export(command), command.json)
 
 
+def quantize(args: list[str]) -> None:
+    """Write a model in 4 or 8 bits per weight"""
+    command = parse(QuantizeCommand, args, "quantize")
+
+    from .quantizing import run_quantize
+
+    finish(run_quantize(command), command.json)
+
+
 def plan(args: list[str]) -> None:
     """What a model costs before you pay for it"""
     from .plan.command import PlanCommand, run
@@ -168,6 +178,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "generate": generate,
     "chat": chat,
     "eval": evaluate,
+    "quantize": quantize,
     "export": export,
     "plan": plan,
     "bench": bench,

@@ -96,6 +96,36 @@ class ExportCommand:
 
 
 @dataclass
+class QuantizeCommand:
+    """Write a model in 4 or 8 bits per weight, in a folder that Shoal maps into memory as it is.
+
+    Norms and routers stay fp32, the embedding bf16; the output head and the layers of multi-token prediction get 8 bits.
+    """
+
+    model: Model
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder to write; it must be new, empty, or an earlier quantized model."""
+    bits: Literal[4, 8] = 4
+    group: Literal[32, 64] = 32
+    """Weights that share a scale."""
+    calibrate: tuple[str, ...] = ()
+    """Text, as for `shoal train`, on whose inputs the layers shall change least (GPTQ and coordinate descent). Without: every weight is
+    rounded to the nearest step."""
+    calibrate_tokens: int = 65536
+    data: tuple[str, ...] = ()
+    """Text to measure bits per byte on, as for `shoal eval`. Without: what is held out of the text for calibration, if there is any."""
+    text_column: str = "text"
+    threads: int = 0
+    """CPU threads; 0: one per core."""
+    json: bool = False
+    """End with one JSON object: bytes, bits_per_weight, bpb_before, bpb_after, bpb_increase, weight_error, matrices, ..."""
+
+    def validate(self) -> None:
+        if self.calibrate_tokens < 1:
+            raise UserError(f"--calibrate-tokens is {self.calibrate_tokens}: it must be at least 1")
+
+
+@dataclass
 class DoctorCommand:
     """Say what this machine can do and which parts of Shoal work here."""
 

@@ -7,6 +7,7 @@ from .command import complete as complete
 from .engine import Engine as Engine
 from .engine import EngineStats as EngineStats
 from .load import Loaded as Loaded
+from .load import Plain as Plain
 from .load import load as load
 from .load import load_plain as load_plain
 from .load import load_transformer as load_transformer

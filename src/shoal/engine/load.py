@@ -49,7 +49,7 @@ class Plain:
 def load(path: str, options: MachineOptions, bits: int | None = None, group: int = 32) -> Loaded:
     """Load a run, a checkpoint, a Hugging Face folder or a quantized folder into the fastest runner for it and this machine.
 
-    `bits` quantizes on the way, which only the C++ kernels make use of. Raises `UserError` where there is no model, or one that is not whole.
+    `bits` quantizes on the way, which only the C++ kernels make use of. Raises `UserError` where there is no whole model.
     """
     folder = locate_model(path)
     tokenizer = Tokenizer.load(folder)

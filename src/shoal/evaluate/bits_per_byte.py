@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..config import CorpusConfig, EvalCommand, UserError
+from ..config import CorpusConfig, EvalCommand, ModelConfig, UserError
 from ..config.recipes import load_recipe
-from ..data import Corpus, Tokenizer, open_corpus
-from ..engine import load_plain
-from ..train import likelihood
+from ..data import Tokenizer, open_corpus
+from ..engine import Plain, load_plain
+from ..train import Likelihood, likelihood
 
 DEFAULT_WINDOW = 2048
 
@@ -25,18 +25,14 @@ def run_eval(command: EvalCommand) -> dict[str, Any]:
         raise UserError(f"--max-tokens is {command.max_tokens}: it must be at least 1")
     loaded = load_plain(command.model, command.machine)
     longest = loaded.model.config.max_position_embeddings
-    window = command.window
-    if window is None:
-        window = _training_window(loaded.folder) or min(DEFAULT_WINDOW, longest)
+    window = default_window(loaded.folder, loaded.model.config) if command.window is None else command.window
     overlap = window // 2 if command.overlap is None else command.overlap
     if not 1 <= window <= longest:
         raise UserError(f"--window is {window}: this model sees 1 to {longest} tokens")
     if not 0 <= overlap < window:
         raise UserError(f"--overlap is {overlap}: it must be 0 or more and less than the window of {window}")
     corpus = open_corpus(command.data, CorpusConfig(text_column=command.text_column))
-    documents = _tokenized(corpus, loaded.tokenizer, command.max_tokens)
-    with _Progress() as progress:
-        result = likelihood(loaded.model, loaded.machine, documents, window=window, overlap=overlap, progress=progress.add)
+    result = score_texts(loaded, corpus.texts_to_score(), window=window, overlap=overlap, limit=command.max_tokens)
     if not result.bytes:
         raise UserError(f"{corpus.name} holds no text to score")
     details = f"{result.bytes:,} bytes ({result.tokens:,} tokens, {result.nats_per_token:.4f} nats per token)"
@@ -51,19 +47,29 @@ def run_eval(command: EvalCommand) -> dict[str, Any]:
     }
 
 
-def _training_window(folder: Path) -> int | None:
-    """Sequence length of the run that a checkpoint belongs to; None where the model comes without its run."""
-    config = folder.parent.parent / "config.toml"
-    if folder.parent.name != "checkpoints" or not config.is_file():
-        return None
-    return load_recipe(str(config)).sequence_length
+def score_texts(
+    plain: Plain, texts: Iterable[str], *, window: int | None = None, overlap: int | None = None, limit: int | None = None
+) -> Likelihood:
+    """How likely a model holds `texts`, or the first of them that have `limit` tokens; `window` defaults to that of `default_window`."""
+    window = window or default_window(plain.folder, plain.model.config)
+    with _Progress() as progress:
+        documents = _tokenized(texts, plain.tokenizer, limit)
+        return likelihood(plain.model, plain.machine, documents, window=window, overlap=overlap, progress=progress.add)
 
 
-def _tokenized(corpus: Corpus, tokenizer: Tokenizer, limit: int | None) -> Iterator[tuple[np.ndarray, int]]:
+def default_window(folder: Path, config: ModelConfig) -> int:
+    """Sequence length of the run that a checkpoint belongs to; else the model's longest context up to `DEFAULT_WINDOW`."""
+    recipe = folder.parent.parent / "config.toml"
+    if folder.parent.name == "checkpoints" and recipe.is_file():
+        return load_recipe(str(recipe)).sequence_length
+    return min(DEFAULT_WINDOW, config.max_position_embeddings)
+
+
+def _tokenized(texts: Iterable[str], tokenizer: Tokenizer, limit: int | None) -> Iterator[tuple[np.ndarray, int]]:
     """Documents as `likelihood` takes them: begin-of-text (end-of-text where there is none), text, end-of-text."""
     start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     count = 0
-    for text in corpus.texts_to_score():
+    for text in texts:
         tokens = [start, *tokenizer.encode(text), tokenizer.eos_id]
         yield np.asarray(tokens), len(text.encode("utf-8", "surrogatepass"))
         count += len(tokens)

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..kernels.packed import PackedMatrix, pack_floats, pack_integers
-from ..numerics.grouped import Grouped, quantize
-from .parts import DTYPES, EMBEDDING, HEAD, Part, arrays_of, split_kv_up
+from ..kernels.packed import TILE, PackedMatrix, pack_floats, pack_integers, unpack
+from ..numerics.grouped import Bits, Grouped, quantize
+from .parts import EMBEDDING, HEAD, Part, arrays_of, split_kv_up
 from .weight_files import WeightFiles
 
 CHUNK = 1 << 22
 """Weights that are packed at once: what packing needs besides its result stays small beside any large tensor."""
+BITS: dict[str, Bits] = {"int4": 4, "int8": 8}
 
 _EXPERTS = re.compile(r"(.+\.mlp\.experts)\.(gate_proj|up_proj|down_proj)")
+
+
+@dataclass
+class RoundingCost:
+    """Squared error of some weights, and their squares, in all."""
+
+    error: float = 0.0
+    squares: float = 0.0
+
+    def add(self, weight: Tensor, back: Tensor) -> None:
+        self.error += float((back - weight).square().sum())
+        self.squares += float(weight.square().sum())
+
+    @property
+    def share(self) -> float:
+        return self.error / self.squares if self.squares else 0.0
 
 
 def pack(weight: Tensor, part: Part) -> PackedMatrix | Tensor:
@@ -26,20 +45,25 @@ def pack(weight: Tensor, part: Part) -> PackedMatrix | Tensor:
     return part.assemble(packed)
 
 
-def fill(target: dict[str, Tensor], weight: Tensor, part: Part) -> None:
-    """Write `weight` into the arrays of a part (`Part.empty`), some rows at a time."""
+def fill(target: dict[str, Tensor], weight: Tensor, part: Part, cost: RoundingCost | None = None) -> None:
+    """Write `weight` into the arrays of a part (`Part.empty`), some rows at a time; count in `cost` what that changes."""
     if not part.is_matrix:
         target[""].copy_(weight)
         return
     if weight.ndim > 2:
         for e in range(len(weight)):
-            fill({name: array[e] for name, array in target.items()}, weight[e], part)
+            fill({name: array[e] for name, array in target.items()}, weight[e], part, cost)
         return
-    step = max(16, CHUNK // weight.shape[-1] // 16 * 16)
+    step = max(TILE, CHUNK // weight.shape[-1] // TILE * TILE)
     for start in range(0, weight.shape[0], step):
         rows = weight[start : start + step].float()
-        matrix = pack_floats(rows, part.format) if part.format in DTYPES else pack_grouped(_quantized(rows, part))  # type: ignore[arg-type]
-        tiles = slice(start // 16, start // 16 + matrix.data.shape[0])
+        if part.format in BITS:
+            matrix = pack_grouped(quantize(rows, BITS[part.format], part.group, mins=part.mins))
+        else:
+            matrix = pack_floats(rows, part.format)  # type: ignore[arg-type]
+        if cost is not None:
+            cost.add(rows, unpack(matrix))
+        tiles = slice(start // TILE, start // TILE + matrix.data.shape[0])
         for name, array in arrays_of(matrix).items():
             target[name][tiles] = array
 
@@ -48,10 +72,6 @@ def pack_grouped(matrix: Grouped) -> PackedMatrix:
     """A quantized matrix in tiles."""
     format = "int4" if matrix.bits == 4 else "int8"
     return pack_integers(format, matrix.quants, matrix.scales, matrix.mins, group=matrix.group, columns=matrix.columns)  # type: ignore[arg-type]
-
-
-def _quantized(rows: Tensor, part: Part) -> Grouped:
-    return quantize(rows, 4 if part.format == "int4" else 8, part.group, mins=part.mins)
 
 
 def read_part(files: WeightFiles, name: str, config: ModelConfig) -> Iterator[Tensor]:
@@ -72,11 +92,24 @@ def read_part(files: WeightFiles, name: str, config: ModelConfig) -> Iterator[Te
         yield files.read(f"{name}.weight")
 
 
-def pack_files(files: WeightFiles, config: ModelConfig, parts: dict[str, Part]) -> Iterator[tuple[str, PackedMatrix | Tensor]]:
-    """Every part of a model, packed. One official tensor is in memory at a time, besides the part being built."""
+def read_whole(files: WeightFiles, name: str, config: ModelConfig) -> Tensor:
+    """The official weights of a part as one tensor in fp32."""
+    found = [tensor.float() for tensor in read_part(files, name, config)]
+    return torch.stack(found) if _EXPERTS.fullmatch(name) else found[0]
+
+
+def pack_files(
+    files: WeightFiles, config: ModelConfig, parts: dict[str, Part], packed: Callable[[str, RoundingCost], None] | None = None
+) -> Iterator[tuple[str, PackedMatrix | Tensor]]:
+    """Every part of a model, packed. One official tensor is in memory at a time, besides the part being built.
+
+    `packed` is told of every part what rounding it has cost.
+    """
     for name, part in parts.items():
-        target = part.empty()
+        target, cost = part.empty(), RoundingCost() if packed else None
+        stacked = _EXPERTS.fullmatch(name) is not None
         for e, weight in enumerate(read_part(files, name, config)):
-            stacked = _EXPERTS.fullmatch(name) is not None
-            fill({field: array[e] for field, array in target.items()} if stacked else target, weight, part)
+            fill({field: array[e] for field, array in target.items()} if stacked else target, weight, part, cost)
+        if packed is not None and cost is not None:
+            packed(name, cost)
         yield name, part.assemble(target)

@@ -129,7 +129,7 @@ def test_peers_run_the_same_model(trained: Path, tmp_path: Path, capsys: pytest.
     assert result["decode_32_ratio"] > 0
     assert result["transformers_decode_32_ratio"] > 0
     side = Side("llama.cpp", "llama_worker")
-    side.ask("load", model=str(tmp_path / "model.f16.gguf"), threads=1, flash=1)
+    side.ask("load", model=str(tmp_path / "model.gguf"), threads=1, flash=1)
     prefix = list(range(16, 32))
     for context, sequences in ((40, 1), (16, 3)):  # a cache made of another's, over and over again; copied to other sequences
         reply = side.ask("decode", prefix=prefix, context=context, ids=[[5] * sequences] * 4, warm=1)
@@ -146,7 +146,7 @@ def side() -> Iterator[Side]:
 
 def test_errors_of_a_side_are_told_and_it_stands_still_between_requests(side: Side, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="shoal: UserError"):
-        side.ask("load", model=str(tmp_path), threads=1, bits=None)
+        side.ask("load", model=str(tmp_path), threads=1, bits=None, precision="bf16")
     state = Path(f"/proc/{side._process.pid}/stat")
     if state.exists():
         assert state.read_text().rsplit(")", 1)[1].split()[0] == "T"

@@ -23,6 +23,8 @@ LONG = 16384
 SEQUENCES = 8
 WARM = 3
 """Tokens that every turn adds before it is timed."""
+OUT_OF_CACHE = 2**28
+"""Bytes per token from which on decoding reads memory, and not the processor's caches."""
 ANSWER, PROMPTS, BEGINNING = 64, 8, 64
 """Of `mtp`: tokens of an answer, number of prompts, tokens of a prompt."""
 
@@ -58,11 +60,12 @@ class Figures:
 
 def measurements(command: BenchEngineCommand, context: int) -> list[Measurement]:
     """What is measured of a model that sees `context` tokens, in the order of a turn."""
-    few = max(command.steps // 2, 2)
+    steps = command.decode_steps
+    few = max(steps // 2, 2)
     every = {
         "decode": [
-            Measurement("decode_32", "decode, context 32", 32, steps=command.steps),
-            Measurement("decode", f"decode, context {PROMPT}", PROMPT, steps=command.steps),
+            Measurement("decode_32", "decode, context 32", 32, steps=steps),
+            Measurement("decode", f"decode, context {PROMPT}", PROMPT, steps=steps),
         ],
         "prefill": [Measurement("prefill", f"prefill of {PROMPT}", PROMPT, steps=0)],
         "batch": [Measurement("batch", f"{SEQUENCES} sequences, context {PROMPT}", PROMPT, SEQUENCES, few)],
@@ -114,7 +117,7 @@ def _turn(sides: list[Side], wanted: list[Measurement], vocabulary: int, draw: r
             if i == 0:
                 around.append(read_bandwidth())
                 figures.bandwidth += around
-                if measurement.steps and measurement.sequences == 1:
+                if measurement.steps and measurement.sequences == 1 and bytes_read(side, measurement) > OUT_OF_CACHE:
                     share = rates[-1] * bytes_read(side, measurement) / statistics.mean(around)
                     figures.shares.setdefault(measurement.name, []).append(share)
             if measurement.name == "decode" and side.name not in figures.memory:
@@ -165,7 +168,7 @@ def summarize(
     shoal = sides[0]
     result: dict[str, Any] = {
         "model": contest.name,
-        "bits": command.bits or (4 if contest.name == "v2-lite" else None),
+        "bits": 4 if command.uses_large_shape else command.bits,
         "settings": {side.name: side.settings for side in sides},
         "load_seconds": {side.name: side.loaded["load_seconds"] for side in sides},
         "bandwidth": statistics.median(figures.bandwidth),

@@ -56,4 +56,5 @@ def print_report(contest: Contest, sides: list[Side], wanted: list[Measurement],
 
 
 def number(value: float) -> str:
+    """Three digits or more."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"

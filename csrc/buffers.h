@@ -94,7 +94,7 @@ struct Buffers {
     Activations wide;     // [slots, F] experts' inner activations
     Activations dense;    // [T, dense or shared width]
     float* results;       // [threads, slots + T, columns of one item]
-    uint16_t* pairs;      // [threads, kBlock, value width + 32]
+    uint16_t* pairs;      // [threads, kBlock, value width in stripes]
     Queries* items;
     int64_t item_count, partial_count;
     bool divided;  // blocks of one item go to different threads
@@ -113,6 +113,9 @@ SHOAL_INLINE int64_t kv_column(const Model& model) { return larger(model.q_rank,
 SHOAL_INLINE int64_t value_width_of(const Model& model) { return model.latent ? model.rank : model.head; }
 SHOAL_INLINE int64_t key_width_of(const Model& model) { return model.latent ? model.rank + model.rope : model.head; }
 SHOAL_INLINE int64_t head_width_of(const Model& model) { return model.latent ? model.value : model.head; }
+
+// Numbers of one thread's pairs of value rows (a whole number of cache lines).
+SHOAL_INLINE int64_t pairs_size(const Model& model) { return kBlock * round_up(value_width_of(model), 64); }
 
 // The queries of a step in items; with `items` null only counts.
 static int64_t divide_queries(const Model& model, const Step& step, Queries* items, int64_t* partials) {
@@ -168,7 +171,7 @@ static Buffers take_buffers(Arena& arena, const Model& model, const Step& step, 
     b.wide = Activations::make(arena, b.slots, wide, group);
     b.dense = Activations::make(arena, T, dense, group);
     b.results = arena.take<float>(threads * larger((b.slots + T) * kTile, kResultBytes / 4));
-    b.pairs = arena.take<uint16_t>(threads * kBlock * (round_up(value_width_of(model), 32) + 32));
+    b.pairs = arena.take<uint16_t>(threads * pairs_size(model));
 
     b.item_count = divide_queries(model, step, nullptr, &b.partial_count);
     // Few items: their blocks are spread over the threads. Many: an item's blocks stay on one thread and need no memory of their own.

@@ -103,9 +103,8 @@ constexpr bool kWholeBytes = true;
 SHOAL_INLINE IntVec dot(IntVec acc, ByteVec weights, int32_t four) {
     int8_t x[4];
     memcpy(x, &four, 4);
-    for (int i = 0; i < kLanes; ++i)
-        for (int j = 0; j < 4; ++j) acc[i] += weights[4 * i + j] * x[j];
-    return acc;
+    const IntVec fours = (IntVec)weights;
+    return acc + (fours & 255) * x[0] + (fours >> 8 & 255) * x[1] + (fours >> 16 & 255) * x[2] + (fours >> 24 & 255) * x[3];
 }
 #endif
 
@@ -185,6 +184,7 @@ __attribute__((noinline)) static void integer_tile(const Matrix& w, int64_t tile
                     }
                 }
             }
+            if (T == 1) __builtin_prefetch(scales + g * kTile + 512);
             Vec scale = from_fp16(scales + g * kTile + p * kLanes);
             Vec low = {};
             if constexpr (kMins) low = from_fp16(mins + g * kTile + p * kLanes);

@@ -94,12 +94,35 @@ SHOAL_INLINE __m512bh load_bf16(const void* p, int64_t n) {
     return (__m512bh)_mm512_maskz_loadu_epi16((uint32_t{1} << n) - 1, p);
 }
 
+// One by one: GCC would fill the whole array through memory.
+SHOAL_INLINE void clear(__m512 (&a)[4][4]) {
+#pragma GCC unroll 4
+    for (int m = 0; m < 4; ++m)
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n) a[m][n] = _mm512_setzero_ps();
+}
+
+// Lane 4 m + n: the sum of a[m][n].
+SHOAL_INLINE __m512 sum_sixteen(const __m512 (&a)[4][4]) {
+    __m512 rows[4];
+#pragma GCC unroll 4
+    for (int m = 0; m < 4; ++m) {
+        __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a[m][0], a[m][1]), _mm512_unpackhi_ps(a[m][0], a[m][1]));
+        __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(a[m][2], a[m][3]), _mm512_unpackhi_ps(a[m][2], a[m][3]));
+        __m512d low = _mm512_unpacklo_pd((__m512d)ab, (__m512d)cd), high = _mm512_unpackhi_pd((__m512d)ab, (__m512d)cd);
+        rows[m] = _mm512_add_ps((__m512)low, (__m512)high);  // in each quarter: partial sums of the four
+    }
+    __m512 first = _mm512_add_ps(_mm512_shuffle_f32x4(rows[0], rows[1], 0x88), _mm512_shuffle_f32x4(rows[0], rows[1], 0xDD));
+    __m512 second = _mm512_add_ps(_mm512_shuffle_f32x4(rows[2], rows[3], 0x88), _mm512_shuffle_f32x4(rows[2], rows[3], 0xDD));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0x88), _mm512_shuffle_f32x4(first, second, 0xDD));
+}
+
 static void scores_bf16(const Queries& item, const float* const* query, const BlockRows& keys, int64_t count, int64_t width, float* scores) {
     const int64_t padded = round_up(width, kPairLanes), rows = item.rows();
     alignas(64) uint16_t q[kRows * padded];
     for (int64_t r = 0; r < rows; ++r)
         for (int64_t c = 0; c < padded; c += kPairLanes) {
-            Vec low = c < width ? load_first(query[r] + c, width - c) : Vec{};
+            Vec low = load_first(query[r] + c, width - c);
             Vec high = c + kLanes < width ? load_first(query[r] + c + kLanes, width - c - kLanes) : Vec{};
             __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
             memcpy(q + r * padded + c, &both, sizeof both);
@@ -108,12 +131,16 @@ static void scores_bf16(const Queries& item, const float* const* query, const Bl
         for (int64_t r = 0; r < rows; r += 4) {
             const uint16_t* from[4];
             for (int64_t j = 0; j < 4; ++j) from[j] = q + smaller(r + j, rows - 1) * padded;
-            __m512 acc[4][4] = {};
+            __m512 acc[4][4];
+            clear(acc);
             const uint8_t* key[4] = {keys[i], keys[i] + keys.stride, keys[i] + 2 * keys.stride, keys[i] + 3 * keys.stride};
             for (int64_t c = 0; c < width; c += kPairLanes) {
                 __m512bh k[4];
 #pragma GCC unroll 4
-                for (int n = 0; n < 4; ++n) k[n] = load_bf16(key[n] + 2 * c, width - c);
+                for (int n = 0; n < 4; ++n) {
+                    k[n] = load_bf16(key[n] + 2 * c, width - c);
+                    if (r == 0) __builtin_prefetch(key[n] + 2 * c + 4 * keys.stride);  // the next four keys
+                }
 #pragma GCC unroll 4
                 for (int m = 0; m < 4; ++m) {
                     __m512bh x = (__m512bh)_mm512_load_si512(from[m] + c);
@@ -121,14 +148,17 @@ static void scores_bf16(const Queries& item, const float* const* query, const Bl
                     for (int n = 0; n < 4; ++n) acc[m][n] = _mm512_dpbf16_ps(acc[m][n], x, k[n]);
                 }
             }
-            for (int64_t m = 0; m < 4 && r + m < rows; ++m)
-                sum_four((Vec)acc[m][0], (Vec)acc[m][1], (Vec)acc[m][2], (Vec)acc[m][3], scores + (r + m) * kBlock + i);
+            alignas(64) float sums[16];
+            _mm512_store_ps(sums, sum_sixteen(acc));
+            for (int64_t m = 0; m < 4 && r + m < rows; ++m) memcpy(scores + (r + m) * kBlock + i, sums + 4 * m, 16);
         }
 }
 
 static void mix_bf16(int64_t rows, const float* probabilities, const BlockRows& values, int64_t count, int64_t width, float* out,
                      uint16_t* pairs) {
-    const int64_t padded = round_up(width, kPairLanes), couples = blocks_of(2, count);
+    // Stripes of 64 columns, each without gaps: [stripe, couple, 64, 2].
+    const int64_t couples = blocks_of(2, count), stripe = 4 * kLanes;
+    auto place = [=](int64_t couple, int64_t c) { return pairs + ((c / stripe * couples + couple) * stripe + c % stripe) * 2; };
     const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34,
                                            2, 33, 1, 32, 0);
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
@@ -136,8 +166,8 @@ static void mix_bf16(int64_t rows, const float* probabilities, const BlockRows& 
         for (int64_t c = 0; c < width; c += kPairLanes) {
             __m512i a = (__m512i)load_bf16(values[2 * i] + 2 * c, width - c), b = {};
             if (2 * i + 1 < count) b = (__m512i)load_bf16(values[2 * i + 1] + 2 * c, width - c);
-            _mm512_store_si512(pairs + (i * padded + c) * 2, _mm512_permutex2var_epi16(a, first, b));
-            _mm512_store_si512(pairs + (i * padded + c) * 2 + kPairLanes, _mm512_permutex2var_epi16(a, second, b));
+            _mm512_store_si512(place(i, c), _mm512_permutex2var_epi16(a, first, b));
+            _mm512_store_si512(place(i, c) + kPairLanes, _mm512_permutex2var_epi16(a, second, b));
         }
     alignas(64) uint16_t p[kRows * kBlock];
     for (int64_t r = 0; r < rows; ++r)
@@ -146,17 +176,16 @@ static void mix_bf16(int64_t rows, const float* probabilities, const BlockRows& 
             __m512bh both = _mm512_cvtne2ps_pbh((__m512)load(from + kLanes), (__m512)load(from));
             memcpy(p + r * kBlock + i, &both, sizeof both);
         }
-    for (int64_t c = 0; c < width; c += 4 * kLanes)
+    for (int64_t c = 0; c < width; c += stripe)
         for (int64_t r = 0; r < rows; r += 4) {
-            const uint16_t* weight[4];
+            const uint16_t *weight[4], *from = place(0, c);
             for (int64_t j = 0; j < 4; ++j) weight[j] = p + smaller(r + j, rows - 1) * kBlock;
-            const int64_t vectors = smaller(4, blocks_of(kLanes, padded - c));  // 2 or 4
-            __m512 acc[4][4] = {};
+            __m512 acc[4][4];
+            clear(acc);
             for (int64_t i = 0; i < couples; ++i) {
                 __m512bh v[4];
 #pragma GCC unroll 4
-                for (int n = 0; n < 4; ++n)
-                    v[n] = (__m512bh)_mm512_load_si512(pairs + (i * padded + c + (n < vectors ? n : 0) * kLanes) * 2);
+                for (int n = 0; n < 4; ++n) v[n] = (__m512bh)_mm512_load_si512(from + (i * stripe + n * kLanes) * 2);
 #pragma GCC unroll 4
                 for (int m = 0; m < 4; ++m) {
                     int32_t couple;
@@ -223,7 +252,7 @@ static void mix_of(int64_t rows, const float* probabilities, const BlockRows& va
         }
 }
 
-// Sums of one block. query: a pointer for each row; positions: of the item's tokens; `pairs` [kBlock, value_width + 32].
+// Sums of one block. query: a pointer for each row; positions: of the item's tokens; `pairs`: room for pairs_size numbers.
 SHOAL_INLINE void attend_block(const Queries& item, const float* const* query, const int64_t* positions, const Cache& cache,
                                const uint8_t* layer, Slices slices, float scale, int64_t block, Partial out, uint16_t* pairs) {
     const int64_t size = cache.format == Format::fp32 ? 4 : cache.format == Format::bf16 ? 2 : 1;
@@ -248,13 +277,14 @@ SHOAL_INLINE void attend_block(const Queries& item, const float* const* query, c
     for (int64_t r = 0; r < rows; ++r) {
         float* row = scores + r * kBlock;
         const int64_t seen = smaller(count, positions[r / item.heads] + 1 - start);
-        float top = -__builtin_inff();
-        for (int64_t i = 0; i < seen; ++i) {
-            row[i] *= scale;
-            top = row[i] > top ? row[i] : top;
+        const Vec never = splat(-__builtin_inff());
+        Vec tops = never, total = {};
+        for (int64_t i = 0; i < kBlock; i += kLanes) {
+            Vec x = lane_numbers() + static_cast<int32_t>(i) < static_cast<int32_t>(seen) ? load(row + i) * scale : never;
+            tops = max(tops, x);
+            store(row + i, x);
         }
-        for (int64_t i = larger(seen, 0); i < kBlock; ++i) row[i] = -__builtin_inff();
-        Vec total = {};
+        const float top = max(tops);
         for (int64_t i = 0; i < kBlock; i += kLanes) {
             Vec p = seen > 0 ? exp(load(row + i) - top) : Vec{};
             store(row + i, p);

@@ -1,4 +1,4 @@
-"""Folders that are either there as a whole or not at all."""
+"""Folders and files that are either there as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 TEMPORARY = ".tmp"
-"""Suffix of a folder that is being written or deleted: never read, free to remove when nobody writes."""
+"""Suffix of a folder or file that is being written or deleted: never read, free to remove when nobody writes."""
 
 
 def sync(path: Path) -> None:
@@ -45,6 +45,23 @@ def new_folder(final: Path) -> Iterator[Path]:
     sync(final.parent)
     if old is not None:
         shutil.rmtree(old)
+
+
+@contextmanager
+def new_file(final: Path) -> Iterator[Path]:
+    """Yield the name of a temporary file beside `final`; when the block ends well the file is on disk and bears that name.
+
+    Whatever was at `final` is replaced. When the block fails, the temporary file goes and `final` stays as it was.
+    """
+    temporary = final.with_name(final.name + TEMPORARY)
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, final)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(final.parent)
 
 
 def remove_folder(folder: Path) -> None:

@@ -15,6 +15,8 @@ import tyro
 
 from . import __version__
 from .config import (
+    BenchEngineCommand,
+    BenchQuantizationCommand,
     BenchTrainCommand,
     ChatCommand,
     DoctorCommand,
@@ -129,7 +131,7 @@ def plan(args: list[str]) -> None:
 
 def bench(args: list[str]) -> None:
     """Measure Shoal beside its peers: shoal bench train --vs transformers"""
-    benches = {"train": _bench_train}
+    benches = {"train": _bench_train, "engine": _bench_engine, "quantization": _bench_quantization}
     if args[:1] in (["-h"], ["--help"]):
         print(f"shoal bench NAME [OPTIONS]; NAME is one of: {', '.join(benches)}")
         return
@@ -142,6 +144,22 @@ def _bench_train(args: list[str]) -> None:
     command = parse(BenchTrainCommand, args, "bench train")
 
     from .bench.train import run_bench
+
+    finish(run_bench(command), as_json=True)
+
+
+def _bench_engine(args: list[str]) -> None:
+    command = parse(BenchEngineCommand, args, "bench engine")
+
+    from .bench.engine import run_bench
+
+    finish(run_bench(command), as_json=True)
+
+
+def _bench_quantization(args: list[str]) -> None:
+    command = parse(BenchQuantizationCommand, args, "bench quantization")
+
+    from .bench.quantization import run_bench
 
     finish(run_bench(command), as_json=True)
 

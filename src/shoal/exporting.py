@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from .config import ExportCommand
 from .data import Tokenizer
 from .formats.export import export_model
+from .formats.gguf import GgufType, export_gguf
 from .formats.huggingface import load_model
 from .formats.locate import locate_model
 
@@ -18,10 +19,25 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def run_export(command: ExportCommand) -> dict[str, Any]:
     """Write OUT; returns the JSON object."""
-    folder, out = locate_model(command.model), Path(command.out)
+    command.validate()
+    folder, out = locate_model(command.model), Path(command.out).expanduser()
+    return _gguf(command, folder, out) if command.format == "gguf" else _hf(command, folder, out)
+
+
+def _hf(command: ExportCommand, folder: Path, out: Path) -> dict[str, Any]:
     model = load_model(folder)
     dtype = DTYPES[command.dtype] if command.dtype else model.lm_head.weight.dtype
     export_model(model, Tokenizer.load(folder), out, dtype)
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"{out}: {model.config.model_type}, {dtype}, {size / 1e6:.1f} MB; opens with transformers, vLLM and SGLang")
     return {"out": str(out), "model_type": model.config.model_type, "dtype": str(dtype).removeprefix("torch."), "bytes": size}
+
+
+def _gguf(command: ExportCommand, folder: Path, out: Path) -> dict[str, Any]:
+    dtype = cast(GgufType, command.dtype or "f16")
+    config = export_gguf(folder, Tokenizer.load(folder), out, dtype)
+    size = out.stat().st_size
+    depths = config.num_nextn_predict_layers
+    extra = f", {depths} MTP layer{'s' if depths > 1 else ''}" if depths else ""
+    print(f"{out}: {config.model_type}, {dtype}{extra}, {size / 1e6:.1f} MB; opens with llama.cpp")
+    return {"out": str(out), "model_type": config.model_type, "dtype": dtype, "bytes": size, "mtp_layers": depths}

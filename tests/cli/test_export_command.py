@@ -11,7 +11,7 @@ import torch
 
 from shoal.cli import main
 from shoal.config import MachineOptions, SamplingOptions
-from shoal.engine import generate, load
+from shoal.engine import Engine, load
 
 
 @pytest.mark.parametrize("kind", ["deepseek_v3", "llama"])
@@ -42,7 +42,7 @@ def test_transformers_gives_the_same_logits_and_the_same_text(
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
         continued = theirs.generate(torch.tensor([ids]), max_new_tokens=15, do_sample=False)[0].tolist()
     greedy = SamplingOptions(max_tokens=15, temperature=0)
-    assert ids + list(generate(ours.model, ours.machine, ids, greedy, {ours.tokenizer.eos_id})) == continued
+    assert ids + Engine(ours.runner, ours.tokenizer).generate([ids], greedy)[0].ids == continued
 
 
 def test_an_export_can_be_used_and_exported_again(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_weights import packed
 
 from shoal.config import ModelConfig
 from shoal.engine.native import NativeRunner
 from shoal.engine.runner import Batch, TorchRunner
-from shoal.kernels.packed import PackedMatrix, pack_floats
 from shoal.kernels.selection import BACKEND
 from shoal.model import Transformer, init_weights
 from shoal.runtime import Machine
@@ -37,11 +37,12 @@ MLA: dict[str, Any] = {
 }
 MODELS: dict[str, dict[str, Any]] = {
     "v3": {**MLA, "q_lora_rank": 32, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1},
-    "v2": {**MLA, "model_type": "deepseek_v2", "topk_method": "group_limited_greedy", "scoring_func": "softmax", "n_group": 4, "topk_group": 2,
-           "norm_topk_prob": False, "n_shared_experts": 2},
+    "v2": {**MLA, "model_type": "deepseek_v2", "topk_method": "group_limited_greedy", "scoring_func": "softmax", "n_group": 4,
+           "topk_group": 2, "norm_topk_prob": False, "n_shared_experts": 2},
     "lite": {**MLA, "model_type": "deepseek_v2", "topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False,
              "rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 128, "mscale": 0.7, "mscale_all_dim": 0.7}},
-    "shoal": {**MLA, "qk_norm": True, "logit_softcap": 15.0, "first_k_dense_replace": 0, "n_shared_experts": None, "num_nextn_predict_layers": 1},
+    "shoal": {**MLA, "qk_norm": True, "logit_softcap": 15.0, "first_k_dense_replace": 0, "n_shared_experts": None,
+              "num_nextn_predict_layers": 1},
     "dense": {**MLA, "n_routed_experts": None, "q_lora_rank": 100},
     "many heads": {**MLA, "num_attention_heads": 20},
     "llama": {**MLA, "model_type": "llama", "num_key_value_heads": 1, "num_attention_heads": 3},
@@ -62,24 +63,6 @@ def model_of(name: str) -> Transformer:
             if hasattr(layer.gate, "e_score_correction_bias"):
                 layer.gate.e_score_correction_bias.normal_(std=0.2)
     return model.eval()
-
-
-def packed(model: Transformer, format: str = "fp32") -> dict[str, PackedMatrix | torch.Tensor]:
-    """The model's weights under the names of `formats.parts`."""
-    config, parts = model.config, {}
-    for name, tensor in model.state_dict().items():
-        short = name.removesuffix(".weight")
-        if name.endswith(("norm.weight", "mlp.gate.weight", "bias", "embed_tokens.weight")):
-            parts[name] = tensor.detach().float()
-        elif short.endswith("kv_b_proj"):
-            key, value = tensor.unflatten(0, (config.num_attention_heads, -1)).split([config.qk_nope_head_dim, config.v_head_dim], 1)
-            parts[short.replace("kv_b_proj", "k_up")] = pack_floats(key.mT, format)  # type: ignore[arg-type]
-            parts[short.replace("kv_b_proj", "v_up")] = pack_floats(value, format)  # type: ignore[arg-type]
-        else:
-            parts[short] = pack_floats(tensor, format)  # type: ignore[arg-type]
-    if config.tie_word_embeddings:
-        parts["lm_head"] = pack_floats(model.lm_head.weight, format)  # type: ignore[arg-type]
-    return parts
 
 
 def runners(name: str, cache: Any = "fp32") -> tuple[NativeRunner, TorchRunner]:

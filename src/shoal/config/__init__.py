@@ -1,5 +1,9 @@
 """Settings: dataclasses with validation, TOML recipes, dotted overrides. Knows nothing else of Shoal."""
 
+from .bench import CASES as CASES
+from .bench import BenchEngineCommand as BenchEngineCommand
+from .bench import BenchQuantizationCommand as BenchQuantizationCommand
+from .bench import Case as Case
 from .commands import BenchTrainCommand as BenchTrainCommand
 from .commands import ChatCommand as ChatCommand
 from .commands import DoctorCommand as DoctorCommand

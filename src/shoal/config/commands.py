@@ -16,6 +16,9 @@ Model = Annotated[
     tyro.conf.arg(metavar="MODEL", help="Run folder, checkpoint folder, or Hugging Face-style folder."),
 ]
 
+HF_DTYPES = ("fp32", "bf16", "fp16")
+GGUF_DTYPES = ("f32", "f16", "q8_0", "q4_0")
+
 
 @dataclass
 class MachineOptions:
@@ -79,12 +82,17 @@ class ExportCommand:
 
     model: Model
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """Folder to write; it must be new, empty, or an earlier export."""
-    format: Literal["hf"] = "hf"
-    """`hf`: a Hugging Face folder for transformers, vLLM and SGLang."""
-    dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """Number format of the weights. None: as they are."""
+    """Folder (hf) or file (gguf) to write; it must be new, empty, or an earlier export."""
+    format: Literal["hf", "gguf"] = "hf"
+    """`hf`: a Hugging Face folder for transformers, vLLM and SGLang; `gguf`: one file for llama.cpp."""
+    dtype: Literal["fp32", "bf16", "fp16", "f32", "f16", "q8_0", "q4_0"] | None = None
+    """Number format of the weights: fp32, bf16 or fp16 for `hf` (None: as they are); f32, f16 (also None), q8_0 or q4_0 for `gguf`."""
     json: bool = False
+
+    def validate(self) -> None:
+        allowed = HF_DTYPES if self.format == "hf" else GGUF_DTYPES
+        if self.dtype is not None and self.dtype not in allowed:
+            raise UserError(f"--dtype {self.dtype} is not a type of {self.format} files: use one of {', '.join(allowed)}")
 
 
 @dataclass

@@ -167,6 +167,13 @@ class PagePool:
         self._after.setdefault(before, {})[content] = self._by_page[page] = known
         return self._serials
 
+    def forget_all(self) -> None:
+        """No page is known any more: for when the model's weights have changed."""
+        for page in list(self._by_page):
+            self._forget(page)
+        self._free += self._idle
+        self._idle.clear()
+
     def _forget(self, page: int) -> None:
         known = self._by_page.pop(page)
         siblings = self._after[known.before]

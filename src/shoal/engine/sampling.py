@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -71,9 +71,8 @@ class Sampler:
             if not np.isfinite(scores[best]):
                 raise SamplingError(_why_nothing(scores[best]))
             return best
-        weights = self.weights(scores)
-        race = np.random.Generator(np.random.Philox(key=self.seed, counter=position)).standard_exponential(len(weights))
-        return int(np.divide(weights, race, out=race).argmax())
+        ids, weights = self.candidates(scores)
+        return int(ids[np.argmax(weights / race_times(self.seed, position, ids))])
 
     def adjust(self, logits: np.ndarray) -> np.ndarray:
         """Logits after penalties, bias, `min_tokens` and mask; a copy where anything changes."""
@@ -97,23 +96,79 @@ class Sampler:
             scores[~allowed] = -np.inf
         return scores
 
-    def weights(self, scores: np.ndarray) -> np.ndarray:
-        """Probabilities `[V]` fp64 up to a common factor, after temperature, top-k, top-p and min-p, in this order."""
-        options = self.options
-        top = scores.max()
+    def candidates(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of the tokens that can be chosen, and their probabilities (fp64) up to a common factor.
+
+        Temperature, top-k, top-p and min-p are applied in this order; tokens tied with the last one kept are kept too.
+        """
+        options, top = self.options, scores.max()
         if not np.isfinite(top):
             raise SamplingError(_why_nothing(top))
+        ids = np.flatnonzero(scores >= top - NEVER * options.temperature)
         # In fp64, so that a tiny temperature cannot overflow.
-        weights = np.subtract(scores, top, dtype=np.float64)
+        weights = np.subtract(scores[ids], top, dtype=np.float64)
         weights /= options.temperature
         np.exp(weights, out=weights)
-        if 0 < options.top_k < len(weights):
-            weights[weights < np.partition(weights, -options.top_k)[-options.top_k]] = 0
+        if 0 < options.top_k < len(ids):
+            heavy = _heaviest(weights, lambda some: len(some) >= options.top_k)
+            kept = weights >= np.partition(heavy, -options.top_k)[-options.top_k]
+            ids, weights = ids[kept], weights[kept]
         if options.top_p < 1:
-            _keep_nucleus(weights, options.top_p)
+            wanted = options.top_p * weights.sum()
+            ordered = np.sort(_heaviest(weights, lambda some: bool(some.sum() >= wanted)))[::-1]
+            last = min(int(np.searchsorted(np.cumsum(ordered), wanted)), len(ordered) - 1)
+            kept = weights >= ordered[last]
+            ids, weights = ids[kept], weights[kept]
         if options.min_p:
-            weights[weights < options.min_p] = 0  # the largest weight is 1
-        return weights
+            kept = weights >= options.min_p  # the largest weight is 1
+            ids, weights = ids[kept], weights[kept]
+        return ids, weights
+
+
+def _heaviest(weights: np.ndarray, enough: Callable[[np.ndarray], bool]) -> np.ndarray:
+    """The largest of `weights` (at most 1), unordered: enough of them and rarely many more, to spare sorting all."""
+    level = 1 / 8
+    while level > np.exp(-NEVER):
+        some = weights[weights >= level]
+        if enough(some):
+            return some
+        level /= 8
+    return weights
+
+
+NEVER = 28.0
+"""Tokens this many nats below the most likely one (7e-13 times as likely) are not drawn."""
+
+
+def race_times(seed: int, position: int, ids: np.ndarray) -> np.ndarray:
+    """Exponentially distributed numbers (fp64, mean 1), one for each of `ids`, that depend on seed, position and id alone.
+
+    A counter-based generator: the id is the counter, and the mixing function that of SplitMix64 (Steele, Lea and Flood, 2014).
+    """
+    start = _mixed((seed + (position + 1) * _GOLDEN) & _MASK)
+    x = ids.astype(np.uint64)
+    x *= np.uint64(_GOLDEN)
+    x += np.uint64(start)
+    shifted = np.empty_like(x)
+    for shift, factor in _ROUNDS:
+        x ^= np.right_shift(x, np.uint64(shift), out=shifted)
+        x *= np.uint64(factor)
+    x ^= np.right_shift(x, np.uint64(31), out=shifted)
+    uniform = np.right_shift(x, np.uint64(12), out=shifted) + 0.5  # of 2^52: neither 0 nor 1 once scaled
+    uniform *= 2.0**-52
+    np.log(uniform, out=uniform)
+    return np.negative(uniform, out=uniform)
+
+
+_MASK = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+
+
+def _mixed(x: int) -> int:
+    for shift, factor in _ROUNDS:
+        x = ((x ^ (x >> shift)) * factor) & _MASK
+    return x ^ (x >> 31)
 
 
 class SamplingError(Exception):
@@ -142,25 +197,6 @@ def _why_nothing(score: float) -> str:
     if score == -np.inf:
         return "no token is allowed here: the grammar or the logit bias forbids all of them"
     return "the model gave logits that are not numbers"
-
-
-def _keep_nucleus(weights: np.ndarray, share: float) -> None:
-    """Set to 0 all but the most likely tokens that together reach `share`."""
-    wanted = share * weights.sum()
-    # Most weight lies in few tokens: sort only those that can matter.
-    count = 256
-    while True:
-        count = min(count, len(weights))
-        likely = np.argpartition(weights, -count)[-count:] if count < len(weights) else np.arange(len(weights))
-        likely = likely[np.argsort(-weights[likely], kind="stable")]
-        total = np.cumsum(weights[likely])
-        if total[-1] >= wanted or count == len(weights):
-            break
-        count *= 8
-    kept = likely[: int(np.searchsorted(total, wanted)) + 1]
-    values = weights[kept]
-    weights[:] = 0
-    weights[kept] = values
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:

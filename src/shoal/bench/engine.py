@@ -1,0 +1,192 @@
+"""`shoal bench engine`: prefill, decoding, batches and long contexts, Shoal and its peers in turns."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..config import BenchEngineCommand, CorpusConfig, UserError
+from ..data import open_corpus
+from ..plan.cost import flops_per_token
+from ..runtime import available_cores
+from .contestants import Contest, prepare
+from .engine_report import print_report
+from .machine import Memory, product_peaks, read_bandwidth
+from .sides import Side
+
+PROMPT = 512
+LONG = 16384
+SEQUENCES = 8
+WARM = 3
+"""Tokens that every turn adds before it is timed."""
+ANSWER, PROMPTS, BEGINNING = 64, 8, 64
+"""Of `mtp`: tokens of an answer, number of prompts, tokens of a prompt."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One line of the table."""
+
+    name: str
+    """The key of its figures in the JSON object."""
+    label: str
+    context: int
+    sequences: int = 1
+    steps: int = 1
+    """Tokens that a turn adds to each sequence; 0: the prompt is read instead."""
+
+
+@dataclass
+class Figures:
+    """What was measured: rates are tokens per second, one of every turn, by measurement and side."""
+
+    rates: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    memory: dict[str, Memory] = field(default_factory=dict)
+    """Of each side after decoding at a context of 512."""
+    bandwidth: list[float] = field(default_factory=list)
+    peaks: dict[str, float] = field(default_factory=dict)
+
+    def rate(self, measurement: str, side: str) -> float:
+        return statistics.median(self.rates[measurement][side])
+
+
+def measurements(command: BenchEngineCommand, context: int) -> list[Measurement]:
+    """What is measured of a model that sees `context` tokens, in the order of a turn."""
+    few = max(command.steps // 2, 2)
+    every = {
+        "decode": [
+            Measurement("decode_32", "decode, context 32", 32, steps=command.steps),
+            Measurement("decode", f"decode, context {PROMPT}", PROMPT, steps=command.steps),
+        ],
+        "prefill": [Measurement("prefill", f"prefill of {PROMPT}", PROMPT, steps=0)],
+        "batch": [Measurement("batch", f"{SEQUENCES} sequences, context {PROMPT}", PROMPT, SEQUENCES, few)],
+        "long": [Measurement("long_context", f"decode, context {LONG}", LONG, steps=few)],
+    }
+    chosen = [m for case, some in every.items() if case in command.cases for m in some]
+    return [m for m in chosen if m.context + m.steps <= context]
+
+
+def run_bench(command: BenchEngineCommand) -> dict[str, Any]:
+    """Run all sides in turns, print the table, return the JSON object."""
+    command.validate()
+    torch.set_num_threads(command.threads or available_cores())
+    contest = prepare(command, print)
+    prompts = _prompts(command, contest)
+    wanted = measurements(command, contest.config.max_position_embeddings)
+    if not wanted and not prompts:
+        raise UserError(f"{contest.name} sees {contest.config.max_position_embeddings} tokens: too few for any of --cases")
+    figures = Figures(peaks=product_peaks())
+    sides = contest.sides(command)
+    try:
+        draw = random.Random(0)
+        for _ in range(command.rounds):
+            _turn(sides, wanted, contest.config.vocab_size, draw, figures)
+        speculation = _speculation(sides[0], prompts) if prompts else {}
+    finally:
+        for side in sides:
+            side.close()
+    result = summarize(command, contest, sides, wanted, figures) | speculation
+    print_report(contest, sides, wanted, figures, result)
+    return result
+
+
+def _turn(sides: list[Side], wanted: list[Measurement], vocabulary: int, draw: random.Random, figures: Figures) -> None:
+    """Every measurement once on every side; a shared machine changes its speed over minutes: in turns, all see the same."""
+    figures.bandwidth.append(read_bandwidth())
+    prefix = [draw.randrange(vocabulary) for _ in range(PROMPT)]
+    for measurement in wanted:
+        ids = [[draw.randrange(vocabulary) for _ in range(measurement.sequences)] for _ in range(measurement.steps)]
+        for side in sides:
+            if measurement.steps:
+                reply = side.ask("decode", prefix=prefix, context=measurement.context, ids=ids, warm=WARM)
+                tokens = measurement.sequences
+            else:
+                reply, tokens = side.ask("prefill", ids=prefix), PROMPT
+            rates = figures.rates.setdefault(measurement.name, {}).setdefault(side.name, [])
+            rates.append(tokens / statistics.median(reply["seconds"]))
+            if measurement.name == "decode" and side.name not in figures.memory:
+                figures.memory[side.name] = side.memory()
+
+
+def _prompts(command: BenchEngineCommand, contest: Contest) -> list[list[int]]:
+    """Beginnings of the texts of --data, where the model can guess ahead."""
+    if "mtp" not in command.cases or not command.data or not contest.config.num_nextn_predict_layers or contest.tokenizer is None:
+        return []
+    found = []
+    for text in open_corpus(command.data, CorpusConfig()).texts_to_score():
+        ids = contest.tokenizer.encode(text, bos=True)[:BEGINNING]
+        if len(ids) == BEGINNING:
+            found.append(ids)
+        if len(found) == PROMPTS:
+            break
+    if not found:
+        raise UserError(f"--data holds no text of {BEGINNING} tokens")
+    return found
+
+
+def _speculation(shoal: Side, prompts: list[list[int]]) -> dict[str, Any]:
+    """Tokens per second of greedy answers with and without guesses, and how many guesses were right."""
+    replies = {mode: shoal.ask("answer", prompts=prompts, tokens=ANSWER, speculate=mode) for mode in ("off", "on", "auto")}
+    rates = {mode: reply["tokens"] / reply["seconds"] for mode, reply in replies.items()}
+    return {
+        "mtp_tokens_per_second": rates["on"],
+        "mtp_off_tokens_per_second": rates["off"],
+        "mtp_auto_tokens_per_second": rates["auto"],
+        "mtp_speedup": rates["on"] / rates["off"],
+        "mtp_auto_speedup": rates["auto"] / rates["off"],
+        "mtp_acceptance": replies["on"]["acceptance"],
+        "mtp_same_text": replies["on"]["answers"] == replies["off"]["answers"] == replies["auto"]["answers"],
+    }
+
+
+def summarize(
+    command: BenchEngineCommand, contest: Contest, sides: list[Side], wanted: list[Measurement], figures: Figures
+) -> dict[str, Any]:
+    """The JSON object: rates of every side, ratios of Shoal's to each peer's, shares of what the machine can do."""
+    shoal = sides[0]
+    bandwidth = statistics.median(figures.bandwidth)
+    result: dict[str, Any] = {
+        "model": contest.name,
+        "bits": command.bits or (4 if contest.name == "v2-lite" else None),
+        "settings": {side.name: side.settings for side in sides},
+        "load_seconds": {side.name: side.loaded["load_seconds"] for side in sides},
+        "bandwidth": bandwidth,
+        "peak_fp32": figures.peaks["fp32"],
+        "peak_int8": figures.peaks["int8"],
+        "cache_values_per_token_and_layer": contest.config.cache_values_per_token,
+    }
+    for side in sides:
+        prefix = "" if side.name == "shoal" else f"{key(side.name)}_"
+        result |= {f"{prefix}{m.name}_tokens_per_second": figures.rate(m.name, side.name) for m in wanted}
+        if side.name in figures.memory:
+            result[f"{prefix}memory_bytes"] = figures.memory[side.name].resident
+    for side in sides[1:]:
+        prefix = "" if side.name == "llama.cpp" or len(sides) == 2 else f"{key(side.name)}_"
+        result |= {f"{prefix}{m.name}_ratio": figures.rate(m.name, shoal.name) / figures.rate(m.name, side.name) for m in wanted}
+        if side.name in figures.memory and figures.memory[side.name].resident:
+            result[f"{prefix}memory_ratio"] = figures.memory[shoal.name].resident / figures.memory[side.name].resident
+    names = {m.name: m for m in wanted}
+    for name, share in (
+        ("decode_32", "bandwidth_share_32"),
+        ("decode", "bandwidth_share"),
+        ("long_context", "bandwidth_share_long_context"),
+    ):
+        if name in names:
+            read = shoal.loaded["weight_bytes_per_token"] + names[name].context * shoal.loaded["cache_bytes_per_position"]
+            result[share] = figures.rate(name, shoal.name) * read / bandwidth
+            result[f"{name}_bytes_per_token"] = read
+    if "prefill" in names:
+        flops = flops_per_token(contest.config, PROMPT, training=False).total * figures.rate("prefill", shoal.name)
+        result["prefill_fp32_peak_share"] = flops / figures.peaks["fp32"]
+        if figures.peaks["int8"]:
+            result["prefill_int8_peak_share"] = flops / figures.peaks["int8"]
+    return result
+
+
+def key(side: str) -> str:
+    """The name of a side in JSON keys."""
+    return side.replace(".cpp", "")

@@ -1,0 +1,61 @@
+"""What this machine can do at most, measured beside the contestants, and what a process takes of it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..runtime import matmul_rate
+
+READ_BYTES = 1 << 29
+"""Far more than any cache holds."""
+REPEATS = 5
+
+
+def read_bandwidth() -> float:
+    """Bytes per second that all of torch's threads together read from memory; the best of some passes over half a gigabyte."""
+    source = torch.ones(READ_BYTES // 8, dtype=torch.int64)
+    best = 0.0
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        source.sum()
+        best = max(best, READ_BYTES / (time.perf_counter() - began))
+    return best
+
+
+def product_peaks() -> dict[str, float]:
+    """Multiply-adds (counted as two) per second in fp32 and int8; int8 is 0 where torch has no such product."""
+    peaks = {"fp32": matmul_rate(torch.device("cpu"), torch.float32), "int8": 0.0}
+    size = 1024
+    a = torch.randint(-128, 127, (size, size), dtype=torch.int8)
+    try:
+        for _ in range(12):
+            began = time.perf_counter()
+            torch._int_mm(a, a)
+            peaks["int8"] = max(peaks["int8"], 2 * size**3 / (time.perf_counter() - began))
+    except RuntimeError:
+        pass
+    return peaks
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the operating system says that a process holds, in bytes."""
+
+    resident: int
+    peak: int
+    mapped_files: int
+    """Of the resident part, pages of files: they could be read again."""
+
+
+def memory_of(process: int) -> Memory:
+    """From /proc; zeros where there is no such thing."""
+    path = Path(f"/proc/{process}/status")
+    if not path.is_file():
+        return Memory(0, 0, 0)
+    fields = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+    resident, peak, files = (int(fields.get(name, "0").split()[0]) * 1024 for name in ("VmRSS", "VmHWM", "RssFile"))
+    return Memory(resident, peak, files)

@@ -1,0 +1,144 @@
+"""Shoal as one side of `shoal bench engine`, in a process of its own (see `loop`): the engine's runner, without the scheduler around it."""
+
+from __future__ import annotations
+
+import mmap
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from loop import serve
+
+from shoal.config import EngineOptions, SamplingOptions
+from shoal.engine import Engine
+from shoal.engine.native import NativeRunner
+from shoal.engine.requests import Request
+from shoal.engine.runner import DTYPES, PAGE, Batch, Runner
+from shoal.engine.weights import Weights, load_weights
+from shoal.formats.parts import arrays_of
+from shoal.kernels.packed import PackedMatrix
+
+MARGIN = 256
+"""Positions beyond the context of a case, for the tokens that it decodes."""
+
+
+class Side:
+    """What can be asked for; `loop.serve` names the requests after the methods."""
+
+    def load(self, model: str, threads: int, bits: int | None) -> dict[str, Any]:
+        torch.set_num_threads(threads)
+        began = time.perf_counter()
+        weights = load_weights(Path(model), bits)
+        self.runner: Runner = NativeRunner(weights.config, weights.parts, threads)
+        self.positions, self.filled = 0, (0, 0)
+        self.make_room(MARGIN)
+        seconds = time.perf_counter() - began
+        touch(weights)
+        width = DTYPES[self.runner.natural_cache].itemsize
+        config = weights.config
+        settings = f"{weights.scheme.matrices}, cache in {self.runner.natural_cache}, {threads} threads"
+        return {
+            "load_seconds": seconds,
+            "settings": settings,
+            "vocab": config.vocab_size,
+            "weight_bytes_per_token": weight_bytes(weights),
+            "cache_bytes_per_position": config.num_hidden_layers * config.cache_values_per_token * width,
+        }
+
+    def make_room(self, positions: int) -> None:
+        """A cache for so many positions in all sequences together; what it held is lost where it has to grow."""
+        if positions > self.positions:
+            self.runner.allocate(-(-positions // PAGE), self.runner.natural_cache)
+            self.positions, self.filled = positions, (0, 0)
+
+    def prefill(self, ids: list[int]) -> dict[str, Any]:
+        self.make_room(len(ids))
+        self.filled = (0, 0)
+        table = np.arange(-(-len(ids) // PAGE), dtype=np.int32)
+        began = time.perf_counter()
+        hidden = self.runner.forward(Batch.lay_out([ids], [0], [table])).hidden
+        self.runner.logits(hidden[-1:]).argmax(-1).tolist()
+        return {"seconds": [time.perf_counter() - began]}
+
+    def decode(self, prefix: list[int], context: int, ids: list[list[int]], warm: int) -> dict[str, Any]:
+        sequences = len(ids[0])
+        pages = -(-(context + MARGIN) // PAGE)
+        self.make_room(sequences * pages * PAGE)
+        tables = [np.arange(pages, dtype=np.int32) + s * pages for s in range(sequences)]
+        self.fill(prefix, context, tables)
+        self.steps(ids[:warm], context, tables)
+        return {"seconds": self.steps(ids, context, tables)}
+
+    def fill(self, prefix: list[int], context: int, tables: list[np.ndarray]) -> None:
+        """Let every sequence hold `context` positions: the cache of `prefix`, computed once, over and over again."""
+        if self.filled == (context, len(tables)):
+            return
+        known = prefix[:context]
+        self.prefill(known)
+        full = len(known) // PAGE
+        for s, table in enumerate(tables):
+            for place in range(-(-context // PAGE)):
+                if s or place >= -(-len(known) // PAGE):
+                    self.runner.copy_page(int(tables[0][place % full]), int(table[place]))
+        self.filled = (context, len(tables))
+
+    def steps(self, ids: list[list[int]], start: int, tables: list[np.ndarray]) -> list[float]:
+        """Seconds of each step: `ids[s]` are the next token of every sequence."""
+        seconds = []
+        for step, row in enumerate(ids):
+            began = time.perf_counter()
+            batch = Batch.lay_out([[token] for token in row], [start + step] * len(row), tables)
+            self.runner.logits(self.runner.forward(batch).hidden).argmax(-1).tolist()
+            seconds.append(time.perf_counter() - began)
+        return seconds
+
+    def answer(self, prompts: list[list[int]], tokens: int, speculate: str) -> dict[str, Any]:
+        """Greedy answers to the prompts, one after the other; seconds, tokens and the share of guesses that were right."""
+        options = EngineOptions(speculate=speculate, cache_tokens=4096, prefix_cache=False)  # type: ignore[arg-type]
+        engine = Engine(self.runner, None, options)
+        greedy = SamplingOptions(max_tokens=tokens, temperature=0, ignore_eos=True)
+        engine.run([Request(prompts[0], replace(greedy, max_tokens=4))])
+        began, made, answers = time.perf_counter(), 0, []
+        for prompt in prompts:
+            result = engine.run([Request(prompt, greedy)])[0]
+            made += len(result.tokens)
+            answers.append(result.tokens)
+        seconds = time.perf_counter() - began
+        self.positions, self.filled = 0, (0, 0)
+        return {"seconds": seconds, "tokens": made, "acceptance": engine.stats().acceptance, "answers": answers}
+
+
+def touch(weights: Weights) -> None:
+    """Read a byte of every page that decoding may need, so that no turn waits for the disk or for page faults.
+
+    Of the embedding only the rows that occur are ever read: it is left alone.
+    """
+    for part in weights.parts.values():
+        if isinstance(part, PackedMatrix):
+            for array in arrays_of(part).values():
+                array.flatten().view(torch.uint8)[:: mmap.PAGESIZE].sum()
+
+
+def weight_bytes(weights: Weights) -> float:
+    """Bytes of weights that adding one token to one sequence reads: of the routed experts only those chosen, of the embedding one row."""
+    config = weights.config
+    mtp = tuple(f"model.layers.{config.num_hidden_layers + k}." for k in range(config.num_nextn_predict_layers))
+    total = 0.0
+    for name, part in weights.parts.items():
+        if name.startswith(mtp) and mtp:
+            continue
+        share = 1.0
+        if ".mlp.experts." in name:
+            share = config.num_experts_per_tok / (config.n_routed_experts or 1)
+        elif name == "model.embed_tokens.weight":
+            share = 1 / config.vocab_size
+        total += share * part.nbytes
+    return total
+
+
+if __name__ == "__main__":
+    side = Side()
+    serve({name: getattr(side, name) for name in ("load", "prefill", "decode", "answer")})

@@ -1,0 +1,92 @@
+"""Options of the benchmarks of inference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from .commands import Model
+from .errors import UserError
+
+Case = Literal["prefill", "decode", "batch", "long", "mtp"]
+CASES: tuple[Case, ...] = ("prefill", "decode", "batch", "long", "mtp")
+
+
+@dataclass
+class BenchEngineCommand:
+    """Speed of the engine, measured beside its peers on the same weights in the same call.
+
+    Cases: `prefill` reads 512 tokens; `decode` adds single tokens after 32 and after 512; `batch` adds one to each of 8 sequences of 512;
+    `long` adds tokens after 16384; `mtp` answers prompts with and without speculation. What the model is too short for is left out.
+    """
+
+    shape: Literal["v2-lite", "demo", "train"] = "v2-lite"
+    """Random weights in the shape of DeepSeek-V2-Lite (made in 4 bits on the spot; 9 GB, and 9 more for llama.cpp), of the demo, or of
+    `shoal bench train`."""
+    model: str | None = None
+    """A trained model in place of a shape: run, checkpoint or Hugging Face folder."""
+    bits: Literal[4, 8] | None = None
+    """Quantize the weights (llama.cpp: q4_0, q8_0). None: 4 for v2-lite, otherwise as they are (llama.cpp: f16)."""
+    vs: Annotated[tuple[Literal["llama.cpp", "transformers"], ...], tyro.conf.UseAppendAction] = ()
+    """Peer to run in the same call, in turns; may be given more than once."""
+    cases: tuple[Case, ...] = CASES
+    """What to measure."""
+    data: tuple[str, ...] = ()
+    """Text whose beginnings are the prompts of `mtp`; files or folders as for `shoal train`. Without it, `mtp` is left out."""
+    rounds: int = 3
+    """Turns of every side; the median of its turns counts."""
+    steps: int = 16
+    """Tokens added in a turn of `decode`; half as many with `batch` and `long`."""
+    threads: int = 0
+    """CPU threads of each side; 0: one per core."""
+    cache_dir: str | None = None
+    """Where the models made for the benchmark are kept for the next call; None: in the folder for temporary files."""
+    llama_python: str | None = None
+    """Python whose environment has llama-cpp-python; None: the one that runs Shoal."""
+    json: bool = False
+    """A benchmark always ends with its JSON object; accepted for the sake of scripts."""
+
+    def validate(self) -> None:
+        """Raise `UserError` on the first option that cannot work."""
+        for name in ("rounds", "steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}: it must be at least 1")
+        if self.threads < 0:
+            raise UserError(f"--threads is {self.threads}: it must be 0 (one per core) or more")
+        if not self.cases:
+            raise UserError(f"--cases names nothing to measure: use {', '.join(CASES)}")
+        if self.model is None and self.shape == "v2-lite":
+            if self.bits == 8:
+                raise UserError("the v2-lite shape is made in 4 bits: leave --bits away, or measure a --model")
+            if "transformers" in self.vs:
+                raise UserError("--vs transformers would need 32 GB for the v2-lite shape: use --shape demo, --shape train or a --model")
+
+
+@dataclass
+class BenchQuantizationCommand:
+    """What small numbers cost: bits per byte of the same text under Shoal and llama.cpp, for the same weights in 16, 8 and 4 bits."""
+
+    model: Model
+    data: tuple[str, ...]
+    """Text to score: files or folders as for `shoal eval`."""
+    quantized: tuple[str, ...] = ()
+    """Folders that `shoal quantize` made of MODEL, to be scored as well."""
+    window: int = 512
+    """Tokens that both sides see at once, without overlap; no more than the model's context."""
+    max_tokens: int = 20000
+    """Score about the first so many tokens."""
+    threads: int = 0
+    """CPU threads; 0: one per core."""
+    llama_python: str | None = None
+    """Python whose environment has llama-cpp-python; None: the one that runs Shoal."""
+    json: bool = False
+    """A benchmark always ends with its JSON object; accepted for the sake of scripts."""
+
+    def validate(self) -> None:
+        """Raise `UserError` on the first option that cannot work."""
+        if not self.data:
+            raise UserError("there is nothing to score: give --data PATH...")
+        if self.window < 2 or self.max_tokens < 2:
+            raise UserError("--window and --max-tokens must be at least 2")

@@ -1,0 +1,185 @@
+"""One token at a time: against transformers' own processors, and against exact probabilities."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.config import SamplingOptions, UserError
+from shoal.engine.sampling import Rows, Sampler, SamplingError, log_probabilities, most_likely, race_times
+
+SIZE = 40
+logits_of = st.integers(0, 10_000).map(lambda seed: np.random.default_rng(seed).normal(size=SIZE).astype(np.float32) * 3)
+
+
+def sampler(prompt: Any = (1,), mask: Any = None, eos: Any = (0,), size: int = SIZE, **options: Any) -> Sampler:
+    return Sampler(SamplingOptions(**options), prompt, size, eos, mask)
+
+
+def probabilities(one: Sampler, logits: np.ndarray) -> np.ndarray:
+    ids, weights = one.candidates(one.adjust(logits))
+    dense = np.zeros(len(logits))
+    dense[ids] = weights / weights.sum()
+    return dense
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    logits_of,
+    st.sampled_from([0.3, 1.0, 2.5]),
+    st.sampled_from([0, 1, 3, SIZE, 2 * SIZE]),
+    st.sampled_from([1.0, 0.9, 0.5, 0.01]),
+    st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    st.sampled_from([1.0, 0.7, 1.5]),
+)
+def test_the_distribution_is_that_of_transformers(
+    logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float
+) -> None:
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    chain = [processors.RepetitionPenaltyLogitsProcessor(penalty), processors.TemperatureLogitsWarper(temperature)]
+    chain += [processors.TopKLogitsWarper(top_k)] if top_k else []
+    chain += [processors.TopPLogitsWarper(top_p), processors.MinPLogitsWarper(min_p)]
+    seen, scores = torch.tensor([[3, 5, 5, 7]]), torch.from_numpy(logits)[None].double()
+    for processor in chain:
+        scores = processor(seen, scores)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": penalty}
+    one = sampler([3, 5, 5], **options)
+    one.accept(7)
+    np.testing.assert_allclose(probabilities(one, logits), scores.softmax(-1)[0].numpy(), atol=1e-6)
+
+
+def test_penalties_count_the_answer_and_not_the_prompt() -> None:
+    logits = np.zeros(SIZE, np.float32)
+    one = sampler([9, 9], presence_penalty=0.5, frequency_penalty=0.25, logit_bias={9: 2.0, 4: -math.inf})
+    for token in (7, 7, 8):
+        one.accept(token)
+    adjusted = one.adjust(logits)
+    assert adjusted[[7, 8, 9, 10, 4]].tolist() == [-1.0, -0.75, 2.0, 0.0, -math.inf]
+    assert not logits.any(), "the model's logits stay as they are"
+
+
+def test_greedy_takes_the_largest_also_in_rows_and_with_penalties() -> None:
+    logits = torch.randn(3, SIZE, generator=torch.Generator().manual_seed(0))
+    rows, best = Rows(logits), logits.argmax(-1).tolist()
+    assert [rows.choose(i, sampler(temperature=0), 5) for i in range(3)] == best
+    banned = sampler(temperature=0, logit_bias={best[0]: -100.0})
+    assert rows.choose(0, banned, 5) == int(logits[0].topk(2).indices[1])
+    assert rows.choose(0, sampler(temperature=1e-6), 5) == best[0], "a tiny temperature must not overflow"
+
+
+def test_stop_tokens_are_held_back_until_there_are_enough_tokens() -> None:
+    logits = torch.zeros(1, SIZE)
+    logits[0, [0, 6]] = 9.0
+    one = sampler(temperature=0, min_tokens=2, stop_token_ids=(6,), eos=(0, 1))
+    for _ in range(2):
+        assert Rows(logits).choose(0, one, 5) not in (0, 6)
+        one.accept(3)
+    assert Rows(logits).choose(0, one, 5) in (0, 6)
+    assert one.stops == {0, 1, 6}
+    assert sampler(ignore_eos=True, stop_token_ids=(6,)).stops == {6}
+
+
+class Digits:
+    """Allows 3 and 4 in turn."""
+
+    def __init__(self) -> None:
+        self.accepted: list[int] = []
+
+    def allowed(self) -> np.ndarray | None:
+        allowed = np.zeros(SIZE, bool)
+        allowed[3 + len(self.accepted) % 2] = True
+        return None if len(self.accepted) == 2 else allowed
+
+    def accept(self, token: int) -> None:
+        self.accepted.append(token)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_mask_decides_until_it_lets_go(temperature: float) -> None:
+    logits = torch.zeros(1, SIZE)
+    logits[0, 20] = 50.0
+    one, made = sampler(temperature=temperature, seed=1, mask=Digits()), []
+    for position in range(4):
+        made.append(Rows(logits).choose(0, one, position))
+        one.accept(made[-1])
+    assert made == [3, 4, 20, 4]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [math.nan, -math.inf, math.inf])
+def test_logits_from_which_nothing_can_be_chosen_are_an_error(value: float, temperature: float) -> None:
+    logits = torch.zeros(2, SIZE)
+    logits[0] = value
+    rows = Rows(logits)
+    with pytest.raises(SamplingError):
+        rows.choose(0, sampler(temperature=temperature), 5)
+    assert 0 <= rows.choose(1, sampler(temperature=temperature), 5) < SIZE
+
+
+def test_ids_outside_the_vocabulary_are_refused() -> None:
+    for options in ({"logit_bias": {SIZE: 1.0}}, {"stop_token_ids": (-1,)}):
+        with pytest.raises(UserError, match="not in the vocabulary"):
+            sampler(**options)
+
+
+def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
+    """In standard deviations above its mean; rare outcomes are put together."""
+    order = np.argsort(-expected)
+    counts, expected = counts[order], expected[order]
+    common = max(int((expected >= 8).sum()), 1)
+    counts = np.append(counts[:common], counts[common:].sum())
+    expected = np.append(expected[:common], expected[common:].sum())
+    assert not counts[expected == 0].any()
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    freedom = max(len(expected) - 1, 1)
+    return float((((counts - expected) ** 2 / expected).sum() - freedom) / math.sqrt(2 * freedom))
+
+
+@pytest.mark.parametrize("vary", ["seed", "position"])
+def test_draws_follow_the_probabilities(vary: str) -> None:
+    logits = np.random.default_rng(0).normal(size=SIZE).astype(np.float32) * 2
+    one = sampler(temperature=0.8, seed=0)
+    counts = np.zeros(SIZE)
+    for i in range(20_000):
+        one.seed = i if vary == "seed" else 7
+        counts[one.choose(logits, i if vary == "position" else 7)] += 1
+    assert chi_square(counts, 20_000 * probabilities(one, logits)) < 4
+
+
+def test_neighbouring_draws_are_independent() -> None:
+    """Pairs (this position, the next; this seed, the next) fill the square evenly."""
+    ids = np.arange(4)
+    for step in ((0, 1), (1, 0), (1, 1)):
+        pairs: Counter[tuple[int, int]] = Counter()
+        for i in range(16_000):
+            here, there = race_times(5 + i, 3 * i, ids), race_times(5 + i + step[0], 3 * i + step[1], ids)
+            pairs[int(here.argmin()), int(there.argmin())] += 1
+        counts = np.array([pairs[a, b] for a in range(4) for b in range(4)])
+        assert chi_square(counts, np.full(16, 1000.0)) < 4
+
+
+def test_the_numbers_of_a_race_are_exponential() -> None:
+    times = np.sort(race_times(3, 4, np.arange(100_000)))
+    uniform = 1 - np.exp(-times)
+    assert np.abs(uniform - np.linspace(0, 1, len(times))).max() < 1.63 / math.sqrt(len(times)), "Kolmogorov-Smirnov, 1%"
+    assert times[0] > 0
+    assert np.isfinite(times[-1])
+
+
+def test_log_probabilities_and_the_most_likely() -> None:
+    logits = np.random.default_rng(0).normal(size=(3, SIZE)).astype(np.float32) * 20
+    wanted = torch.from_numpy(logits).log_softmax(-1)
+    np.testing.assert_allclose(log_probabilities(logits), wanted.numpy(), rtol=1e-5, atol=1e-5)
+    values, ids = wanted[0].topk(5)
+    top = most_likely(log_probabilities(logits)[0], 5)
+    assert [token for token, _ in top] == ids.tolist()
+    assert [value for _, value in top] == pytest.approx(values.tolist(), rel=1e-4)
+    assert most_likely(log_probabilities(logits)[0], 0) == ()
+    assert len(most_likely(log_probabilities(logits)[0], 2 * SIZE)) == SIZE

@@ -1,0 +1,142 @@
+"""Guessing ahead changes the speed and nothing else, and stops where it does not pay."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fake_runner import FakeRunner, continuation
+from test_sampling import chi_square
+from torch import Tensor
+
+from shoal.config import EngineOptions, ModelConfig, SamplingOptions
+from shoal.engine import Batch, Engine, Forward, Request
+from shoal.engine.speculate import PROBE, REST, Switch
+
+VOCABULARY = 5
+
+
+class Chain:
+    """A model whose next token depends on the last one, and an MTP module that is somewhat wrong about it."""
+
+    device = torch.device("cpu")
+    natural_cache = "fp32"
+    config = ModelConfig(vocab_size=VOCABULARY, max_position_embeddings=64, num_nextn_predict_layers=1, eos_token_id=0)
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.table = 1.5 * torch.randn(VOCABULARY, VOCABULARY, generator=generator)
+        self.guess = self.table + 0.7 * torch.randn(VOCABULARY, VOCABULARY, generator=generator)
+
+    def allocate(self, pages: int, cache: str) -> None: ...
+
+    def forward(self, batch: Batch) -> Forward:
+        return Forward(self.table[batch.ids], None)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def draft(self, batch: Batch, hidden: Tensor, next_ids: Tensor) -> Tensor:
+        return self.guess[next_ids]
+
+    def copy_page(self, source: int, target: int) -> None: ...
+
+
+def softmax(values: np.ndarray) -> np.ndarray:
+    return np.exp(values - values.max()) / np.exp(values - values.max()).sum()
+
+
+def exact(table: np.ndarray, prompt: int, length: int, temperature: float, top_k: int, frequency: float) -> dict[tuple[int, ...], float]:
+    """Probability of every answer, from the definitions."""
+    answers = {}
+    for answer in itertools.product(range(VOCABULARY), repeat=length):
+        probability, last = 1.0, prompt
+        for i, token in enumerate(answer):
+            logits = table[last] - frequency * np.bincount(answer[:i], minlength=VOCABULARY)
+            kept = logits >= np.sort(logits)[-top_k]
+            probability *= softmax(np.where(kept, logits / temperature, -np.inf))[token]
+            last = token
+        answers[answer] = probability
+    return answers
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "frequency"), [(1.0, VOCABULARY, 0.0), (0.7, 3, 0.0), (1.3, 4, 0.8)])
+def test_sampled_answers_have_exactly_their_probabilities(temperature: float, top_k: int, frequency: float) -> None:
+    runner = Chain()
+    engine = Engine(runner, None, EngineOptions(speculate="on", draft_tokens=2, cache_tokens=32 * 64))  # type: ignore[arg-type]
+    options = {"temperature": temperature, "top_k": top_k, "frequency_penalty": frequency, "max_tokens": 4, "ignore_eos": True}
+    results = engine.run([Request([2], SamplingOptions(seed=seed, **options)) for seed in range(6000)])  # type: ignore[arg-type]
+    counts = Counter(tuple(result.ids) for result in results)
+    wanted = exact(runner.table.numpy(), 2, 4, temperature, top_k, frequency)
+    assert sum(wanted.values()) == pytest.approx(1)
+    assert chi_square(np.array([counts[answer] for answer in wanted]), 6000 * np.array(list(wanted.values()))) < 4
+    assert engine.stats().acceptance is not None
+    assert 0.4 < engine.stats().acceptance < 0.95  # type: ignore[operator]
+
+
+def test_a_good_module_saves_steps_and_is_counted() -> None:
+    runner = FakeRunner(wrong_every=4)
+    engine = Engine(runner, None, EngineOptions(speculate="on"))  # type: ignore[arg-type]
+    sampling = SamplingOptions(max_tokens=120, temperature=0, ignore_eos=True)
+    result = engine.generate([[5, 6]], sampling)[0]
+    assert result.ids == continuation([5, 6], 120, 97)
+    stats = engine.stats()
+    fates = Counter(token.draft for token in result.tokens)
+    assert (fates["accepted"], fates["rejected"]) == (stats.accepted_tokens, stats.drafted_tokens - stats.accepted_tokens)
+    assert stats.steps == 120 - stats.accepted_tokens
+    assert 0.6 < stats.acceptance < 0.9  # type: ignore[operator]
+
+
+def test_deeper_guesses_save_more_steps() -> None:
+    steps = []
+    for depth in (1, 3):
+        engine = Engine(FakeRunner(wrong_every=8), None, EngineOptions(speculate="on", draft_tokens=depth))  # type: ignore[arg-type]
+        engine.generate([[5, 6]], SamplingOptions(max_tokens=120, temperature=0, ignore_eos=True))
+        steps.append(engine.stats().steps)
+    assert steps[1] < 0.75 * steps[0]
+
+
+@pytest.mark.parametrize(("cost", "pays"), [(0.0, True), (1.0, False)])
+def test_guessing_goes_on_only_where_it_saves_time(cost: float, pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = FakeRunner(context=2000, wrong_every=5)
+    # As the engine sees it, a step takes half a second however many tokens it computes, and a pass of the module `cost`.
+    ticks = itertools.count()
+    monkeypatch.setattr("shoal.engine.engine.time.perf_counter", lambda: 0.5 * next(ticks) + cost * runner.draft_passes)
+    engine = Engine(runner, None, EngineOptions(speculate="auto"))  # type: ignore[arg-type]
+    result = engine.generate([[5, 6]], SamplingOptions(max_tokens=600, temperature=0, ignore_eos=True))[0]
+    assert result.ids == continuation([5, 6], 600, 97)
+    guessed = sum(token.draft is not None for token in result.tokens[100:])
+    assert (guessed > 200) == pays
+    assert (guessed < 60) == (not pays)
+    assert guessed > 0, "it looks again now and then"
+    assert runner.wrong_mtp_entries == 0, "the module has caught up with what it missed"
+
+
+def test_the_switch_follows_a_change() -> None:
+    switch = Switch("auto")
+
+    def run(steps: int, guessing: float, plain: float) -> float:
+        guessed = 0
+        for _ in range(steps):
+            now = switch.guesses(1)
+            guessed += now
+            switch.record(1, now, 1, guessing if now else plain)
+        return guessed / steps
+
+    assert run(2 * PROBE, 1.0, 2.0) == 0.5
+    assert run(REST, 1.0, 2.0) > 0.9
+    run(40 * REST, 3.0, 2.0)
+    assert run(REST, 3.0, 2.0) < 0.2
+    assert switch.guesses(8), "another size of batch is another question"
+
+
+@pytest.mark.parametrize(("mode", "guesses"), [("on", True), ("off", False)])
+def test_the_switch_can_be_nailed_down(mode: Any, guesses: bool) -> None:
+    switch = Switch(mode)
+    for _ in range(100):
+        switch.record(1, guesses, 1, 1.0)
+        assert switch.guesses(1) == guesses

@@ -150,7 +150,7 @@ class NativeRunner:
 
     def _rotary(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Cosines and sines of all positions up to the batch's last; the tables grow as texts do."""
-        needed = int(batch.positions.max()) + 1
+        needed = batch.tables.shape[1] * PAGE
         if len(self._tables[0]) < needed:
             length = min(max(2 * needed, 1024), max(needed, self.config.max_position_embeddings))
             self._tables = rotary_tables(self.config, torch.arange(length))

@@ -102,10 +102,10 @@ struct Buffers {
 
 constexpr int64_t kResultBytes = 1 << 18;
 
-// Tiles of one work item, so that every thread gets some of them.
-SHOAL_INLINE int64_t tiles_per_item(int64_t tiles, int threads) {
-    const int64_t fair = tiles / (threads * 6);
-    return fair < 1 ? 1 : fair > 16 ? 16 : fair;
+// Tiles of one work item: every thread gets some of them, and they stay in its cache while the tokens pass.
+SHOAL_INLINE int64_t tiles_per_item(const Matrix& w, int threads) {
+    const int64_t fair = w.tiles() / (threads * 6), fitting = (int64_t{1} << 19) / larger(w.tile_bytes(), 1);
+    return larger(1, smaller(fair, smaller(fitting, 16)));
 }
 
 // Where the latent starts among the projections of a token: behind its queries, compressed or not.

@@ -262,10 +262,9 @@ static Buffers make_buffers(const Model& model, const Step& step, const Layer* l
     take_buffers(measured, model, step, layers, count, threads);
     if (measured.used() > workspace.size) {
         free(workspace.data);
-        workspace.size = round_up(measured.used() + measured.used() / 4, 4096);
+        workspace.size = round_up(measured.used(), 4096);
         workspace.data = static_cast<uint8_t*>(aligned_alloc(4096, workspace.size));
         if (!workspace.data) abort();
-        memset(workspace.data, 0, workspace.size);
     }
     Arena arena(workspace.data);
     Buffers b = take_buffers(arena, model, step, layers, count, threads);

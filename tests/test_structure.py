@@ -16,13 +16,14 @@ import shoal
 ROOT = Path(shoal.__file__).parent
 HEAVY = {"matplotlib", "pyarrow", "transformers", "tensorboard", "triton", "datasets", "fastapi", "gguf", "uvicorn", "zstandard"}
 
-FLOOR = {"config", "runtime", "atomic"}
+FLOOR = {"config", "runtime", "atomic", "memory"}
 MATHS = FLOOR | {"kernels", "numerics", "model"}
 PARTS = {"formats", "data", "parallel", "plan"}
 WORK = {"train", "engine"}
 # The unit (folder or file of shoal) -> the units it may import.
 MAY_KNOW: dict[str, set[str]] = {
     "atomic": set(),
+    "memory": set(),
     "config": set(),
     "runtime": {"config"},
     "kernels": FLOOR,

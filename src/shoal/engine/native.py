@@ -73,7 +73,8 @@ class NativeRunner:
             if name.startswith("model.layers."):
                 number, _, part = name.removeprefix("model.layers.").partition(".")
                 # The router is fp32 in every file, and small: it is put in tiles here.
-                layers[int(number)][_LAYER[part]] = pack_floats(weight, "fp32") if part == "mlp.gate.weight" else weight
+                tiled = isinstance(weight, Tensor) and part == "mlp.gate.weight"
+                layers[int(number)][_LAYER[part]] = pack_floats(weight, "fp32") if tiled else weight  # type: ignore[arg-type]
         top = {"embedding": weights["model.embed_tokens.weight"], "norm": weights["model.norm.weight"], "head": weights["lm_head"]}
         if all(w.format == "fp32" for w in weights.values() if isinstance(w, PackedMatrix)):
             self.natural_cache = "fp32"
@@ -84,19 +85,20 @@ class NativeRunner:
         self._tables = (torch.empty(0), torch.empty(0))
         self._mixtures = sum(config.is_moe_layer(i) for i in range(config.num_hidden_layers))
 
-        self._moving = [(-1, "head", top["head"])]
+        self._moving: list[tuple[int, str, Any]] = [(-1, "head", top["head"])]
         for i, layer in enumerate(layers):
             self._moving += [(i, name, weight) for name, weight in layer.items() if isinstance(weight, PackedMatrix) and name != "router"]
 
-    def settle(self) -> None:
+    def settle(self) -> bool:
         """Move the matrices, one by one, into large pages of memory; the runner can be used meanwhile.
 
-        A mapped file serves its first token at once, but its small pages are read more slowly. Nothing moves where that does not fit.
+        A mapped file serves its first token at once, but its small pages are read more slowly. Nothing moves where that does not fit;
+        returns whether it did.
         """
         arrays = [array for _, _, matrix in self._moving for array in (matrix.data, matrix.scales, matrix.mins) if array is not None]
         total = sum(round_up(array.nbytes) for array in arrays)
         if total > available_memory(self.device):
-            return
+            return False
         room, used, mapped = large_pages(total), 0, MappedFiles()
         while self._moving:
             layer, name, matrix = self._moving.pop()
@@ -112,6 +114,7 @@ class NativeRunner:
                 self._decoder.replace(layer, name, replace(matrix, **moved))
             for part in moved:
                 mapped.forget(getattr(matrix, part))
+        return True
 
     def allocate(self, pages: int, cache: CacheFormat) -> None:
         """See `Runner`. Memory is taken only as pages are written."""

@@ -113,11 +113,14 @@ def test_too_little_disk_is_noticed_before_anything_is_made(tmp_path: Path, monk
 
 def test_a_trained_model_in_its_own_process(trained: Path, workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["--model", str(trained), "--rounds", "1", "--steps", "2", "--threads", "1", "--cache-dir", str(tmp_path)]
-    assert main(["bench", "engine", *args, "--cases", "decode", "--bits", "8"]) == 0
+    assert main(["bench", "engine", *args, "--cases", "decode", "mtp", "--bits", "8", "--data", str(workshop / "text.txt")]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["decode_32_tokens_per_second"] > 0
     assert result["cache_values_per_token_and_layer"] == 16 + 8
     assert "int8" in result["settings"]["shoal"]
+    assert result["mtp_same_text"]
+    assert result["mtp_speedup"] > 0
+    assert 0 <= result["mtp_acceptance"] <= 1
 
 
 def test_peers_run_the_same_model(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,7 +90,7 @@ def run_bench(command: BenchEngineCommand) -> dict[str, Any]:
         draw = random.Random(0)
         for _ in range(command.rounds):
             _turn(sides, wanted, contest.config.vocab_size, draw, figures)
-        speculation = _speculation(sides[0], prompts) if prompts else {}
+        speculation = _speculation(sides[0], prompts, contest.config.max_position_embeddings) if prompts else {}
     finally:
         for side in sides:
             side.close()
@@ -134,21 +134,23 @@ def _prompts(command: BenchEngineCommand, contest: Contest) -> list[list[int]]:
     """Beginnings of the texts of --data, where the model can guess ahead."""
     if "mtp" not in command.cases or not command.data or not contest.config.num_nextn_predict_layers or contest.tokenizer is None:
         return []
+    length = min(BEGINNING, contest.config.max_position_embeddings // 2)
     found = []
     for text in open_corpus(command.data, CorpusConfig()).texts_to_score():
-        ids = contest.tokenizer.encode(text, bos=True)[:BEGINNING]
-        if len(ids) == BEGINNING:
+        ids = contest.tokenizer.encode(text, bos=True)[:length]
+        if len(ids) == length:
             found.append(ids)
         if len(found) == PROMPTS:
             break
     if not found:
-        raise UserError(f"--data holds no text of {BEGINNING} tokens")
+        raise UserError(f"--data holds no text of {length} tokens")
     return found
 
 
-def _speculation(shoal: Side, prompts: list[list[int]]) -> dict[str, Any]:
+def _speculation(shoal: Side, prompts: list[list[int]], context: int) -> dict[str, Any]:
     """Tokens per second of greedy answers with and without guesses, and how many guesses were right."""
-    replies = {mode: shoal.ask("answer", prompts=prompts, tokens=ANSWER, speculate=mode) for mode in ("off", "on", "auto")}
+    tokens = min(ANSWER, context - len(prompts[0]))
+    replies = {mode: shoal.ask("answer", prompts=prompts, tokens=tokens, speculate=mode) for mode in ("off", "on", "auto")}
     rates = {mode: reply["tokens"] / reply["seconds"] for mode, reply in replies.items()}
     return {
         "mtp_tokens_per_second": rates["on"],

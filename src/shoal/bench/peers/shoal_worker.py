@@ -106,7 +106,7 @@ class Side:
         for prompt in prompts:
             result = engine.run([Request(prompt, greedy)])[0]
             made += len(result.tokens)
-            answers.append(result.tokens)
+            answers.append([token.id for token in result.tokens])
         seconds = time.perf_counter() - began
         self.positions, self.filled = 0, (0, 0)
         return {"seconds": seconds, "tokens": made, "acceptance": engine.stats().acceptance, "answers": answers}

@@ -12,11 +12,13 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, RedirectResponse, Response
 
 from .. import __version__
-from . import about, chat, completions, embeddings
+from . import about, chat, completions, embeddings, messages, responses
 from .errors import APIError, as_api_error
 from .guard import Guard, Keys, error_response
 from .host import Host
+from .messages import CountBody, MessagesBody
 from .protocol import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
+from .responses import ResponsesBody
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -101,6 +103,15 @@ def _add_routes(app: FastAPI, host: Host) -> None:
     async def embed(body: EmbeddingBody, request: Request) -> Response:
         return await embeddings.create(host, body, request)
 
+    async def anthropic(body: MessagesBody, request: Request) -> Response:
+        return await messages.create(host, body, request)
+
+    async def count_tokens(body: CountBody) -> Response:
+        return messages.count(host, body)
+
+    async def respond(body: ResponsesBody, request: Request) -> Response:
+        return await responses.create(host, body, request)
+
     async def tokenize(body: TokenizeBody) -> Response:
         return about.tokenize(host, body)
 
@@ -127,6 +138,9 @@ def _add_routes(app: FastAPI, host: Host) -> None:
         "/v1/chat/completions": chat_completions,
         "/v1/completions": text_completions,
         "/v1/embeddings": embed,
+        "/v1/messages": anthropic,
+        "/v1/messages/count_tokens": count_tokens,
+        "/v1/responses": respond,
         "/tokenize": tokenize,
         "/detokenize": detokenize,
     }

@@ -8,7 +8,7 @@ from typing import Any
 from ..data import Tokenizer
 from ..data.chat_template import render_chat
 from .errors import bad
-from .grammar import AnswerMask, Grammars
+from .grammar import AnswerMask, Grammars, bounded
 from .protocol import ChatBody, Message, Tool
 from .reader import CALL, CALLS, END_CALL, END_CALLS, END_THINK, SEPARATOR, THINK, AnswerReader
 
@@ -82,7 +82,7 @@ class Dialect:
         more = '("\\n"? call)*' if parallel else ""
         lines = [f"start: call {more} {all_end}", "call: " + " | ".join(f"call_{i}" for i in range(len(tools)))]
         for i, tool in enumerate(tools):
-            schema = json.dumps({"type": "object", **(tool.function.parameters or {})})
+            schema = json.dumps(bounded({"type": "object", **(tool.function.parameters or {})}))
             name = json.dumps(tool.function.name)
             if self._names_functions:
                 fenced = json.dumps(f"{tool.function.name}\n```json\n")

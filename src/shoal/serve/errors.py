@@ -1,4 +1,4 @@
-"""What clients are told when something is wrong, in OpenAI's shape; `shoal.serve.messages` gives it Anthropic's."""
+"""What clients are told when something is wrong, in OpenAI's shape."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from .errors import bad
 
 MOST_GRAMMAR = 200_000
 """Characters of a grammar."""
+WHITE_SPACE = r"[ \t\n]{0,16}"
 
 
 class Grammars:
@@ -33,7 +34,7 @@ class Grammars:
 
     def json_schema(self, schema: dict[str, Any], param: str) -> str:
         """JSON that fits a schema. Raises `APIError` 400 where the schema is none or uses what is not supported."""
-        return self._checked(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema)), "the JSON schema", param)
+        return self._checked(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(bounded(schema))), "the JSON schema", param)
 
     def regex(self, pattern: str, param: str) -> str:
         """Text that matches a regular expression as a whole."""
@@ -60,6 +61,11 @@ class Grammars:
         if complaint and not complaint.startswith("WARNING"):
             raise bad(f"{what} cannot be used: {' '.join(complaint.split())[:300]}", param)
         return grammar
+
+
+def bounded(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema with little white space between its parts: a small model may otherwise never end it."""
+    return schema | {"x-guidance": {"whitespace_pattern": WHITE_SPACE}}
 
 
 class Matcher:

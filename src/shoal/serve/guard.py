@@ -19,6 +19,8 @@ LOG = logging.getLogger("shoal.serve")
 OPEN_PATHS = ("/", "/health")
 """Served without a key; so is the page, which asks for one."""
 PAGE = "/page/"
+QUIET_PATHS = ("/health", "/metrics", "/page", "/page/")
+"""Asked for again and again: not worth a line in the log."""
 
 
 class Keys:
@@ -67,7 +69,8 @@ class Guard:
             route = scope.get("route")
             path = getattr(route, "path", "other")
             self._host.metrics.count_request(path, status)
-            LOG.info("%s %s %d %.0f ms", scope["method"], path, status, 1000 * (time.perf_counter() - began))
+            level = logging.DEBUG if path in QUIET_PATHS else logging.INFO
+            LOG.log(level, "%s %s %d %.0f ms", scope["method"], path, status, 1000 * (time.perf_counter() - began))
 
     def _check(self, scope: Scope) -> None:
         headers, path = Headers(scope=scope), scope["path"]

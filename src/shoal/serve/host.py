@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from .errors import APIError, bad, broken, busy, closing, loading, too_long
 from .grammar import Grammars
 from .metrics import Metrics
 
+LOG = logging.getLogger("shoal.serve")
 Load = Callable[[], Loaded]
 
 
@@ -140,6 +142,8 @@ class Host:
         engine, options = self.engine, self.command
         if self._in_flight and self._in_flight + len(requests) > options.engine.max_running + options.max_waiting:
             raise busy()
+        if options.log_prompts:
+            LOG.info("prompt: %r", self.tokenizer.decode(list(requests[0].prompt), skip_special=False))
         tickets: list[Ticket] = []
         self._in_flight += len(requests)
         try:

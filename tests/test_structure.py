@@ -32,13 +32,14 @@ SERVER = {"pydantic", "starlette", "prometheus_client", "llguidance"}
 """What `serve` may import when it is loaded, as it is itself loaded only when a server starts."""
 HEAVY |= SERVER
 
-FLOOR = {"config", "runtime", "atomic"}
+FLOOR = {"config", "runtime", "atomic", "memory"}
 MATHS = FLOOR | {"kernels", "numerics", "model"}
 PARTS = {"formats", "data", "parallel", "plan"}
 WORK = {"train", "engine"}
 # The unit (folder or file of shoal) -> the units it may import.
 MAY_KNOW: dict[str, set[str]] = {
     "atomic": set(),
+    "memory": set(),
     "config": set(),
     "runtime": {"config"},
     "kernels": FLOOR,

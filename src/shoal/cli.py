@@ -136,7 +136,10 @@ def plan(args: list[str]) -> None:
     from .plan.command import PlanCommand, run
 
     command = parse(PlanCommand, args, "plan")
-    finish(run(command), command.json)
+    measurements = None
+    if command.check:
+        from .bench.check import cases as measurements
+    finish(run(command, measurements), command.json)
 
 
 def bench(args: list[str]) -> None:

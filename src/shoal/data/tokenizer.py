@@ -79,11 +79,12 @@ class Tokenizer:
         file = file / "tokenizer.json" if file.is_dir() else file
         if not file.is_file():
             raise UserError(f"there is no tokenizer at {file}: give a tokenizer.json or a folder that holds one")
-        text = file.read_text(encoding="utf-8")
         try:
+            text = file.read_text(encoding="utf-8")
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # tokenizers raises plain Exception
-            raise UserError(f"{file} is not a tokenizer.json that can be read: {error}") from error
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{file} is not a tokenizer.json that can be read: {reason}") from error
         config = _read_json(file.parent / "tokenizer_config.json")
         if not config:
             known = [next((name for name in names if backend.token_to_id(name) is not None), None) for names in (KNOWN_BOS, KNOWN_EOS)]
@@ -291,8 +292,10 @@ def _read_json(file: Path) -> dict[str, Any]:
         return {}
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} does not hold a JSON object: copy or download it again")
     return content
 
 

@@ -187,11 +187,16 @@ def layer_vectors(model: ModelConfig) -> tuple[int, int]:
     return norms, biases
 
 
+def mtp_projection(model: ModelConfig) -> Matrix:
+    """`eh_proj` of one multi-token prediction module: from the normalised stream and embedding, side by side, to the stream."""
+    return Matrix("mtp_projection", "eh_proj", model.hidden_size, 2 * model.hidden_size)
+
+
 def mtp_matrices(model: ModelConfig) -> list[Matrix]:
     """Matrices of all multi-token prediction modules, without the shared embedding and head (V3 report, section 2.2)."""
     matrices = []
     for depth in range(model.num_nextn_predict_layers):
-        matrices.append(Matrix("mtp_projection", "eh_proj", model.hidden_size, 2 * model.hidden_size))
+        matrices.append(mtp_projection(model))
         matrices += layer_matrices(model, model.is_moe_layer(model.num_hidden_layers + depth))
     return matrices
 

@@ -92,7 +92,7 @@ def decode_seconds(
     if drafts:
         flops += batch * drafts * forward_flops(model, context, mtp=True).mtp
     traffic = touched_bytes(model, weights, tokens, mtp=drafts > 0) + batch * context * kv_bytes_per_token(model, cache)
-    return max(flops / product_rate(machine, weights, a), traffic / a.bandwidth(machine)) / devices
+    return max(flops / product_rate(machine, weights, a), traffic / a.read_bandwidth(machine)) / devices
 
 
 def prefill_rate(model: ModelConfig, machine: Machine, weights: str, context: int, a: Assumptions, devices: int = 1) -> float:
@@ -101,7 +101,7 @@ def prefill_rate(model: ModelConfig, machine: Machine, weights: str, context: in
     attention = flops.attention_scores + flops.attention_values
     arithmetic = (flops.total - attention) / product_rate(machine, weights, a)
     arithmetic += attention / a.attention_rate(machine, "fp32" if weights == "fp32" else "bf16")
-    reading = touched_bytes(model, weights, context) / context / a.bandwidth(machine)
+    reading = touched_bytes(model, weights, context) / context / a.read_bandwidth(machine)
     return devices / max(arithmetic, reading)
 
 

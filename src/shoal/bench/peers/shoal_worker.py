@@ -28,15 +28,16 @@ MARGIN = 256
 class Side:
     """What can be asked for; `loop.serve` names the requests after the methods."""
 
-    def load(self, model: str, threads: int, bits: int | None) -> dict[str, Any]:
+    def load(self, model: str, threads: int, bits: int | None, precision: str) -> dict[str, Any]:
         torch.set_num_threads(threads)
         began = time.perf_counter()
-        weights = load_weights(Path(model), bits)
-        self.runner: Runner = NativeRunner(weights.config, weights.parts, threads)
+        weights = load_weights(Path(model), bits, precision=precision)
+        self.runner = NativeRunner(weights.config, weights.parts, threads)
         self.positions, self.filled = 0, (0, 0)
         self.make_room(MARGIN)
         seconds = time.perf_counter() - began
-        touch(weights)
+        if not self.runner.settle():  # what happens in the background of a server's first seconds
+            touch(weights)
         width = DTYPES[self.runner.natural_cache].itemsize
         config = weights.config
         settings = f"{weights.scheme.matrices}, cache in {self.runner.natural_cache}, {threads} threads"

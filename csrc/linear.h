@@ -178,7 +178,7 @@ __attribute__((noinline)) static void integer_tile(const Matrix& w, int64_t tile
             if constexpr (kFour) {
 #pragma GCC unroll kUnroll
                 for (int c = 0; c < kQuads / 2; ++c) {
-                    if (T == 1) __builtin_prefetch(line + 64 * c + 2048);
+                    __builtin_prefetch(line + 64 * c + 2048);
                     ByteVec both = load_as<ByteVec>(line + 64 * c + 4 * kLanes * p);
                     weights[2 * c] = both & 15;
                     weights[2 * c + 1] = (ByteVec)((WordVec)both >> 4) & 15;
@@ -186,7 +186,7 @@ __attribute__((noinline)) static void integer_tile(const Matrix& w, int64_t tile
             } else {
 #pragma GCC unroll kUnroll
                 for (int c = 0; c < kQuads; ++c) {
-                    if (T == 1) __builtin_prefetch(line + 64 * c + 2048);
+                    __builtin_prefetch(line + 64 * c + 2048);
                     ByteVec bytes_ = load_as<ByteVec>(line + 64 * c + 4 * kLanes * p);
                     if constexpr (kSplit == 2) {
                         weights[2 * c] = bytes_ & 15;
@@ -196,7 +196,7 @@ __attribute__((noinline)) static void integer_tile(const Matrix& w, int64_t tile
                     }
                 }
             }
-            if (T == 1) __builtin_prefetch(scales + g * kTile + 512);
+            __builtin_prefetch(scales + g * kTile + 512);
             Vec scale = from_fp16(scales + g * kTile + p * kLanes);
             Vec low = {};
             if constexpr (kMins) low = from_fp16(mins + g * kTile + p * kLanes);
@@ -272,17 +272,19 @@ SHOAL_INLINE void multiply_tiles(const Matrix& w, int64_t begin, int64_t end, co
             w.format == Format::fp32 ? float_tiles<1, 4, false>(w, tile, x, out, kTile) : float_tiles<1, 4, true>(w, tile, x, out, kTile);
             for (int s = 0; s < 4; ++s) done(int64_t{0}, (tile + s) * kTile, out + s * kTile);
         }
-    for (; tile < end; ++tile)
-        for (int64_t t = 0; t < tokens;) {
-            const int64_t left = tokens - t, taken = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-            const Inputs part = x.from(t);
-            if (taken == 8) product_of<8>(w, tile, part, out);
-            if (taken == 4) product_of<4>(w, tile, part, out);
-            if (taken == 2) product_of<2>(w, tile, part, out);
-            if (taken == 1) product_of<1>(w, tile, part, out);
-            for (int64_t i = 0; i < taken; ++i) done(t + i, tile * kTile, out + i * kTile);
-            t += taken;
+    // Tokens outside: a few of them stay in the nearest cache while the tiles of the item stream past.
+    for (int64_t t = 0; t < tokens;) {
+        const int64_t left = tokens - t, taken = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        const Inputs part = x.from(t);
+        for (int64_t i = tile; i < end; ++i) {
+            if (taken == 8) product_of<8>(w, i, part, out);
+            if (taken == 4) product_of<4>(w, i, part, out);
+            if (taken == 2) product_of<2>(w, i, part, out);
+            if (taken == 1) product_of<1>(w, i, part, out);
+            for (int64_t n = 0; n < taken; ++n) done(t + n, i * kTile, out + n * kTile);
         }
+        t += taken;
+    }
 }
 
 }  // namespace shoal::SHOAL_ISA

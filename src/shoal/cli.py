@@ -24,6 +24,7 @@ from .config import (
     ExportCommand,
     GenerateCommand,
     QuantizeCommand,
+    ServeCommand,
     TrainConfig,
     UserError,
 )
@@ -92,6 +93,15 @@ def chat(args: list[str]) -> None:
     from .engine.chat import run_chat
 
     run_chat(command)
+
+
+def serve(args: list[str]) -> None:
+    """Serve a model: OpenAI and Anthropic APIs, and a chat page"""
+    command = parse(ServeCommand, args, "serve")
+
+    from .serve.command import run_serve
+
+    run_serve(command)
 
 
 def evaluate(args: list[str]) -> None:
@@ -180,6 +190,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "eval": evaluate,
     "quantize": quantize,
     "export": export,

@@ -78,6 +78,10 @@ class NativeRunner:
         top = {"embedding": weights["model.embed_tokens.weight"], "norm": weights["model.norm.weight"], "head": weights["lm_head"]}
         if all(w.format == "fp32" for w in weights.values() if isinstance(w, PackedMatrix)):
             self.natural_cache = "fp32"
+        mapped = MappedFiles()
+        for name, weight in weights.items():
+            if name.endswith("mlp.gate.weight") and isinstance(weight, Tensor):
+                mapped.forget(weight)
         self._decoder: Any = decoder(_shape(config), top, layers, config.num_hidden_layers)
         self._lock = threading.Lock()
         """Held while the decoder runs or a matrix moves."""

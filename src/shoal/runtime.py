@@ -14,7 +14,7 @@ import torch
 
 from .config import UserError
 
-BF16_MARGIN = {"cuda": 1.3, "cpu": 2.5}
+BF16_MARGIN = {"cuda": 1.3, "cpu": 4.0}
 """bf16 autocast pays only where bf16 matmul is faster than fp32 by this factor. It costs casts; on a CPU also Shoal's own kernels, which
 are fp32, and up to a GiB of compiled products, one for every number of rows that an expert gets."""
 

@@ -54,6 +54,8 @@ class Assumptions:
         if known is None or known.precision != number_format:
             return self.rate(machine, number_format)
         curve = known.weight_gradients if weight_gradient else known.products
+        if matrix.part == "routed_experts":
+            curve = known.experts
         return curve.at(product_size(max(rows, 1), matrix.out_features, matrix.in_features))
 
     def newton_schulz_rate(self, machine: Machine, number_format: str, matrix: Matrix) -> float:

@@ -12,7 +12,7 @@ from typing import Literal
 from shoal.config import ModelConfig
 
 from .assumptions import Assumptions
-from .cost import checkpoint_bytes, kv_bytes_per_token, number_format
+from .cost import checkpoint_bytes, kv_bytes_per_token, number_format, stored_as
 from .hardware import Machine
 from .layout import Layout
 from .serving import decode_seconds
@@ -85,10 +85,14 @@ def predict_decode(
     cache: str = "bf16",
     assumptions: Assumptions | None = None,
 ) -> Prediction:
-    """Decoding `batch` sequences at `context` tokens with weights in the number format `weights`, without MTP."""
+    """Decoding `batch` sequences at `context` tokens with weights in the number format `weights`, without MTP.
+
+    Of the embedding only the rows of tokens that occur come into memory; they are not counted.
+    """
     a = assumptions or Assumptions()
     seconds = decode_seconds(model, machine, weights, batch, context, cache, a)
-    memory = checkpoint_bytes(model, number_format(weights)) + batch * context * kv_bytes_per_token(model, cache)
+    embedding = stored_as("embedding", number_format(weights)).matrix_bytes(model.vocab_size, model.hidden_size)
+    memory = checkpoint_bytes(model, number_format(weights)) - embedding + batch * context * kv_bytes_per_token(model, cache)
     return Prediction(batch / seconds, memory)
 
 

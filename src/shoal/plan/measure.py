@@ -13,12 +13,15 @@ from dataclasses import fields, replace
 from itertools import cycle
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from shoal import kernels
 from shoal.kernels import cpu, reference
+from shoal.kernels.packed import pack_integers
+from shoal.kernels.serving import packed_linear
 from shoal.runtime import start, synchronize
 
 from .hardware import GIB, Machine
@@ -28,6 +31,7 @@ READ_BYTES = 2**28
 """Far beyond any cache of a CPU; a GPU gets four times as much."""
 RING_BYTES = 96 * 2**20
 """A training step comes back to a tensor when the caches have long forgotten it: kernels take turns on so many bytes of them."""
+PACKED: tuple[Literal["int8", "int4"], ...] = ("int8", "int4")
 ROUNDS = 3
 """Everything is measured in turns, so that a busy moment of the machine does not fall on one figure alone."""
 
@@ -128,6 +132,13 @@ class Probe:
         x, y = self.ring(rows, side, dtype=dtype), self.random(rows, side, dtype=dtype)
         return 2 * rows * side * side / self.seconds(lambda: y.T @ x())
 
+    def experts(self, dtype: torch.dtype, rows: int, side: int, count: int = 8) -> float:
+        """FLOP/s of [rows, side] x [side, side] through one of `count` experts each, forward and both gradients."""
+        x = self.ring(rows, side, dtype=dtype)
+        weight = self.random(count, side, side, dtype=dtype).requires_grad_()
+        offsets = torch.arange(1, count + 1, device=self.device, dtype=torch.int32) * (rows // count)
+        return 3 * 2 * rows * side * side / self.both_passes(lambda tokens: kernels.grouped_linear(tokens, weight, offsets), x, weight)
+
     def int8(self) -> float:
         """Operations per second of torch's int8 product; 0 where it has none."""
         a = torch.randint(-128, 127, (self.large, self.large), dtype=torch.int8, device=self.device)
@@ -150,6 +161,17 @@ class Probe:
         count = max(1, (4 << 20) // (4 * side * side))
         x = self.random(count, side, side, dtype=torch.bfloat16 if self.is_gpu else torch.float32)
         return count * steps * 6 * side**3 / self.seconds(lambda: kernels.newton_schulz(x, steps))
+
+    def packed(self, number_format: Literal["int8", "int4"], tokens: int) -> tuple[float, float]:
+        """(bytes of weights per second, operations per second) of a product of `tokens` with packed matrices of 2048 x 2048."""
+        side, group, levels = 2048, 32, 16 if number_format == "int4" else 256
+        quants = torch.randint(levels, (side, side), dtype=torch.uint8)
+        first = pack_integers(number_format, quants, torch.full((side, side // group), 1e-3), group=group)
+        count = 1 + READ_BYTES // 2 // first.nbytes
+        matrices = cycle([first, *(replace(first, data=first.data.clone()) for _ in range(count))])
+        x = torch.randn(tokens, side)
+        seconds = self.seconds(lambda: packed_linear(x, next(matrices)))
+        return first.nbytes / seconds, 2 * tokens * side * side / seconds
 
     def both_passes(self, kernel: Callable[[Tensor], Tensor], next_input: Callable[[], Tensor], *others: Tensor) -> float:
         """Seconds of a forward and a backward pass of `kernel`, which takes turns on its inputs and has `others` as parameters."""
@@ -189,6 +211,7 @@ class Probe:
             precision="bf16" if precision == "bf16" else "fp32",
             products=Curve(tuple((product_size(rows, side, side), self.products(dtype, rows, side)) for side in sides)),
             weight_gradients=Curve(tuple((product_size(rows, side, side), self.weight_gradients(dtype, rows, side)) for side in sides)),
+            experts=Curve(tuple((product_size(rows // 8, side, side), self.experts(dtype, rows, side)) for side in sides)),
             attention=Curve(tuple((side, self.attention(dtype, side)) for side in (32, 64, 128))),
             newton_schulz=Curve(tuple((side, self.newton_schulz(side)) for side in sides[:5])),
             norm=both(lambda tokens: kernels.rms_norm(tokens, weight, 1e-6), weight),
@@ -196,6 +219,8 @@ class Probe:
             rope=both(turn),
             route=2 * both(there_and_back, weights),
             softmax=logits.numel() / self.seconds(lambda: loss.cross_entropy_rows(logits, targets, None, with_grad=True)),
+            packed_reads={} if self.is_gpu else {name: self.packed(name, 1)[0] for name in PACKED},
+            packed_products={} if self.is_gpu else {name: self.packed(name, 256)[1] for name in PACKED},
             add=rows * width / self.seconds(lambda: torch.add(x(), x(), out=x())),
         )
 
@@ -203,8 +228,10 @@ class Probe:
 def typical(rounds: list[Sustained]) -> Sustained:
     """The median of every rate."""
 
-    def middle(name: str) -> float | Curve:
+    def middle(name: str) -> float | Curve | dict[str, float]:
         each = [getattr(one, name) for one in rounds]
+        if isinstance(each[0], dict):
+            return {key: median(one[key] for one in each) for key in each[0]}
         if not isinstance(each[0], Curve):
             return median(each)
         return Curve(tuple((points[0][0], median(rate for _, rate in points)) for points in zip(*(c.points for c in each), strict=True)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import exp, log
 from typing import Literal
 
@@ -41,6 +41,8 @@ class Sustained:
     """FLOP/s of x W and x W^T by `product_size`."""
     weight_gradients: Curve
     """FLOP/s of x^T y by `product_size`."""
+    experts: Curve
+    """FLOP/s of products with one matrix per expert, forward and both gradients, by `product_size` of an expert's share."""
     attention: Curve
     """FLOP/s of causal attention, forward and backward, by the channels of a head. Pairs of tokens that may see each other count."""
     newton_schulz: Curve
@@ -55,3 +57,7 @@ class Sustained:
     """Logits per second through the cross-entropy with its gradient."""
     add: float
     """Values per second of a sum of two tensors of some MiB, forward only."""
+    packed_reads: dict[str, float] = field(default_factory=dict)
+    """Bytes per second of packed weights (int8, int4) in a product with one token, as in decoding; empty where they cannot be measured."""
+    packed_products: dict[str, float] = field(default_factory=dict)
+    """Operations per second of products of many tokens with packed weights."""

@@ -16,7 +16,7 @@ from shoal.config import EngineOptions, SamplingOptions
 from shoal.engine import Engine
 from shoal.engine.native import NativeRunner
 from shoal.engine.requests import Request
-from shoal.engine.runner import DTYPES, PAGE, Batch, Runner
+from shoal.engine.runner import DTYPES, PAGE, Batch
 from shoal.engine.weights import Weights, load_weights
 from shoal.formats.parts import arrays_of
 from shoal.kernels.packed import PackedMatrix

@@ -136,10 +136,13 @@ def plan(args: list[str]) -> None:
     from .plan.command import PlanCommand, run
 
     command = parse(PlanCommand, args, "plan")
-    measurements = None
     if command.check:
-        from .bench.check import cases as measurements
-    finish(run(command, measurements), command.json)
+        from .bench.check import cases
+
+        figures = run(command, cases)
+    else:
+        figures = run(command)
+    finish(figures, command.json)
 
 
 def bench(args: list[str]) -> None:

@@ -43,7 +43,9 @@ class FakeRunner:
     natural_cache = "fp32"
 
     def __init__(self, vocab_size: int = 97, context: int = 400, mtp: bool = True, wrong_every: int = 3) -> None:
-        self.config = ModelConfig(vocab_size=vocab_size, max_position_embeddings=context, num_nextn_predict_layers=int(mtp))
+        self.config = ModelConfig(
+            vocab_size=vocab_size, num_hidden_layers=3, max_position_embeddings=context, num_nextn_predict_layers=int(mtp)
+        )
         self._wrong_every = wrong_every
         self.wrong_mtp_entries = 0
         self.draft_passes = 0

@@ -18,7 +18,7 @@ from ..runtime import available_memory
 from .answer import Answer, stop_set
 from .pages import PagePool
 from .requests import Increment, Request, Result
-from .runner import PAGE, Batch, Forward, Runner
+from .runner import PAGE, Batch, Forward, Runner, on_host, take_rows
 from .sampling import Rows, Sampler, SamplingError
 from .scheduler import Limits, Scheduler, Sequence, Work
 from .speculate import Drafter, Switch, keep_behind
@@ -54,7 +54,7 @@ class EngineStats:
     finished: Counter[str] = field(default_factory=Counter)
     """By reason."""
     expert_load: np.ndarray | None = None
-    """`[MoE layers, E]`: tokens sent to every expert of the main model."""
+    """`[MoE layers, E]`: tokens sent to every expert of the main model; None if it has none."""
 
     @property
     def acceptance(self) -> float | None:
@@ -91,6 +91,11 @@ class Engine:
         self._numbers = 0
         self._eos = stop_set(tokenizer, runner.config.eos_token_id)
         self._stats = EngineStats(pages=pages)
+        config = runner.config
+        layers, experts = sum(map(config.is_moe_layer, range(config.num_hidden_layers))), config.n_routed_experts or 0
+        if layers:
+            self._stats.expert_load = np.zeros((layers, experts), np.int64)
+        self._first_expert = experts * np.arange(layers)[:, None, None]
 
     @property
     def has_work(self) -> bool:
@@ -231,12 +236,12 @@ class Engine:
             if not sequence.computed:
                 builder.restart()
             rows = slice(start, start + length)
-            builder.add_hidden(forward.hidden[rows].numpy(force=True))
+            builder.add_hidden(on_host(forward.hidden[rows]))
             if forward.experts is not None:
-                builder.add_experts(forward.experts[:, rows].numpy(force=True).astype(np.int16))
+                builder.add_experts(on_host(forward.experts[:, rows]).astype(np.int16))
             if builder.wants_logits:
                 for part in forward.hidden[rows].split(SCORED_AT_ONCE):
-                    builder.add_logits(self.runner.logits(part).numpy(force=True))
+                    builder.add_logits(on_host(self.runner.logits(part)))
 
     def _choose(self, work: list[Work], starts: list[int], forward: Forward) -> int:
         """Move every sequence on, choosing tokens for those that are computed to their end; number of tokens chosen."""
@@ -257,8 +262,7 @@ class Engine:
             rows.extend(range(start + share.length - 1 - share.drafts, start + share.length))
         if not choosing:
             return 0
-        hidden = forward.hidden if len(rows) == len(forward.hidden) else forward.hidden[rows]
-        logits = Rows(self.runner.logits(hidden))
+        logits = Rows(self.runner.logits(take_rows(forward.hidden, rows)))
         made = row = 0
         for share, start in choosing:
             chosen = self._extend(share, start, row, logits, forward)
@@ -277,7 +281,7 @@ class Engine:
             guess = guesses[made] if made < share.drafts else None
             experts = None
             if answer.request.experts and forward.experts is not None:
-                experts = forward.experts[:, first + made].numpy(force=True).astype(np.int16)
+                experts = on_host(forward.experts[:, first + made]).astype(np.int16)
             try:
                 token = logits.choose(row + made, answer.sampler, len(sequence.tokens))
                 answer.extend(token, logits, row + made, guess, experts)
@@ -310,14 +314,10 @@ class Engine:
         return True
 
     def _count_experts(self, forward: Forward) -> None:
-        experts = forward.experts
-        if experts is None:
-            return
-        count = self.runner.config.n_routed_experts or 0
-        layers = len(experts)
-        rows = experts.numpy(force=True).reshape(layers, -1).astype(np.int64) + np.arange(layers)[:, None] * count
-        load = np.bincount(rows.ravel(), minlength=layers * count).reshape(layers, count)
-        self._stats.expert_load = load if self._stats.expert_load is None else self._stats.expert_load + load
+        load = self._stats.expert_load
+        if forward.experts is not None and load is not None:
+            # Experts of all layers numbered through, so that one count does for all.
+            load += np.bincount((on_host(forward.experts) + self._first_expert).ravel(), minlength=load.size).reshape(load.shape)
 
     def _close(self, answer: Answer) -> Increment | None:
         """Forget a finished request; the last of its answer."""

@@ -35,16 +35,31 @@ class Batch:
     @classmethod
     def lay_out(cls, ids: Sequence[Sequence[int]], firsts: Sequence[int], tables: Sequence[np.ndarray]) -> Batch:
         """From every sequence's new tokens, the position of the first of them, and pages (int32, as many as needed or more)."""
+        ends = [first + len(new) for first, new in zip(firsts, ids, strict=True)]
+        pages = -(-max(ends) // PAGE)
+        if len(ids) == 1:  # the usual case of one reader, where every microsecond shows
+            arrays = [np.array(ids[0]), np.arange(firsts[0], ends[0]), np.array((0, len(ids[0]))), tables[0][None, :pages]]
+            return cls(*map(torch.from_numpy, arrays))
         starts = np.zeros(len(ids) + 1, np.int64)
         np.cumsum([len(new) for new in ids], out=starts[1:])
-        ends = [first + len(new) for first, new in zip(firsts, ids, strict=True)]
-        padded = np.zeros((len(ids), -(-max(ends) // PAGE)), np.int32)
+        padded = np.zeros((len(ids), pages), np.int32)
         for row, table, end in zip(padded, tables, ends, strict=True):
             count = -(-end // PAGE)
             row[:count] = table[:count]
         positions = np.fromiter(chain.from_iterable(map(range, firsts, ends)), np.int64, starts[-1])
         flat = np.fromiter(chain.from_iterable(ids), np.int64, starts[-1])
         return cls(*map(torch.from_numpy, (flat, positions, starts, padded)))
+
+
+def take_rows(x: Tensor, rows: list[int]) -> Tensor:
+    """Some rows of `x [N, D]`, increasing; a view where they are neighbours."""
+    first, end = rows[0], rows[-1] + 1
+    return x[first:end] if end - first == len(rows) else x[torch.tensor(rows, device=x.device)]
+
+
+def on_host(x: Tensor) -> np.ndarray:
+    """`x` for numpy; without a copy where it is in the host's memory."""
+    return x.numpy() if x.is_cpu else x.cpu().numpy()
 
 
 @dataclass

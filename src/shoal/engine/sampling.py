@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..config import SamplingOptions, UserError
 from .requests import TokenMask
+from .runner import on_host
 
 
 class Sampler:
@@ -179,18 +180,17 @@ class Rows:
     """Logits `[M, V]` of M places, brought to the host; the largest of each are found all at once."""
 
     def __init__(self, logits: Tensor) -> None:
-        self.table = logits.numpy(force=True)
-        best = self.table.argmax(-1)
-        self._best: list[int] = best.tolist()
-        self._peaks: list[float] = self.table[np.arange(len(best)), best].tolist()
+        self.table = on_host(logits)
+        self._best: list[int] = self.table.argmax(-1).tolist()
 
     def choose(self, row: int, sampler: Sampler, position: int) -> int:
         """See `Sampler.choose`."""
         if not sampler.is_plain or sampler.holds_back_stops:
             return sampler.choose(self.table[row], position)
-        if not math.isfinite(self._peaks[row]):
-            raise SamplingError(_why_nothing(self._peaks[row]))
-        return self._best[row]
+        best = self._best[row]
+        if not math.isfinite(self.table[row, best]):
+            raise SamplingError(_why_nothing(self.table[row, best]))
+        return best
 
 
 def _why_nothing(score: float) -> str:

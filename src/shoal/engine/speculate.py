@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from .runner import PAGE, Batch, Runner
+from .runner import PAGE, Batch, Runner, take_rows
 from .sampling import Rows, Sampler, SamplingError
 from .scheduler import Sequence
 
@@ -58,15 +58,18 @@ class Drafter:
         hidden = self._runner.draft(batch, rows[0] if len(rows) == 1 else torch.cat(rows), torch.tensor(next_ids))
         for sequence, _ in active:
             sequence.ahead, sequence.behind = sequence.computed, []
-        last = batch.starts[1:] - 1
-        guessing = [i for i, (sequence, _) in enumerate(active) if sequence.todo == 1 and len(sequence.tokens) < sequence.limit - 1]
-        self._guess([active[i] for i in guessing], hidden[last[guessing]])
+        guessing, last, end = [], [], 0
+        for (sequence, sampler), new in zip(active, ids, strict=True):
+            end += len(new)
+            if sequence.todo == 1 and len(sequence.tokens) < sequence.limit - 1:
+                guessing.append((sequence, sampler))
+                last.append(end - 1)
+        if guessing:
+            self._guess(guessing, take_rows(hidden, last))
 
     def _guess(self, active: list[tuple[Sequence, Sampler]], hidden: torch.Tensor) -> None:
         """One guess for each of `active` from `hidden [len(active), D]`, then further ones."""
         for depth in range(1, self._depth + 1):
-            if not active:
-                return
             rows = Rows(self._runner.logits(hidden))
             keep = []
             for i, (sequence, sampler) in enumerate(active):
@@ -84,7 +87,7 @@ class Drafter:
             firsts = [len(sequence.tokens) + depth - 2 for sequence, _ in active]
             batch = Batch.lay_out(ids, firsts, [sequence.table for sequence, _ in active])
             # The entries that this writes are made anew once the true hidden states are there.
-            hidden = self._runner.draft(batch, hidden[keep], torch.tensor([sequence.drafts[-1] for sequence, _ in active]))
+            hidden = self._runner.draft(batch, take_rows(hidden, keep), torch.tensor([sequence.drafts[-1] for sequence, _ in active]))
 
 
 @dataclass

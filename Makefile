@@ -2,6 +2,7 @@
 # make test      set up and run the tests
 # make test-all  the slow ones too
 # make lint      ruff and mypy
+# make sanitize  the kernels' tests with address and undefined-behaviour checks
 # Everything is installed into .venv; the system's Python is left alone.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard CMakeLists.txt csrc/*)
 
-.PHONY: demo test test-all lint setup clean
+.PHONY: demo test test-all lint sanitize setup clean
 
 setup: $(STAMP)
 
@@ -33,6 +34,15 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# An environment of its own, which finds everything but shoal in the first.
+SANITIZED := build/sanitized
+sanitize: $(STAMP)
+	$(PYTHON) -m venv $(SANITIZED)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$($(SANITIZED)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/others.pth"
+	$(SANITIZED)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e . -C cmake.define.SHOAL_SANITIZE=ON -C build-dir=build/sanitized-kernels
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+		$(SANITIZED)/bin/python -m pytest -x tests/kernels tests/engine/test_native_runner.py
 
 clean:
 	rm -rf $(VENV) build

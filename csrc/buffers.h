@@ -17,6 +17,8 @@ class Arena {
         return reinterpret_cast<T*>(start);
     }
     int64_t used() const { return used_; }
+    // Go on at an earlier place, for arrays that are never needed together with those taken since; or behind the longest of them.
+    void resume(int64_t place) { used_ = place; }
 
   private:
     uint8_t* data_;
@@ -31,10 +33,10 @@ struct Activations {
     float* scales;
     int32_t* sums;
 
-    static Activations make(Arena& arena, int64_t rows, int64_t columns, int64_t group) {
+    static Activations make(Arena& arena, int64_t rows, int64_t columns, int64_t group, bool with_floats = true) {
         Activations a = {};
         a.columns = columns, a.group = group, a.padded = group ? round_up(columns, group) : columns;
-        a.floats = arena.take<float>(rows * columns);
+        if (with_floats) a.floats = arena.take<float>(rows * columns);
         if (group) {
             a.quants = arena.take<int8_t>(rows * a.padded);
             a.scales = arena.take<float>(rows * (a.padded / group));
@@ -60,9 +62,8 @@ struct Activations {
         }
     }
     SHOAL_INLINE_MEMBER void quantize(int64_t i) const { quantize(i, 0, columns); }
-    // The quantized copy of another's row.
     SHOAL_INLINE_MEMBER void copy(int64_t i, const Activations& other, int64_t j) const {
-        memcpy(row(i), other.row(j), columns * 4);
+        if (floats) memcpy(row(i), other.row(j), columns * 4);
         if (!group) return;
         const int64_t groups = padded / group;
         memcpy(quants + i * padded, other.quants + j * padded, padded);
@@ -102,10 +103,10 @@ struct Buffers {
 
 constexpr int64_t kResultBytes = 1 << 18;
 
-// Tiles of one work item, so that every thread gets some of them.
-SHOAL_INLINE int64_t tiles_per_item(int64_t tiles, int threads) {
-    const int64_t fair = tiles / (threads * 6);
-    return fair < 1 ? 1 : fair > 16 ? 16 : fair;
+// Tiles of one work item: every thread gets some of them, and they stay in its cache while the tokens pass.
+SHOAL_INLINE int64_t tiles_per_item(const Matrix& w, int threads) {
+    const int64_t fair = w.tiles() / (threads * 6), fitting = (int64_t{1} << 19) / larger(w.tile_bytes(), 1);
+    return larger(1, smaller(fair, smaller(fitting, 16)));
 }
 
 // Where the latent starts among the projections of a token: behind its queries, compressed or not.
@@ -142,18 +143,22 @@ static Buffers take_buffers(Arena& arena, const Model& model, const Step& step, 
     Buffers b = {};
     const int64_t T = step.tokens, H = model.heads, D = model.hidden, group = model.group;
     int64_t wide = 0, dense = 0;
-    bool mixture = false, joins = false;
+    bool mixture = false, joins = false, plain = false;
     for (const Layer* layer = layers; layer < layers + layer_count; ++layer) {
         dense = larger(dense, layer->dense.gate.rows);
         wide = larger(wide, layer->experts.gate.rows);
         mixture |= layer->mixture >= 0;
         joins |= bool(layer->join);
+        plain |= layer->mixture >= 0 && !layer->experts.gate.quantized();
     }
     const int64_t K = mixture ? model.per_token : 0, E = mixture ? model.experts : 0;
     b.slots = T * K;
     b.x = Activations::make(arena, T, D, 0);
     b.normed = Activations::make(arena, T, D, group);
     b.joined = Activations::make(arena, joins ? T : 0, 2 * D, group);
+    const int64_t half = arena.used();
+
+    // Attention.
     b.q_latent = Activations::make(arena, T, model.q_rank, group);
     b.projected_width = model.latent ? kv_column(model) + model.rank + model.rope : (H + 2 * model.kv_heads) * model.head;
     b.projected = arena.take<float>(T * b.projected_width);
@@ -161,24 +166,29 @@ static Buffers take_buffers(Arena& arena, const Model& model, const Step& step, 
     b.queries = arena.take<float>(T * H * key_width_of(model));
     b.mixed = Activations::make(arena, model.latent ? H * T : 0, model.rank, group);
     b.heads = Activations::make(arena, T, H * head_width_of(model), group);
+    b.pairs = arena.take<uint16_t>(threads * pairs_size(model));
+    b.item_count = divide_queries(model, step, nullptr, &b.partial_count);
+    // Few items: their blocks are spread over the threads. Many: an item's blocks stay on one thread and need no memory of their own.
+    b.divided = b.item_count < 4 * threads;
+    if (!b.divided) b.partial_count = 2 * threads;
+    b.partials = arena.take<float>(b.partial_count * partial_size(value_width_of(model)));
+    const int64_t attention = arena.used();
+
+    // The feed-forward half, where attention's arrays were.
+    arena.resume(half);
     b.scores = arena.take<float>(T * round_up(E, kTile));
     b.chosen = arena.take<int32_t>(T * K);
     b.weights = arena.take<float>(T * K);
     b.expert_end = arena.take<int64_t>(E);
     b.slot_of = arena.take<int64_t>(b.slots);
     b.token_of = arena.take<int32_t>(b.slots);
-    b.gathered = Activations::make(arena, b.slots, D, group);
+    b.gathered = Activations::make(arena, b.slots, D, group, plain);
     b.wide = Activations::make(arena, b.slots, wide, group);
     b.dense = Activations::make(arena, T, dense, group);
     b.results = arena.take<float>(threads * larger((b.slots + T) * kTile, kResultBytes / 4));
-    b.pairs = arena.take<uint16_t>(threads * pairs_size(model));
+    arena.resume(larger(attention, arena.used()));
 
-    b.item_count = divide_queries(model, step, nullptr, &b.partial_count);
-    // Few items: their blocks are spread over the threads. Many: an item's blocks stay on one thread and need no memory of their own.
-    b.divided = b.item_count < 4 * threads;
-    if (!b.divided) b.partial_count = 2 * threads;
     b.items = arena.take<Queries>(b.item_count);
-    b.partials = arena.take<float>(b.partial_count * partial_size(value_width_of(model)));
     return b;
 }
 

@@ -62,10 +62,8 @@ struct Product {
 
 template <int N>
 SHOAL_INLINE void project(Member& me, const Product (&products)[N], const Inputs& x, int64_t tokens, float* out, int64_t stride) {
+    const int64_t taken = tiles_per_item(*products[0].w, me.size());
     int64_t all = 0, ends[N];
-    for (const Product& p : products) all += p.w->tiles();
-    const int64_t taken = tiles_per_item(all, me.size());
-    all = 0;
     for (int i = 0; i < N; ++i) ends[i] = all += blocks_of(taken, products[i].w->tiles());
     me.each(all, [&](int64_t item) {
         int i = 0;
@@ -232,7 +230,7 @@ struct Walk {
 
     // x += w inputs.
     void add_product(Member& me, const Matrix& w, const Inputs& inputs) const {
-        const int64_t taken = tiles_per_item(w.tiles(), me.size());
+        const int64_t taken = tiles_per_item(w, me.size());
         me.each(blocks_of(taken, w.tiles()), [&](int64_t item) {
             const int64_t begin = item * taken;
             multiply_tiles(w, begin, smaller(begin + taken, w.tiles()), inputs, step.tokens, [&](int64_t t, int64_t row, const float* from) {
@@ -264,10 +262,9 @@ static Buffers make_buffers(const Model& model, const Step& step, const Layer* l
     take_buffers(measured, model, step, layers, count, threads);
     if (measured.used() > workspace.size) {
         free(workspace.data);
-        workspace.size = round_up(measured.used() + measured.used() / 4, 4096);
+        workspace.size = round_up(measured.used(), 4096);
         workspace.data = static_cast<uint8_t*>(aligned_alloc(4096, workspace.size));
         if (!workspace.data) abort();
-        memset(workspace.data, 0, workspace.size);
     }
     Arena arena(workspace.data);
     Buffers b = take_buffers(arena, model, step, layers, count, threads);
@@ -336,7 +333,7 @@ void packed_linear(const Matrix& w, int64_t tokens, const float* x, float cap, f
     }
     Arena arena(workspace.data);
     const Activations inputs = Activations::make(arena, tokens, w.columns, group);
-    const int64_t taken = tiles_per_item(w.tiles(), threads), items = blocks_of(taken, w.tiles());
+    const int64_t taken = tiles_per_item(w, threads), items = blocks_of(taken, w.tiles());
     in_parallel(threads, [&](Member& me) {
         me.each(tokens, [&](int64_t t) {
             memcpy(inputs.row(t), x + t * w.columns, w.columns * 4);

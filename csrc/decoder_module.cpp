@@ -3,7 +3,9 @@
 #include <nanobind/stl/string.h>
 
 #include <cstdlib>
+#include <map>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "module.h"
@@ -75,10 +77,15 @@ struct FreeWorkspace {
     ~FreeWorkspace() { free(memory.data); }
 };
 
-// Reads what Python gives it and keeps those objects alive as long as itself.
+// The name of a weight among all layers'; -1: of the model itself.
+std::string key_of(int64_t layer, const std::string& name) { return std::to_string(layer) + "." + name; }
+
+// Reads the weights of one layer after the other and keeps their Python objects alive.
 class Reader {
   public:
-    explicit Reader(std::vector<nb::object>& kept) : kept_(kept) {}
+    explicit Reader(std::map<std::string, nb::object>& kept) : kept_(kept) {}
+
+    void next_layer() { ++layer_; }
 
     bool has(nb::dict from, const char* name) const { return from.contains(name); }
     Matrix matrix(nb::dict from, const char* name, int64_t rows, int64_t columns, int64_t leading = 1) {
@@ -101,14 +108,14 @@ class Reader {
     nb::object find(nb::dict from, const char* name) {
         expect(from.contains(name), std::string("the weights lack ") + name);
         nb::object object = from[name];
-        kept_.push_back(object);
+        kept_[key_of(layer_, name)] = object;
         return object;
     }
     int64_t group() const { return group_; }
 
   private:
-    std::vector<nb::object>& kept_;
-    int64_t group_ = 0;
+    std::map<std::string, nb::object>& kept_;
+    int64_t layer_ = -1, group_ = 0;
 };
 
 class Decoder {
@@ -137,7 +144,10 @@ class Decoder {
         m.embedding_format = embedding.is_float() ? Format::fp32 : Format::bf16;
         m.norm = read.vector(top, "norm", m.hidden);
         m.head_matrix = read.matrix(top, "head", m.vocabulary, m.hidden);
-        for (nb::handle item : layers) layers_.push_back(layer_of(read, nb::cast<nb::dict>(item)));
+        for (nb::handle item : layers) {
+            read.next_layer();
+            layers_.push_back(layer_of(read, nb::cast<nb::dict>(item)));
+        }
         expect(main_layers_ <= static_cast<int64_t>(layers_.size()), "there are fewer layers than the configuration says");
         m.layers = layers_.data();
         m.group = read.group();
@@ -178,12 +188,24 @@ class Decoder {
         run_->packed_linear(model_.head_matrix, tokens, from, model_.softcap, to, workspace_.memory, threads);
     }
 
+    // The same matrix at another place in memory; nothing may run meanwhile. layer -1: the head.
+    void replace(int64_t layer, const std::string& name, nb::object packed) {
+        expect(layer >= -1 && layer < static_cast<int64_t>(layers_.size()), "there is no such layer");
+        const Matrix moved = matrix_of(packed, name.c_str());
+        Matrix& old = layer < 0 ? model_.head_matrix : slot(layers_[layer], name);
+        expect(moved.format == old.format && moved.rows == old.rows && moved.columns == old.columns && moved.leading == old.leading &&
+                   moved.group == old.group && !moved.mins == !old.mins,
+               name + " is not the same matrix");
+        old = moved;
+        kept_[key_of(layer, name)] = packed;
+    }
+
   private:
     const Kernels* run_;
     Model model_ = {};
     int64_t main_layers_ = 0, mixtures_ = 0;
     std::vector<Layer> layers_;
-    std::vector<nb::object> kept_;
+    std::map<std::string, nb::object> kept_;
     FreeWorkspace workspace_;
 
     Layer layer_of(Reader& read, nb::dict w) {
@@ -229,6 +251,16 @@ class Decoder {
             l.head_norm = read.vector(w, "head_norm", m.hidden);
         }
         return l;
+    }
+
+    static Matrix& slot(Layer& l, const std::string& name) {
+        const std::pair<const char*, Matrix*> slots[] = {
+            {"q_a", &l.q_a}, {"q", &l.q}, {"kv_a", &l.kv_a}, {"k_up", &l.k_up}, {"v_up", &l.v_up}, {"k", &l.k}, {"v", &l.v}, {"o", &l.o},
+            {"gate", &l.dense.gate}, {"up", &l.dense.up}, {"down", &l.dense.down}, {"router", &l.router}, {"join", &l.join},
+            {"expert_gate", &l.experts.gate}, {"expert_up", &l.experts.up}, {"expert_down", &l.experts.down}};
+        for (const auto& [known, matrix] : slots)
+            if (name == known && *matrix) return *matrix;
+        refuse("the layer has no matrix " + name);
     }
 
     FeedForward feed_forward_of(Reader& read, nb::dict w, const char* gate, const char* up, const char* down, int64_t leading) {
@@ -296,6 +328,7 @@ void shoal::bind_decoder(nb::module_& m) {
         .def("forward", &Decoder::forward, nb::arg("ids"), nb::arg("positions"), nb::arg("starts"), nb::arg("tables"), nb::arg("cos"),
              nb::arg("sin"), nb::arg("cache"), nb::arg("hidden"), nb::arg("experts").none(), nb::arg("threads"))
         .def("draft", &Decoder::draft)
-        .def("logits", &Decoder::logits);
+        .def("logits", &Decoder::logits)
+        .def("replace", &Decoder::replace);
     m.def("packed_linear", &packed_linear);
 }

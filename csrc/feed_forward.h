@@ -128,10 +128,10 @@ static void feed_forward(Member& me, const Model& model, const Layer& layer, con
 
     // Items end at whole groups, so that each quantizes what it has computed.
     const int64_t unit = larger(model.group, kTile) / kTile;
-    auto item_tiles = [&](int64_t rows) { return round_up(tiles_per_item(blocks_of(kTile, rows), me.size()), unit); };
-    const int64_t wide_item = E ? item_tiles(layer.experts.gate.rows) : 1, wide_tiles = layer.experts.gate.tiles();
+    auto item_tiles = [&](const Matrix& w) { return round_up(tiles_per_item(w, me.size()), unit); };
+    const int64_t wide_item = E ? item_tiles(layer.experts.gate) : 1, wide_tiles = layer.experts.gate.tiles();
     const int64_t wide_items = E ? blocks_of(wide_item, wide_tiles) : 0;
-    const int64_t dense_tiles = layer.dense.gate.tiles(), dense_item = item_tiles(layer.dense.gate.rows);
+    const int64_t dense_tiles = layer.dense.gate.tiles(), dense_item = item_tiles(layer.dense.gate);
     const int64_t dense_items = layer.dense.gate ? blocks_of(dense_item, dense_tiles) : 0;
     me.each(E * wide_items + dense_items, [&](int64_t item) {
         if (item < dense_items) {
@@ -146,7 +146,7 @@ static void feed_forward(Member& me, const Model& model, const Layer& layer, con
     });
 
     const int64_t tiles = blocks_of(kTile, D), room = kResultBytes / 4 / ((slots + T) * kTile);
-    const int64_t taken = larger(smaller(tiles_per_item(tiles, me.size()), room), 1);
+    const int64_t taken = larger(smaller(tiles_per_item(E ? layer.experts.down : layer.dense.down, me.size()), room), 1);
     float* results = b.results + me.index() * larger((b.slots + T) * kTile, kResultBytes / 4);
     me.each(blocks_of(taken, tiles), [&](int64_t item) {
         const int64_t begin = item * taken, end = smaller(begin + taken, tiles), first_row = begin * kTile, width = (end - begin) * kTile;

@@ -14,6 +14,7 @@
 namespace shoal::SHOAL_ISA {
 
 constexpr int64_t kParts = kTile / kLanes;  // registers of a tile's row numbers
+constexpr int kUnroll = kLanes >= 8 ? 16 : 1;  // loops over registers; without wide ones the code would only grow
 constexpr int64_t kTokens = 8;              // tokens at most that share one pass over a tile
 
 typedef uint8_t ByteVec __attribute__((vector_size(4 * SHOAL_LANES)));
@@ -125,6 +126,15 @@ struct Inputs {
     }
 };
 
+// Keeps the compiler from fusing a product into a following sum: the rounding is part of the specification.
+#if defined(__AVX512F__)
+#define SHOAL_ROUNDED(x) asm("" : "+v"(x))
+#elif defined(__x86_64__) && defined(__AVX2__)
+#define SHOAL_ROUNDED(x) asm("" : "+x"(x))
+#else
+#define SHOAL_ROUNDED(x) asm("" : "+m"(x))
+#endif
+
 // One group of a token: round(x / s) with s = max |x| / 127.
 SHOAL_INLINE void quantize_group(const float* x, int64_t present, int64_t group, int8_t* quants, float* scale, int32_t* sum_out) {
     Vec largest = {};
@@ -138,7 +148,9 @@ SHOAL_INLINE void quantize_group(const float* x, int64_t present, int64_t group,
     IntVec total = {};
     for (int64_t c = 0; c < group; c += kLanes) {
         Vec v = c < present ? load_first(x + c, present - c) : Vec{};
-        IntVec q = (IntVec)(v * inverse + round) - 0x4B400000;
+        Vec scaled = v * inverse;
+        SHOAL_ROUNDED(scaled);
+        IntVec q = (IntVec)(scaled + round) - 0x4B400000;
         total += q;
         SmallVec small = __builtin_convertvector(q, SmallVec);
         memcpy(quants + c, &small, sizeof small);
@@ -160,21 +172,21 @@ __attribute__((noinline)) static void integer_tile(const Matrix& w, int64_t tile
     const uint16_t* mins = kMins ? w.mins + tile * groups * kTile : nullptr;
     Vec acc[T][kParts] = {};
     for (int64_t g = 0; g < groups; ++g, line += bytes) {
-#pragma GCC unroll 4
+#pragma GCC unroll kUnroll
         for (int p = 0; p < kParts; ++p) {
             ByteVec weights[kQuads * kSplit];
             if constexpr (kFour) {
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
                 for (int c = 0; c < kQuads / 2; ++c) {
-                    if (T == 1) __builtin_prefetch(line + 64 * c + 2048);
+                    __builtin_prefetch(line + 64 * c + 2048);
                     ByteVec both = load_as<ByteVec>(line + 64 * c + 4 * kLanes * p);
                     weights[2 * c] = both & 15;
                     weights[2 * c + 1] = (ByteVec)((WordVec)both >> 4) & 15;
                 }
             } else {
-#pragma GCC unroll 16
+#pragma GCC unroll kUnroll
                 for (int c = 0; c < kQuads; ++c) {
-                    if (T == 1) __builtin_prefetch(line + 64 * c + 2048);
+                    __builtin_prefetch(line + 64 * c + 2048);
                     ByteVec bytes_ = load_as<ByteVec>(line + 64 * c + 4 * kLanes * p);
                     if constexpr (kSplit == 2) {
                         weights[2 * c] = bytes_ & 15;
@@ -184,17 +196,17 @@ __attribute__((noinline)) static void integer_tile(const Matrix& w, int64_t tile
                     }
                 }
             }
-            if (T == 1) __builtin_prefetch(scales + g * kTile + 512);
+            __builtin_prefetch(scales + g * kTile + 512);
             Vec scale = from_fp16(scales + g * kTile + p * kLanes);
             Vec low = {};
             if constexpr (kMins) low = from_fp16(mins + g * kTile + p * kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
             for (int t = 0; t < T; ++t) {
                 const int8_t* q = x.quants + t * x.width + g * kGroup;
                 const int64_t at = t * groups + g;
                 IntVec sum = IntVec{} + (kMins ? 0 : x.sums[at] * (kFour ? -8 : -128));
                 IntVec high = {};
-#pragma GCC unroll 16
+#pragma GCC unroll kUnroll
                 for (int k = 0; k < kQuads; ++k) {
                     int32_t four;
                     memcpy(&four, q + 4 * k, 4);
@@ -211,7 +223,7 @@ __attribute__((noinline)) static void integer_tile(const Matrix& w, int64_t tile
             }
         }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
     for (int t = 0; t < T; ++t)
         for (int p = 0; p < kParts; ++p) store(out + t * kTile + p * kLanes, acc[t][p]);
 }
@@ -223,13 +235,13 @@ __attribute__((noinline)) static void float_tiles(const Matrix& w, int64_t tile,
     const uint8_t* line = w.data + tile * tile_bytes;
     Vec acc[S][T][kParts] = {};
     for (int64_t k = 0; k < w.columns; ++k, line += kTile * size)
-#pragma GCC unroll 4
+#pragma GCC unroll kUnroll
         for (int s = 0; s < S; ++s)
-#pragma GCC unroll 4
+#pragma GCC unroll kUnroll
             for (int p = 0; p < kParts; ++p) {
                 const uint8_t* at = line + s * tile_bytes + p * kLanes * size;
                 Vec weight = kShort ? from_bf16(reinterpret_cast<const uint16_t*>(at)) : load(reinterpret_cast<const float*>(at));
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
                 for (int t = 0; t < T; ++t) acc[s][t][p] += weight * x.floats[t * x.stride + k];
             }
     for (int s = 0; s < S; ++s)
@@ -260,17 +272,19 @@ SHOAL_INLINE void multiply_tiles(const Matrix& w, int64_t begin, int64_t end, co
             w.format == Format::fp32 ? float_tiles<1, 4, false>(w, tile, x, out, kTile) : float_tiles<1, 4, true>(w, tile, x, out, kTile);
             for (int s = 0; s < 4; ++s) done(int64_t{0}, (tile + s) * kTile, out + s * kTile);
         }
-    for (; tile < end; ++tile)
-        for (int64_t t = 0; t < tokens;) {
-            const int64_t left = tokens - t, taken = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-            const Inputs part = x.from(t);
-            if (taken == 8) product_of<8>(w, tile, part, out);
-            if (taken == 4) product_of<4>(w, tile, part, out);
-            if (taken == 2) product_of<2>(w, tile, part, out);
-            if (taken == 1) product_of<1>(w, tile, part, out);
-            for (int64_t i = 0; i < taken; ++i) done(t + i, tile * kTile, out + i * kTile);
-            t += taken;
+    // Tokens outside: a few of them stay in the nearest cache while the tiles of the item stream past.
+    for (int64_t t = 0; t < tokens;) {
+        const int64_t left = tokens - t, taken = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        const Inputs part = x.from(t);
+        for (int64_t i = tile; i < end; ++i) {
+            if (taken == 8) product_of<8>(w, i, part, out);
+            if (taken == 4) product_of<4>(w, i, part, out);
+            if (taken == 2) product_of<2>(w, i, part, out);
+            if (taken == 1) product_of<1>(w, i, part, out);
+            for (int64_t n = 0; n < taken; ++n) done(t + n, i * kTile, out + n * kTile);
         }
+        t += taken;
+    }
 }
 
 }  // namespace shoal::SHOAL_ISA

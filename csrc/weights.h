@@ -24,6 +24,7 @@ struct Matrix {
     SHOAL_INLINE_MEMBER explicit operator bool() const { return data; }
     SHOAL_INLINE_MEMBER bool quantized() const { return format == Format::int8 || format == Format::int4; }
     SHOAL_INLINE_MEMBER int64_t tiles() const { return (rows + kTile - 1) / kTile; }
+    SHOAL_INLINE_MEMBER int64_t tile_bytes() const { return data_stride / (tiles() > 0 ? tiles() : 1); }
     SHOAL_INLINE_MEMBER Matrix at(int64_t index) const {
         Matrix one = *this;
         one.leading = 1;

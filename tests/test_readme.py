@@ -41,7 +41,7 @@ def small(command: list[str], recipe: Path, cache: Path) -> list[str]:
     return ["train", str(recipe), *rest, "--corpus.cache", str(cache)]
 
 
-@pytest.mark.parametrize("command", [c for c in SHOAL if c[0] != "bench"], ids=" ".join)
+@pytest.mark.parametrize("command", [c for c in SHOAL if c[0] not in ("bench", "serve")], ids=" ".join)
 def test_command_works(command: list[str], folder: Path, workshop: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(small(command, workshop / "recipe.toml", workshop / "cache")) == 0, capsys.readouterr().err
 
@@ -59,6 +59,18 @@ def test_benchmark_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shoal.bench.train.run_bench", begin)
     assert all(main(command) == 2 for command in benches)
     assert len(started) == len(benches)
+
+
+def test_server_starts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to where it would begin to listen."""
+    servers = [command for command in SHOAL if command[0] == "serve"]
+    assert servers
+
+    def refuse(command: object) -> None:
+        raise UserError("far enough")
+
+    monkeypatch.setattr("shoal.serve.command.listen", refuse)
+    assert all(main(command) == 2 for command in servers)
 
 
 def test_make_targets_exist() -> None:

@@ -24,6 +24,7 @@ from .config import (
     ExportCommand,
     GenerateCommand,
     QuantizeCommand,
+    ServeCommand,
     TrainConfig,
     UserError,
 )
@@ -94,6 +95,15 @@ def chat(args: list[str]) -> None:
     run_chat(command)
 
 
+def serve(args: list[str]) -> None:
+    """Serve a model: OpenAI and Anthropic APIs, and a chat page"""
+    command = parse(ServeCommand, args, "serve")
+
+    from .serve.command import run_serve
+
+    run_serve(command)
+
+
 def evaluate(args: list[str]) -> None:
     """Bits per byte of text under a model"""
     command = parse(EvalCommand, args, "eval")
@@ -126,7 +136,10 @@ def plan(args: list[str]) -> None:
     from .plan.command import PlanCommand, run
 
     command = parse(PlanCommand, args, "plan")
-    finish(run(command), command.json)
+    measurements = None
+    if command.check:
+        from .bench.check import cases as measurements
+    finish(run(command, measurements), command.json)
 
 
 def bench(args: list[str]) -> None:
@@ -177,6 +190,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "eval": evaluate,
     "quantize": quantize,
     "export": export,

@@ -14,8 +14,9 @@ import torch
 
 from .config import UserError
 
-BF16_MARGIN = 1.3
-"""bf16 autocast pays for its casts only where bf16 matmul is faster than fp32 by this factor."""
+BF16_MARGIN = {"cuda": 1.3, "cpu": 4.0}
+"""bf16 autocast pays only where bf16 matmul is faster than fp32 by this factor. It costs casts; on a CPU also Shoal's own kernels, which
+are fp32, and up to a GiB of compiled products, one for every number of rows that an expert gets."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def start(device: str = "auto", precision: str = "auto", threads: int = 0) -> Ma
     if precision != "fp32":
         rates["bf16"] = matmul_rate(target, torch.bfloat16)
     if precision == "auto":
-        precision = "bf16" if rates["bf16"] > BF16_MARGIN * rates["fp32"] else "fp32"
+        precision = "bf16" if rates["bf16"] > BF16_MARGIN[target.type] * rates["fp32"] else "fp32"
         reason = f"matmul {rates['fp32'] / 1e9:.0f} GFLOP/s in fp32, {rates['bf16'] / 1e9:.0f} in bf16"
     else:
         reason = "as asked"
@@ -115,6 +116,10 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes held so far: allocated on a GPU, resident in this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, StopIteration):
+        # Linux: what getrusage says is at least what the process that started this one held at that moment.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -12,7 +12,8 @@ import pytest
 from shoal.cli import main
 from shoal.config import UserError
 from shoal.data import Tokenizer
-from shoal.engine.chat import HELP, render
+from shoal.data.chat_template import render_chat
+from shoal.engine.chat import HELP
 from shoal.formats import complete_checkpoints
 
 Say = Callable[..., str]
@@ -66,10 +67,10 @@ def test_a_chat_model_hears_the_whole_conversation_until_reset(chat_model: Path,
     prompts: list[str] = []
 
     def note(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> str:
-        prompts.append(render(tokenizer, messages))
+        prompts.append(render_chat(tokenizer, messages))
         return prompts[-1]
 
-    monkeypatch.setattr("shoal.engine.chat.render", note)
+    monkeypatch.setattr("shoal.engine.chat.render_chat", note)
     say(chat_model, "red é\nblue\n/reset\ngreen\n".encode(), "--system", "Be kind.")
     bos = "<｜begin▁of▁sentence｜>[system]Be kind."
     assert prompts[0] == f"{bos}[user]red é[assistant]"
@@ -82,10 +83,10 @@ def test_a_chat_model_hears_the_whole_conversation_until_reset(chat_model: Path,
 def test_a_template_that_fails_is_one_clear_error(chat_model: Path, template: str) -> None:
     (chat_model / "chat_template.jinja").write_text(template)
     with pytest.raises(UserError, match="template"):
-        render(Tokenizer.load(chat_model), [{"role": "user", "content": "red"}])
+        render_chat(Tokenizer.load(chat_model), [{"role": "user", "content": "red"}])
 
 
 def test_a_template_cannot_reach_into_python(chat_model: Path) -> None:
     (chat_model / "chat_template.jinja").write_text("{{ messages.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(UserError, match="template"):
-        render(Tokenizer.load(chat_model), [])
+        render_chat(Tokenizer.load(chat_model), [])

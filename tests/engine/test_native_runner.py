@@ -158,3 +158,12 @@ def test_steps_that_reach_outside_the_cache_are_refused() -> None:
     ):
         with pytest.raises((ValueError, IndexError, TypeError)):
             native.forward(Batch(**{**good.__dict__, **bad}))
+
+
+def test_moving_the_weights_changes_nothing() -> None:
+    native, _ = runners("v3")
+    batch = Batch.lay_out([[1, 2, 3]], [0], tables(1))
+    before = native.forward(batch).hidden
+    native.settle()
+    assert native.forward(batch).hidden.equal(before)
+    assert native.logits(before).isfinite().all()

@@ -56,6 +56,12 @@ class BareTokenizer:
         (folder / "tokenizer.json").write_text("{}")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def small() -> dict[str, Any]:
+    """The shape of a small model."""
+    return SMALL
+
+
+@pytest.fixture(scope="session")
 def tokenizer() -> BareTokenizer:
     return BareTokenizer()

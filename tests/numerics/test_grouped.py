@@ -54,7 +54,7 @@ def test_every_weight_is_within_a_step(
     back = dequantize(matrix)
     assert back.shape == weight.shape
     assert back.isfinite().all()
-    # Least squares may clip the largest weights of a group, but the group as a whole is no worse than by absolute maximum.
+    # Least squares may clip the largest weights of a group, but in the mean a weight is within half a step.
     padded = torch.nn.functional.pad(weight, (0, -columns % group)).unflatten(-1, (-1, group))
     worst = padded.abs().amax(-1) / (8 if bits == 4 else 128) * 0.51 + 1e-7
     mean = torch.nn.functional.pad(back - weight, (0, -columns % group)).unflatten(-1, (-1, group)).square().mean(-1).sqrt()

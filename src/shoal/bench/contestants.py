@@ -26,7 +26,8 @@ from .random_model import write_random_folder, write_random_gguf
 from .sides import Side
 from .train import SHAPE
 
-GGUF_OF_BITS: dict[int | None, GgufType] = {None: "f16", 8: "q8_0", 4: "q4_0"}
+GGUF_OF_BITS: dict[int, GgufType] = {8: "q8_0", 4: "q4_0"}
+GGUF_OF_PRECISION: dict[str, GgufType] = {"fp32": "f32", "bf16": "f16"}
 ROOM = 1 << 30
 """Disk that stays free."""
 
@@ -52,7 +53,7 @@ class Contest:
         opened: list[Side] = []
         try:
             opened.append(Side("shoal", "shoal_worker"))
-            self._load(opened[-1], model=str(self.model), threads=threads, bits=self.bits)
+            self._load(opened[-1], model=str(self.model), threads=threads, bits=self.bits, precision=command.precision)
             if self.gguf is not None:
                 opened.append(Side("llama.cpp", "llama_worker", command.llama_python))
                 self._load(opened[-1], model=str(self.gguf), threads=threads, flash=1)
@@ -77,7 +78,7 @@ def prepare(command: BenchEngineCommand, say: Callable[[str], None]) -> Contest:
     cache.mkdir(parents=True, exist_ok=True)
     if command.model is not None:
         return _trained(command, cache)
-    if command.shape == "v2-lite":
+    if command.uses_large_shape:
         return _large("v2-lite", BUILT_IN["deepseek-v2-lite"], command, cache, say)
     config = SHAPE if command.shape == "train" else load_recipe("demo").model
     return _small(command.shape, config, command, cache)
@@ -88,7 +89,7 @@ def _trained(command: BenchEngineCommand, cache: Path) -> Contest:
     if is_quantized(folder) and command.vs:
         raise UserError(f"{folder} is quantized: peers cannot open it; name the original model, with --bits")
     tokenizer, config = Tokenizer.load(folder), read_config(folder)
-    gguf = _exported(folder, tokenizer, command, cache / f"model.{GGUF_OF_BITS[command.bits]}.gguf")
+    gguf = _exported(folder, tokenizer, command, cache / "model.gguf")
     return Contest(str(command.model), config, folder, command.bits, gguf, folder, tokenizer)
 
 
@@ -96,7 +97,7 @@ def _exported(folder: Path, tokenizer: Tokenizer | None, command: BenchEngineCom
     """The GGUF file of a model, written anew: its weights may have changed."""
     if "llama.cpp" not in command.vs:
         return None
-    export_gguf(folder, tokenizer, out, GGUF_OF_BITS[command.bits])
+    export_gguf(folder, tokenizer, out, GGUF_OF_BITS[command.bits] if command.bits else GGUF_OF_PRECISION[command.precision])
     return out
 
 
@@ -107,7 +108,7 @@ def _small(name: str, config: ModelConfig, command: BenchEngineCommand, cache: P
         init_weights(model, 0)
         with new_folder(folder) as temporary:
             save_model(model, temporary)
-    gguf = _exported(folder, None, command, cache / f"{name}.{GGUF_OF_BITS[command.bits]}.gguf")
+    gguf = _exported(folder, None, command, cache / f"{name}.gguf")
     return Contest(name, config, folder, command.bits, gguf, folder, None)
 
 

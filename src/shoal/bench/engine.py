@@ -23,6 +23,8 @@ LONG = 16384
 SEQUENCES = 8
 WARM = 3
 """Tokens that every turn adds before it is timed."""
+OUT_OF_CACHE = 2**28
+"""Bytes per token from which on decoding reads memory, and not the processor's caches."""
 ANSWER, PROMPTS, BEGINNING = 64, 8, 64
 """Of `mtp`: tokens of an answer, number of prompts, tokens of a prompt."""
 
@@ -48,6 +50,8 @@ class Figures:
     memory: dict[str, Memory] = field(default_factory=dict)
     """Of each side after decoding at a context of 512."""
     bandwidth: list[float] = field(default_factory=list)
+    shares: dict[str, list[float]] = field(default_factory=dict)
+    """Of the bandwidth measured right before and after, that Shoal's decoding read; one of every turn, by measurement."""
     peaks: dict[str, float] = field(default_factory=dict)
 
     def rate(self, measurement: str, side: str) -> float:
@@ -56,11 +60,12 @@ class Figures:
 
 def measurements(command: BenchEngineCommand, context: int) -> list[Measurement]:
     """What is measured of a model that sees `context` tokens, in the order of a turn."""
-    few = max(command.steps // 2, 2)
+    steps = command.decode_steps
+    few = max(steps // 2, 2)
     every = {
         "decode": [
-            Measurement("decode_32", "decode, context 32", 32, steps=command.steps),
-            Measurement("decode", f"decode, context {PROMPT}", PROMPT, steps=command.steps),
+            Measurement("decode_32", "decode, context 32", 32, steps=steps),
+            Measurement("decode", f"decode, context {PROMPT}", PROMPT, steps=steps),
         ],
         "prefill": [Measurement("prefill", f"prefill of {PROMPT}", PROMPT, steps=0)],
         "batch": [Measurement("batch", f"{SEQUENCES} sequences, context {PROMPT}", PROMPT, SEQUENCES, few)],
@@ -85,7 +90,7 @@ def run_bench(command: BenchEngineCommand) -> dict[str, Any]:
         draw = random.Random(0)
         for _ in range(command.rounds):
             _turn(sides, wanted, contest.config.vocab_size, draw, figures)
-        speculation = _speculation(sides[0], prompts) if prompts else {}
+        speculation = _speculation(sides[0], prompts, contest.config.max_position_embeddings) if prompts else {}
     finally:
         for side in sides:
             side.close()
@@ -96,11 +101,12 @@ def run_bench(command: BenchEngineCommand) -> dict[str, Any]:
 
 def _turn(sides: list[Side], wanted: list[Measurement], vocabulary: int, draw: random.Random, figures: Figures) -> None:
     """Every measurement once on every side; a shared machine changes its speed over minutes: in turns, all see the same."""
-    figures.bandwidth.append(read_bandwidth())
     prefix = [draw.randrange(vocabulary) for _ in range(PROMPT)]
     for measurement in wanted:
         ids = [[draw.randrange(vocabulary) for _ in range(measurement.sequences)] for _ in range(measurement.steps)]
-        for side in sides:
+        for i, side in enumerate(sides):
+            # What the machine can read changes within minutes where others share its memory.
+            around = [read_bandwidth()] if i == 0 else []
             if measurement.steps:
                 reply = side.ask("decode", prefix=prefix, context=measurement.context, ids=ids, warm=WARM)
                 tokens = measurement.sequences
@@ -108,29 +114,43 @@ def _turn(sides: list[Side], wanted: list[Measurement], vocabulary: int, draw: r
                 reply, tokens = side.ask("prefill", ids=prefix), PROMPT
             rates = figures.rates.setdefault(measurement.name, {}).setdefault(side.name, [])
             rates.append(tokens / statistics.median(reply["seconds"]))
+            if i == 0:
+                around.append(read_bandwidth())
+                figures.bandwidth += around
+                if measurement.steps and measurement.sequences == 1 and bytes_read(side, measurement) > OUT_OF_CACHE:
+                    share = rates[-1] * bytes_read(side, measurement) / statistics.mean(around)
+                    figures.shares.setdefault(measurement.name, []).append(share)
             if measurement.name == "decode" and side.name not in figures.memory:
                 figures.memory[side.name] = side.memory()
+
+
+def bytes_read(shoal: Side, measurement: Measurement) -> float:
+    """Bytes of weights and cache that adding one token to one sequence reads."""
+    loaded = shoal.loaded
+    return float(loaded["weight_bytes_per_token"] + measurement.context * loaded["cache_bytes_per_position"])
 
 
 def _prompts(command: BenchEngineCommand, contest: Contest) -> list[list[int]]:
     """Beginnings of the texts of --data, where the model can guess ahead."""
     if "mtp" not in command.cases or not command.data or not contest.config.num_nextn_predict_layers or contest.tokenizer is None:
         return []
+    length = min(BEGINNING, contest.config.max_position_embeddings // 2)
     found = []
     for text in open_corpus(command.data, CorpusConfig()).texts_to_score():
-        ids = contest.tokenizer.encode(text, bos=True)[:BEGINNING]
-        if len(ids) == BEGINNING:
+        ids = contest.tokenizer.encode(text, bos=True)[:length]
+        if len(ids) == length:
             found.append(ids)
         if len(found) == PROMPTS:
             break
     if not found:
-        raise UserError(f"--data holds no text of {BEGINNING} tokens")
+        raise UserError(f"--data holds no text of {length} tokens")
     return found
 
 
-def _speculation(shoal: Side, prompts: list[list[int]]) -> dict[str, Any]:
+def _speculation(shoal: Side, prompts: list[list[int]], context: int) -> dict[str, Any]:
     """Tokens per second of greedy answers with and without guesses, and how many guesses were right."""
-    replies = {mode: shoal.ask("answer", prompts=prompts, tokens=ANSWER, speculate=mode) for mode in ("off", "on", "auto")}
+    tokens = min(ANSWER, context - len(prompts[0]))
+    replies = {mode: shoal.ask("answer", prompts=prompts, tokens=tokens, speculate=mode) for mode in ("off", "on", "auto")}
     rates = {mode: reply["tokens"] / reply["seconds"] for mode, reply in replies.items()}
     return {
         "mtp_tokens_per_second": rates["on"],
@@ -148,13 +168,14 @@ def summarize(
 ) -> dict[str, Any]:
     """The JSON object: rates of every side, ratios of Shoal's to each peer's, shares of what the machine can do."""
     shoal = sides[0]
-    bandwidth = statistics.median(figures.bandwidth)
     result: dict[str, Any] = {
         "model": contest.name,
-        "bits": command.bits or (4 if contest.name == "v2-lite" else None),
+        "bits": 4 if command.uses_large_shape else command.bits,
         "settings": {side.name: side.settings for side in sides},
         "load_seconds": {side.name: side.loaded["load_seconds"] for side in sides},
-        "bandwidth": bandwidth,
+        "bandwidth": statistics.median(figures.bandwidth),
+        "bandwidth_lowest": min(figures.bandwidth),
+        "bandwidth_highest": max(figures.bandwidth),
         "peak_fp32": figures.peaks["fp32"],
         "peak_int8": figures.peaks["int8"],
         "cache_values_per_token_and_layer": contest.config.cache_values_per_token,
@@ -169,17 +190,12 @@ def summarize(
         result |= {f"{prefix}{m.name}_ratio": figures.rate(m.name, shoal.name) / figures.rate(m.name, side.name) for m in wanted}
         if side.name in figures.memory and figures.memory[side.name].resident:
             result[f"{prefix}memory_ratio"] = figures.memory[shoal.name].resident / figures.memory[side.name].resident
-    names = {m.name: m for m in wanted}
-    for name, share in (
-        ("decode_32", "bandwidth_share_32"),
-        ("decode", "bandwidth_share"),
-        ("long_context", "bandwidth_share_long_context"),
-    ):
-        if name in names:
-            read = shoal.loaded["weight_bytes_per_token"] + names[name].context * shoal.loaded["cache_bytes_per_position"]
-            result[share] = figures.rate(name, shoal.name) * read / bandwidth
-            result[f"{name}_bytes_per_token"] = read
-    if "prefill" in names:
+    for m in wanted:
+        if m.name in figures.shares:
+            suffix = "" if m.name == "decode" else f"_{m.name}"
+            result[f"bandwidth_share{suffix}"] = statistics.median(figures.shares[m.name])
+            result[f"{m.name}_bytes_per_token"] = bytes_read(shoal, m)
+    if "prefill" in figures.rates:
         flops = flops_per_token(contest.config, PROMPT, training=False).total * figures.rate("prefill", shoal.name)
         result["prefill_fp32_peak_share"] = flops / figures.peaks["fp32"]
         if figures.peaks["int8"]:

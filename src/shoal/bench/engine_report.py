@@ -40,10 +40,11 @@ def print_report(contest: Contest, sides: list[Side], wanted: list[Measurement],
         table.add_row(*row, *(f"{held[0].resident / other.resident:.2f}" for other in held[1:] if other.resident))
     console.print(table)
     peaks = f"{result['peak_fp32'] / 1e9:.0f} GFLOP/s in fp32, {result['peak_int8'] / 1e9:.0f} in int8"
-    console.print(f"this machine reads {result['bandwidth'] / 1e9:.1f} GB/s and multiplies {peaks}")
+    lowest, highest = result["bandwidth_lowest"] / 1e9, result["bandwidth_highest"] / 1e9
+    console.print(f"this machine reads {result['bandwidth'] / 1e9:.1f} GB/s ({lowest:.1f} - {highest:.1f}) and multiplies {peaks}")
     for key, what in (("bandwidth_share", "at 512 tokens"), ("bandwidth_share_long_context", "at 16384 tokens")):
         if key in result:
-            console.print(f"decoding {what} reads {result[key]:.0%} of the bandwidth")
+            console.print(f"decoding {what} uses {result[key]:.0%} of the bandwidth measured around it")
     if "prefill_fp32_peak_share" in result:
         console.print(f"prefill computes {result['prefill_fp32_peak_share']:.0%} of the fp32 peak")
     if "mtp_speedup" in result:
@@ -55,4 +56,5 @@ def print_report(contest: Contest, sides: list[Side], wanted: list[Measurement],
 
 
 def number(value: float) -> str:
+    """Three digits or more."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ..memory import large_pages
 from ..runtime import matmul_rate
 
 READ_BYTES = 1 << 29
 """Far more than any cache holds."""
-REPEATS = 5
+REPEATS = 9
 
 
 def read_bandwidth() -> float:
-    """Bytes per second that all of torch's threads together read from memory; the best of some passes over half a gigabyte."""
-    source = torch.ones(READ_BYTES // 8, dtype=torch.int64)
-    best = 0.0
+    """Bytes per second that all of torch's threads together read from memory in large pages: a median, as the sides' rates are."""
+    source = large_pages(READ_BYTES).view(torch.int64)
+    source.fill_(1)
+    seconds = []
     for _ in range(REPEATS):
         began = time.perf_counter()
         source.sum()
-        best = max(best, READ_BYTES / (time.perf_counter() - began))
-    return best
+        seconds.append(time.perf_counter() - began)
+    return READ_BYTES / statistics.median(seconds)
 
 
 def product_peaks() -> dict[str, float]:

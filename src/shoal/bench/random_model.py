@@ -115,7 +115,7 @@ def _in_part(part: Part, quants: torch.Tensor, scales: torch.Tensor) -> PackedMa
     """4-bit weights in the number format of `part`."""
     if part.is_matrix and part.format in ("int4", "int8"):
         shift = ZERO_POINT[part.format] - ZERO_POINT["int4"]
-        return pack_integers(part.format, quants + shift, scales, group=BLOCK)  # type: ignore[arg-type]
+        return pack_integers(part.format, quants + shift, scales, group=BLOCK)
     weight = (quants.float() - 8).unflatten(-1, (-1, BLOCK)) * scales.float().unsqueeze(-1)
     return pack(weight.flatten(-2), replace(part, shape=tuple(quants.shape)))
 

@@ -28,7 +28,9 @@ class BenchEngineCommand:
     model: str | None = None
     """A trained model in place of a shape: run, checkpoint or Hugging Face folder."""
     bits: Literal[4, 8] | None = None
-    """Quantize the weights (llama.cpp: q4_0, q8_0). None: 4 for v2-lite, otherwise as they are (llama.cpp: f16)."""
+    """Quantize the weights (llama.cpp: q4_0, q8_0). None: 4 for v2-lite, otherwise not."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Weights that are not quantized (llama.cpp: f32, f16). transformers takes the faster one whatever this says."""
     vs: Annotated[tuple[Literal["llama.cpp", "transformers"], ...], tyro.conf.UseAppendAction] = ()
     """Peer to run in the same call, in turns; may be given more than once."""
     cases: tuple[Case, ...] = CASES
@@ -37,8 +39,8 @@ class BenchEngineCommand:
     """Text whose beginnings are the prompts of `mtp`; files or folders as for `shoal train`. Without it, `mtp` is left out."""
     rounds: int = 3
     """Turns of every side; the median of its turns counts."""
-    steps: int = 16
-    """Tokens added in a turn of `decode`; half as many with `batch` and `long`."""
+    steps: int | None = None
+    """Tokens added in a turn of `decode`, half as many with `batch` and `long`. None: 16 for v2-lite, 64 otherwise."""
     threads: int = 0
     """CPU threads of each side; 0: one per core."""
     cache_dir: str | None = None
@@ -48,16 +50,24 @@ class BenchEngineCommand:
     json: bool = False
     """A benchmark always ends with its JSON object; accepted for the sake of scripts."""
 
+    @property
+    def uses_large_shape(self) -> bool:
+        return self.model is None and self.shape == "v2-lite"
+
+    @property
+    def decode_steps(self) -> int:
+        return self.steps if self.steps is not None else 16 if self.uses_large_shape else 64
+
     def validate(self) -> None:
         """Raise `UserError` on the first option that cannot work."""
-        for name in ("rounds", "steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}: it must be at least 1")
+        for name, count in (("rounds", self.rounds), ("steps", self.steps)):
+            if count is not None and count < 1:
+                raise UserError(f"--{name} is {count}: it must be at least 1")
         if self.threads < 0:
             raise UserError(f"--threads is {self.threads}: it must be 0 (one per core) or more")
         if not self.cases:
             raise UserError(f"--cases names nothing to measure: use {', '.join(CASES)}")
-        if self.model is None and self.shape == "v2-lite":
+        if self.uses_large_shape:
             if self.bits == 8:
                 raise UserError("the v2-lite shape is made in 4 bits: leave --bits away, or measure a --model")
             if "transformers" in self.vs:

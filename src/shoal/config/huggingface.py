@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from .errors import UserError
-from .model import ModelConfig
+from .model import ModelConfig, is_number
 
 SHOAL = "shoal"
 """`model_type` of files that only Shoal can open; `base_model_type` then says what they are built on."""
@@ -74,7 +74,7 @@ def model_config_from_dict(d: dict[str, Any]) -> ModelConfig:
     if written == SHOAL:
         d = {**d, "model_type": d.get("base_model_type")}
         written = d["model_type"]
-    if written not in _SUPPORTED:
+    if not isinstance(written, str) or written not in _SUPPORTED:
         raise UserError(f"model_type {written!r} is not supported: Shoal reads {', '.join(_SUPPORTED)}")
     model_type = "llama" if written == "qwen2" else written
     _refuse_other_models(d, written)
@@ -87,7 +87,7 @@ def model_config_from_dict(d: dict[str, Any]) -> ModelConfig:
         values["attention_bias"] = True
     values["rope_theta"], values["rope_scaling"] = _read_rope(d)
     for key in ("bos_token_id", "eos_token_id"):
-        if isinstance(values.get(key), list):  # Llama-3.1 Instruct ends on any of three tokens
+        if isinstance(values.get(key), list) and values[key]:  # Llama-3.1 Instruct ends on any of three tokens
             extra[key] = values[key]
             values[key] = values[key][0]
 
@@ -126,11 +126,17 @@ def _refuse_other_models(d: dict[str, Any], model_type: str) -> None:
 
 def _read_rope(d: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """(rope_theta, rope_scaling or None); the kind of scaling is called `type`, whatever the file calls it."""
-    parameters = d.get("rope_parameters") or {}
-    scaling = dict(parameters or d.get("rope_scaling") or {})
+    for key in ("rope_parameters", "rope_scaling"):
+        if d.get(key) and not isinstance(d[key], dict):
+            raise UserError(f"{key} is {d[key]!r}: it must be a table or null")
+    scaling = dict(d.get("rope_parameters") or d.get("rope_scaling") or {})
     theta = scaling.pop("rope_theta", d.get("rope_theta", 10000.0))
+    if not is_number(theta):
+        raise UserError(f"rope_theta is {theta!r}: it must be a number")
     kind = scaling.pop("rope_type", None)
     kind = scaling.pop("type", kind) or "default"
+    if not isinstance(kind, str):
+        raise UserError(f"rope_scaling type {kind!r} is not supported: use yarn, llama3 or none")
     if kind == "default":
         return float(theta), None
     return float(theta), {"type": kind, **scaling}

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
 from .errors import UserError
 
 ModelType = Literal["deepseek_v3", "deepseek_v2", "llama"]
+TopkMethod = Literal["greedy", "group_limited_greedy", "noaux_tc"]
+ScoringFunction = Literal["softmax", "sigmoid"]
+Initialisation = Literal["normal", "fan_in"]
+CHOICES: dict[str, Any] = {"model_type": ModelType, "topk_method": TopkMethod, "scoring_func": ScoringFunction, "init": Initialisation}
 
 SCALING_NEEDS: dict[str | None, tuple[str, ...]] = {
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 """What `rope_scaling` must hold, by type."""
+SCALING_NUMBERS = {
+    *("factor", "beta_fast", "beta_slow", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "attention_factor"),
+    *("mscale", "mscale_all_dim"),
+}
+"""What must be a number where `rope_scaling` holds it and it is not null; above 0 but for the last two, which may be 0."""
+
+LARGEST = {"num_hidden_layers": 1000, "num_nextn_predict_layers": 100, "n_routed_experts": 2**14, "hidden_size": 2**20, "vocab_size": 2**24}
+"""Above these no model is plausible; of other whole numbers the largest is 2^31 - 1."""
 
 
 @dataclass
@@ -66,8 +78,8 @@ class ModelConfig:
     """Width of one routed expert; the shared experts together are `n_shared_experts` times as wide."""
     first_k_dense_replace: int = 1
     moe_layer_freq: int = 1
-    topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "noaux_tc"
-    scoring_func: Literal["softmax", "sigmoid"] = "sigmoid"
+    topk_method: TopkMethod = "noaux_tc"
+    scoring_func: ScoringFunction = "sigmoid"
     n_group: int = 1
     topk_group: int = 1
     norm_topk_prob: bool = True
@@ -84,7 +96,7 @@ class ModelConfig:
     """RMSNorm without weights on every query and key head. Not exportable."""
     logit_softcap: float | None = None
     """Logits become cap * tanh(logits / cap). Not exportable."""
-    init: Literal["normal", "fan_in"] = "normal"
+    init: Initialisation = "normal"
     """`normal`: every matrix with std `initializer_range`; `fan_in`: hidden matrices with std 1/sqrt(fan_in)."""
     zero_init_output: bool = False
     """Start `o_proj` and `down_proj` at zero, so that every block starts as the identity."""
@@ -141,6 +153,7 @@ class ModelConfig:
 
     def validate(self) -> None:
         """Raise `UserError` on the first setting that cannot work, with what to do about it."""
+        self._validate_types()
         positive = ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"]
         positive += ["max_position_embeddings", "q_lora_rank", "num_key_value_heads", "head_dim"]
         if self.uses_mla:
@@ -165,13 +178,48 @@ class ModelConfig:
             raise UserError("model.num_nextn_predict_layers is negative: use 0 for no multi-token prediction")
         if self.num_nextn_predict_layers and not self.uses_mla:
             raise UserError("multi-token prediction needs a DeepSeek model: set model.num_nextn_predict_layers to 0 for llama")
-        scaling = self.rope_scaling or {}
+        self._validate_scaling(self.rope_scaling or {})
+
+    def _validate_types(self) -> None:
+        """Files may hold anything: every setting must be of its kind before it is compared with numbers."""
+        for setting in fields(self):
+            if setting.name in ("rope_scaling", "extra"):
+                continue
+            value, kind = getattr(self, setting.name), str(setting.type)
+            if value is None and kind.endswith("| None"):
+                continue
+            kind = kind.removesuffix(" | None")
+            if kind == "int":
+                largest = LARGEST.get(setting.name, 2**31 - 1)
+                if type(value) is not int or abs(value) > largest:
+                    raise UserError(f"model.{setting.name} is {value!r}: it must be a whole number of at most {largest:,}")
+            elif kind == "float":
+                if not is_number(value):
+                    raise UserError(f"model.{setting.name} is {value!r}: it must be a number")
+            elif kind == "bool":
+                if type(value) is not bool:
+                    raise UserError(f"model.{setting.name} is {value!r}: it must be true or false")
+            else:
+                choices = get_args(CHOICES[setting.name])
+                if value not in choices:
+                    raise UserError(f"model.{setting.name} is {value!r}: it must be one of {', '.join(choices)}")
+
+    def _validate_scaling(self, scaling: dict[str, Any]) -> None:
         kind = scaling.get("type", scaling.get("rope_type"))
         if kind not in (None, "yarn", "default", "llama3"):
             raise UserError(f"rope_scaling type {kind!r} is not supported: use yarn, llama3 or none")
-        missing = [name for name in SCALING_NEEDS.get(kind, ()) if not isinstance(scaling.get(name), (int, float))]
+        for name in sorted(SCALING_NUMBERS & scaling.keys()):
+            value = scaling[name]
+            least_is_zero = name.startswith("mscale")
+            if value is not None and not (is_number(value) and (value > 0 or (least_is_zero and value == 0))):
+                raise UserError(f"model.rope_scaling has {name} {value!r}: it must be a number above 0")
+        missing = [name for name in SCALING_NEEDS.get(kind, ()) if scaling.get(name) is None]
         if missing:
             raise UserError(f"model.rope_scaling of type {kind} lacks the number {', '.join(missing)}: add it")
+        if kind == "yarn" and self.rope_theta <= 1:
+            raise UserError(f"model.rope_theta is {self.rope_theta}: YaRN needs more than 1")
+        if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+            raise UserError("model.rope_scaling has a low_freq_factor that is not below its high_freq_factor: swap them")
 
     def _validate_gqa(self) -> None:
         heads, kv_heads = self.num_attention_heads, self.kv_heads
@@ -181,6 +229,8 @@ class ModelConfig:
             raise UserError(f"{heads} query heads cannot share {kv_heads} key/value heads: make the first a multiple of the second")
 
     def _validate_moe(self, experts: int) -> None:
+        if experts < 1:
+            raise UserError(f"model.n_routed_experts is {experts}: it must be at least 1, or null for none")
         if not 1 <= self.num_experts_per_tok <= experts:
             raise UserError(f"model.num_experts_per_tok is {self.num_experts_per_tok}: it must be between 1 and the {experts} experts")
         for name in ("moe_intermediate_size", "moe_layer_freq"):
@@ -200,3 +250,8 @@ class ModelConfig:
                 raise UserError(f"{self.topk_group} groups hold {reachable} experts, fewer than num_experts_per_tok = {chosen}")
             if self.topk_method == "noaux_tc" and experts // self.n_group < 2:
                 raise UserError("noaux_tc scores a group by its best two experts: give each group at least 2")
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite number that a float can hold."""
+    return type(value) in (int, float) and abs(value) < 1e300

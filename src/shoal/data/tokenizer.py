@@ -79,11 +79,12 @@ class Tokenizer:
         file = file / "tokenizer.json" if file.is_dir() else file
         if not file.is_file():
             raise UserError(f"there is no tokenizer at {file}: give a tokenizer.json or a folder that holds one")
-        text = file.read_text(encoding="utf-8")
         try:
+            text = file.read_text(encoding="utf-8")
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # tokenizers raises plain Exception
-            raise UserError(f"{file} is not a tokenizer.json that can be read: {error}") from error
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{file} is not a tokenizer.json that can be read: {reason}") from error
         config = _read_json(file.parent / "tokenizer_config.json")
         if not config:
             known = [next((name for name in names if backend.token_to_id(name) is not None), None) for names in (KNOWN_BOS, KNOWN_EOS)]
@@ -153,6 +154,28 @@ class Tokenizer:
         """
         return self._with_special.decode(ids, skip_special_tokens=skip_special)
 
+    def token_bytes(self, token: int) -> bytes:
+        """What one token writes, which need not be whole characters; nothing for ids above the vocabulary."""
+        piece = self._with_special.id_to_token(token)
+        if piece is None:
+            return b""
+        if self._is_byte_level and all(character in _BYTES for character in piece) and token not in self._added:
+            return bytes(_BYTES[character] for character in piece)
+        return self.decode([token], skip_special=False).encode()
+
+    def token_id(self, content: str) -> int | None:
+        """Id of the added token with this text; None if there is none."""
+        token = self._with_special.token_to_id(content)
+        return token if token in self._added else None
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(token["id"] for token in json.loads(self.json).get("added_tokens", []))
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        return "ByteLevel" in json.dumps(json.loads(self.json).get("decoder"))
+
     @cached_property
     def _with_special(self) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_str(self.json)
@@ -173,6 +196,16 @@ class Tokenizer:
         token = self.config.get(key)
         token = token["content"] if isinstance(token, dict) else token
         return self._with_special.token_to_id(token) if token else None
+
+
+def _byte_characters() -> dict[str, int]:
+    """The characters that stand for bytes in a byte-level vocabulary: printable ones for themselves, the others from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_characters()
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -259,8 +292,10 @@ def _read_json(file: Path) -> dict[str, Any]:
         return {}
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} does not hold a JSON object: copy or download it again")
     return content
 
 

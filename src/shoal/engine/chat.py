@@ -8,12 +8,9 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
-
-import jinja2.sandbox
 
 from ..config import ChatCommand, UserError
-from ..data import Tokenizer
+from ..data.chat_template import render_chat
 from .command import engine_for_one
 from .engine import Engine
 from .load import load
@@ -58,7 +55,7 @@ def run_chat(command: ChatCommand) -> None:
             prompt = tokenizer.encode(line, bos=True)
         else:
             messages.append({"role": "user", "content": line})
-            prompt = tokenizer.encode(render(tokenizer, messages), special=True)
+            prompt = tokenizer.encode(render_chat(tokenizer, messages), special=True)
         answer = ""
         try:
             answer = _say(engine, Request(prompt, command.sampling))
@@ -97,22 +94,3 @@ def _interrupts() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def render(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> str:
-    """The conversation as the model's own template writes it, ready for the assistant's turn."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-
-    def raise_exception(message: str) -> None:
-        raise UserError(f"the chat template refuses this conversation: {message}")
-
-    try:
-        return environment.from_string(tokenizer.chat_template or "").render(
-            messages=messages,
-            add_generation_prompt=True,
-            raise_exception=raise_exception,
-            bos_token=tokenizer.decode([tokenizer.bos_id], skip_special=False) if tokenizer.bos_id is not None else "",
-            eos_token=tokenizer.decode([tokenizer.eos_id], skip_special=False),
-        )
-    except jinja2.TemplateError as error:
-        raise UserError(f"the model's chat template cannot be used: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,7 +57,9 @@ def load(path: str, options: MachineOptions, bits: int | None = None, group: int
     machine = start(options.device, options.precision, options.threads)
     if machine.device.type == "cpu" and BACKEND.cpu is not None:
         weights = load_weights(folder, bits, group, precision=None if options.precision == "auto" else options.precision)
-        return Loaded(NativeRunner(weights.config, weights.parts, machine.threads), tokenizer, machine, folder)
+        runner = NativeRunner(weights.config, weights.parts, machine.threads)
+        threading.Thread(target=runner.settle, name="settle", daemon=True).start()
+        return Loaded(runner, tokenizer, machine, folder)
     model = load_transformer(folder, machine.device) if bits is None else to_transformer(load_weights(folder, bits, group))
     return Loaded(make_runner(model.to(machine.device), machine), tokenizer, machine, folder)
 

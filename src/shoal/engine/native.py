@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +14,9 @@ from torch import Tensor
 from ..config import CacheFormat, ModelConfig
 from ..kernels.packed import PackedMatrix, pack_floats
 from ..kernels.serving import decoder
+from ..memory import MappedFiles, copy_bytes, large_pages
 from ..model import LATENT_NORM_EPS, rotary_tables, softmax_scale
+from ..runtime import available_memory
 from .runner import PAGE, Batch, Forward
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
@@ -68,19 +73,58 @@ class NativeRunner:
             if name.startswith("model.layers."):
                 number, _, part = name.removeprefix("model.layers.").partition(".")
                 # The router is fp32 in every file, and small: it is put in tiles here.
-                layers[int(number)][_LAYER[part]] = pack_floats(weight, "fp32") if part == "mlp.gate.weight" else weight
+                tiled = isinstance(weight, Tensor) and part == "mlp.gate.weight"
+                layers[int(number)][_LAYER[part]] = pack_floats(weight, "fp32") if tiled else weight  # type: ignore[arg-type]
         top = {"embedding": weights["model.embed_tokens.weight"], "norm": weights["model.norm.weight"], "head": weights["lm_head"]}
         if all(w.format == "fp32" for w in weights.values() if isinstance(w, PackedMatrix)):
             self.natural_cache = "fp32"
-        self._decoder = decoder(_shape(config), top, layers, config.num_hidden_layers)
+        mapped = MappedFiles()
+        for name, weight in weights.items():
+            if name.endswith("mlp.gate.weight") and isinstance(weight, Tensor):
+                mapped.forget(weight)
+        self._decoder: Any = decoder(_shape(config), top, layers, config.num_hidden_layers)
+        self._lock = threading.Lock()
+        """Held while the decoder runs or a matrix moves."""
         self._cache = torch.empty(0)
         self._tables = (torch.empty(0), torch.empty(0))
         self._mixtures = sum(config.is_moe_layer(i) for i in range(config.num_hidden_layers))
 
+        self._moving: list[tuple[int, str, Any]] = [(-1, "head", top["head"])]
+        for i, layer in enumerate(layers):
+            self._moving += [(i, name, weight) for name, weight in layer.items() if isinstance(weight, PackedMatrix) and name != "router"]
+
+    def settle(self) -> bool:
+        """Move the matrices, one by one, into large pages of memory; the runner can be used meanwhile.
+
+        A mapped file serves its first token at once, but its small pages are read more slowly. Nothing moves where that does not fit;
+        returns whether it did.
+        """
+        arrays = [array for _, _, matrix in self._moving for array in (matrix.data, matrix.scales, matrix.mins) if array is not None]
+        total = sum(round_up(array.nbytes) for array in arrays)
+        if total > available_memory(self.device):
+            return False
+        room, used, mapped = large_pages(total), 0, MappedFiles()
+        while self._moving:
+            layer, name, matrix = self._moving.pop()
+            moved = {}
+            for part in ("data", "scales", "mins"):
+                array = getattr(matrix, part)
+                if array is not None:
+                    place = room[used : used + array.nbytes]
+                    copy_bytes(array, place)
+                    moved[part] = place.view(array.dtype).view(array.shape)
+                    used += round_up(array.nbytes)
+            with self._lock:
+                self._decoder.replace(layer, name, replace(matrix, **moved))
+            for part in moved:
+                mapped.forget(getattr(matrix, part))
+        return True
+
     def allocate(self, pages: int, cache: CacheFormat) -> None:
         """See `Runner`. Memory is taken only as pages are written."""
         layers = self.config.num_hidden_layers + self.config.num_nextn_predict_layers
-        self._cache = torch.zeros(layers, pages, PAGE, self.config.cache_values_per_token, dtype=DTYPES[cache])
+        shape, dtype = (layers, pages, PAGE, self.config.cache_values_per_token), DTYPES[cache]
+        self._cache = large_pages(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
     def forward(self, batch: Batch) -> Forward:
         """See `Runner`."""
@@ -88,20 +132,23 @@ class NativeRunner:
         hidden = torch.empty(tokens, self.config.hidden_size)
         experts = torch.empty(self._mixtures, tokens, self.config.num_experts_per_tok, dtype=torch.int32) if self._mixtures else None
         place = (batch.positions, batch.starts, batch.tables, *self._rotary(batch), self._cache)
-        self._decoder.forward(batch.ids, *place, hidden, experts, self.threads)
+        with self._lock:
+            self._decoder.forward(batch.ids, *place, hidden, experts, self.threads)
         return Forward(hidden, experts)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Runner`."""
         out = torch.empty(len(hidden), self.config.vocab_size)
-        self._decoder.logits(hidden.contiguous(), out, self.threads)
+        with self._lock:
+            self._decoder.logits(hidden.contiguous(), out, self.threads)
         return out
 
     def draft(self, batch: Batch, hidden: Tensor, next_ids: Tensor) -> Tensor:
         """See `Runner`."""
         out = torch.empty_like(hidden)
         place = (batch.positions, batch.starts, batch.tables, *self._rotary(batch), self._cache)
-        self._decoder.draft(0, next_ids, *place, hidden.contiguous(), out, self.threads)
+        with self._lock:
+            self._decoder.draft(0, next_ids, *place, hidden.contiguous(), out, self.threads)
         return out
 
     def copy_page(self, source: int, target: int) -> None:
@@ -115,6 +162,11 @@ class NativeRunner:
             length = min(max(2 * needed, 1024), max(needed, self.config.max_position_embeddings))
             self._tables = rotary_tables(self.config, torch.arange(length))
         return self._tables
+
+
+def round_up(nbytes: int) -> int:
+    """To whole cache lines."""
+    return -(-nbytes // 64) * 64
 
 
 def _shape(config: ModelConfig) -> dict[str, Any]:

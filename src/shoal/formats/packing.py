@@ -15,7 +15,7 @@ from ..numerics.grouped import Bits, Grouped, quantize
 from .parts import EMBEDDING, HEAD, Part, arrays_of, split_kv_up
 from .weight_files import WeightFiles
 
-CHUNK = 1 << 22
+CHUNK = 1 << 20
 """Weights that are packed at once: what packing needs besides its result stays small beside any large tensor."""
 BITS: dict[str, Bits] = {"int4": 4, "int8": 8}
 

@@ -45,7 +45,7 @@ class Scheme:
         for name in ("matrices", "head", "mtp"):
             if getattr(self, name) not in FORMATS:
                 raise UserError(f"{name} in the number format {getattr(self, name)!r}: use one of {', '.join(FORMATS)}")
-        if self.embedding not in DTYPES:
+        if self.embedding not in tuple(DTYPES):  # a file may hold what cannot be hashed
             raise UserError(f"an embedding in the number format {self.embedding!r}: use one of {', '.join(DTYPES)}")
         if type(self.group) is not int or self.group not in GROUPS:
             raise UserError(f"groups of {self.group!r} weights: use 32 or 64")

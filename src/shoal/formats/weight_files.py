@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
-FORGET_AFTER = 1 << 29
+FORGET_AFTER = 1 << 28
 """Bytes read through a mapping before it is made anew: until then they count as this process's memory."""
 
 _HARMLESS = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
@@ -111,12 +112,13 @@ class WeightFiles:
 
     def read(self, name: str) -> Tensor:
         """One tensor, dequantized where it is FP8 with scales, all its numbers finite."""
-        if self._touched > FORGET_AFTER:
+        self._require_readable(name)
+        size = math.prod(self.shape(name)) * {"F32": 4, _FP8: 1}.get(self.stored(name), 2)
+        if self._touched and self._touched + size > FORGET_AFTER:
             self._stack.close()
             self._open()
-        self._require_readable(name)
         tensor: Tensor = self.file_of[name].get_tensor(name)
-        self._touched += tensor.nbytes
+        self._touched += size
         if self.is_fp8(name):
             tensor = dequantize_blocks(tensor, self.file_of[name + _SCALE].get_tensor(name + _SCALE), block=self.fp8_block)
         if not _all_finite(tensor):

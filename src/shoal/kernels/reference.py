@@ -147,7 +147,9 @@ def packed_linear(x: Tensor, matrix: PackedMatrix) -> Tensor:
     quants, scales, mins = unpack_integers(matrix)
     padded = torch.nn.functional.pad(x, (0, quants.shape[-1] - x.shape[-1])).unflatten(-1, (-1, matrix.group))  # [N, G, group]
     top = padded.abs().amax(-1, keepdim=True)
-    rounded = (padded * torch.where(top > 0, 127 / top, 0)).round()  # integers up to 127
+    # Not 127 / top, which torch computes as a reciprocal times 127.
+    inverse = torch.where(top > 0, torch.full_like(top, 127).div(top), 0)
+    rounded = (padded * inverse).round()  # integers up to 127
     grouped = quants.unflatten(-1, (-1, matrix.group)).float()
     zero = 0 if mins is not None else ZERO_POINT[matrix.format]
     # Products of integers, exact in fp32; then the scales of weight and activation.

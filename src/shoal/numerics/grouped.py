@@ -106,16 +106,17 @@ def pad_columns(x: Tensor, group: int) -> Tensor:
 def _search(w: Tensor, a: Tensor | None, bits: Bits) -> Tensor:
     """Best scales without minimum for groups `w [group, n]` with weights `a` of the squared errors: `[n]` fp16."""
     half = 1 << bits - 1
-    magnitude, row = w.abs().max(0)
-    largest = w.gather(0, row.unsqueeze(0)).squeeze(0)  # with its sign
-    best, best_gain = _to_half(largest / -half), torch.full_like(magnitude, -torch.inf)
+    low, high = w.amin(0), w.amax(0)
+    largest = torch.where(high > -low, high, low)
+    best, best_gain = _to_half(largest / -half), torch.full_like(largest, -torch.inf)
     aw = w if a is None else a * w
-    q = torch.empty_like(w)
+    q, product = torch.empty_like(w), torch.empty_like(w)
     for step in SYMMETRIC_STEPS if bits == 4 else (128.0,):
         torch.mul(w, _inverse(largest / -step), out=q)
         q.round_().clamp_(-half, half - 1)
-        wq = (aw * q).sum(0)
-        qq = (q * q if a is None else a * q * q).sum(0)
+        wq = torch.mul(aw, q, out=product).sum(0)
+        torch.mul(q, q, out=product)
+        qq = (product if a is None else product.mul_(a)).sum(0)
         scale = _to_half(wq * _inverse(qq))
         gain = (2 * wq - scale * qq) * scale  # how much the squared error is below that of all zeros
         better = gain > best_gain
@@ -151,8 +152,9 @@ def _search_with_min(w: Tensor, a: Tensor | None, bits: Bits) -> tuple[Tensor, T
 
 
 def _to_half(x: Tensor) -> Tensor:
-    """Rounded to what fp16 can hold, still fp32."""
-    return x.clamp(-FP16_MAX, FP16_MAX).half().float()
+    """Rounded to what fp16 can hold, still fp32; where its steps are coarse (below 2^-14) away from zero, so that no weight is cut."""
+    nearest = x.clamp(-FP16_MAX, FP16_MAX).half().float()
+    return torch.where(x.abs() < 2**-14, (x.abs() * 2**24).ceil() * 2**-24 * x.sign(), nearest)
 
 
 def _inverse(x: Tensor) -> Tensor:

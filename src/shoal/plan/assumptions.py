@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from .cost import Matrix
 from .hardware import Machine
+from .sustained import product_size
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class Assumptions:
     expert_imbalance: float = 1.15
     """Tokens of the busiest expert-parallel rank over the mean. A judgement: 2408.15664 gives 1.04 for experts over a whole batch,
     and a micro-batch is worse."""
+    loss_chunk: int = 512
+    """Tokens whose logits exist at a time (what `shoal train` does; a trainer without chunks: as many as a micro-batch has)."""
+    heap_overhead: float = 1.33
+    """On CPUs: resident over live bytes of training tensors. glibc's aligned blocks leave gaps that new ones do not fit into:
+    1.25 to 1.40 measured for models of 2 to 14 million parameters (docs/experiments.md, 2026-11-24). GPUs: `memory_reserve`."""
     memory_reserve: float = 0.08
     """Share of device memory left to the driver, communication buffers and fragmentation."""
     mtp_acceptance: float = 0.85
@@ -41,6 +48,22 @@ class Assumptions:
     def rows(self) -> list[tuple[str, str]]:
         return [(field.name, f"{getattr(self, field.name):.3g}") for field in fields(self)]
 
+    def product_rate(self, machine: Machine, number_format: str, rows: float, matrix: Matrix, weight_gradient: bool = False) -> float:
+        """Sustained FLOP/s of a product of `rows` with one matrix, or of its weight gradient; measured machines know it by size."""
+        known = machine.sustained
+        if known is None or known.precision != number_format:
+            return self.rate(machine, number_format)
+        curve = known.weight_gradients if weight_gradient else known.products
+        if matrix.part == "routed_experts":
+            curve = known.experts
+        return curve.at(product_size(max(rows, 1), matrix.out_features, matrix.in_features))
+
+    def newton_schulz_rate(self, machine: Machine, number_format: str, matrix: Matrix) -> float:
+        known = machine.sustained
+        if known is None or known.precision != number_format:
+            return self.rate(machine, number_format)
+        return known.newton_schulz.at(min(matrix.out_features, matrix.in_features))
+
     def rate(self, machine: Machine, number_format: str) -> float:
         """Sustained operations per second of matrix products; measured machines state what they sustain."""
         peak = machine.peak(number_format)
@@ -48,11 +71,17 @@ class Assumptions:
             return peak
         return peak * {"fp8": self.fp8_efficiency, "int8": self.int8_efficiency}.get(number_format, self.bf16_efficiency)
 
-    def attention_rate(self, machine: Machine, number_format: str = "bf16") -> float:
-        """Sustained FLOP/s of the attention core, which runs in BF16 (FP32 where the model does)."""
+    def attention_rate(self, machine: Machine, number_format: str = "bf16", channels: int = 128) -> float:
+        """Sustained FLOP/s of the attention core, which runs in BF16 (FP32 where the model does), for heads of so many channels."""
+        if machine.sustained and machine.sustained.precision == number_format:
+            return machine.sustained.attention.at(channels)
         peak = machine.peak("fp32" if number_format == "fp32" else "bf16")
         return peak if machine.measured else peak * self.attention_efficiency
 
     def bandwidth(self, machine: Machine) -> float:
         """Sustained bytes per second of memory-bound work."""
         return machine.bandwidth if machine.measured else machine.bandwidth * self.bandwidth_efficiency
+
+    def read_bandwidth(self, machine: Machine) -> float:
+        """Sustained bytes per second of work that only reads, as decoding does."""
+        return machine.read_gb_s * 1e9 if machine.measured and machine.read_gb_s else self.bandwidth(machine)

@@ -5,20 +5,21 @@ The trainer and the engine stand above `plan`; their measurements come in as fun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from shoal.config import ModelConfig
 
 from .assumptions import Assumptions
-from .cost import checkpoint_bytes, kv_bytes_per_token, number_format
+from .cost import checkpoint_bytes, kv_bytes_per_token, number_format, stored_as
 from .hardware import Machine
 from .layout import Layout
 from .serving import decode_seconds
 from .training import plan_step
 
 TOLERANCE = 0.25
+FIGURES: tuple[Literal["tokens_per_second", "memory_bytes"], ...] = ("tokens_per_second", "memory_bytes")
 
 
 @dataclass(frozen=True)
@@ -30,21 +31,34 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Case:
+    """Something predicted, and the function that measures it; without one, why not."""
+
+    name: str
+    predicted: Prediction
+    measure: Callable[[], Prediction] | None
+    missing: str = ""
+
+
+@dataclass(frozen=True)
 class Comparison:
     """One figure of a check."""
 
     name: str
+    figure: Literal["tokens_per_second", "memory_bytes"]
     predicted: float
-    measured: float
+    measured: float | None
+    """None: it was not measured, for the reason in `missing`."""
+    missing: str = ""
 
     @property
-    def error(self) -> float:
+    def error(self) -> float | None:
         """(predicted - measured) / measured."""
-        return self.predicted / self.measured - 1
+        return None if self.measured is None else self.predicted / self.measured - 1
 
     @property
-    def ok(self) -> bool:
-        return abs(self.error) <= TOLERANCE
+    def ok(self) -> bool | None:
+        return None if self.error is None else abs(self.error) <= TOLERANCE
 
 
 def predict_training(
@@ -53,10 +67,10 @@ def predict_training(
     batch: int,
     sequence_length: int,
     micro_batch: int | None = None,
+    precision: Literal["bf16", "fp32"] = "fp32",
     assumptions: Assumptions | None = None,
 ) -> Prediction:
-    """Training of `batch` sequences a step on one device, with Muon, in the faster of fp32 and bf16, without recomputation."""
-    precision: Literal["bf16", "fp32"] = "bf16" if machine.peak("bf16") > machine.peak("fp32") else "fp32"
+    """Training of `batch` sequences a step on one device as `shoal train` does it: with Muon, without recomputation."""
     layout = Layout(micro_batch=micro_batch or batch, zero=0, precision=precision, optimizer="muon")
     step = plan_step(model, machine, layout, batch, sequence_length, assumptions)
     return Prediction(step.tokens_per_second, step.memory.total)
@@ -71,19 +85,26 @@ def predict_decode(
     cache: str = "bf16",
     assumptions: Assumptions | None = None,
 ) -> Prediction:
-    """Decoding `batch` sequences at `context` tokens with weights in the number format `weights`, without MTP."""
+    """Decoding `batch` sequences at `context` tokens with weights in the number format `weights`, without MTP.
+
+    Of the embedding only the rows of tokens that occur come into memory; they are not counted.
+    """
     a = assumptions or Assumptions()
     seconds = decode_seconds(model, machine, weights, batch, context, cache, a)
-    memory = checkpoint_bytes(model, number_format(weights)) + batch * context * kv_bytes_per_token(model, cache)
+    embedding = stored_as("embedding", number_format(weights)).matrix_bytes(model.vocab_size, model.hidden_size)
+    memory = checkpoint_bytes(model, number_format(weights)) - embedding + batch * context * kv_bytes_per_token(model, cache)
     return Prediction(batch / seconds, memory)
 
 
-def compare(predictions: Mapping[str, Prediction], measurements: Mapping[str, Callable[[], Prediction]]) -> list[Comparison]:
-    """Run every measurement that has a prediction and compare speed and memory, in the order of `predictions`."""
+def compare(cases: Iterable[Case], tell: Callable[[str], None] = lambda _: None) -> list[Comparison]:
+    """Take every measurement, and compare speed and memory, in order. `tell` hears what is being measured."""
     rows = []
-    for name, predicted in predictions.items():
-        if name in measurements:
-            measured = measurements[name]()
-            rows.append(Comparison(f"{name}: tokens per second", predicted.tokens_per_second, measured.tokens_per_second))
-            rows.append(Comparison(f"{name}: peak memory bytes", predicted.memory_bytes, measured.memory_bytes))
+    for case in cases:
+        measured = None
+        if case.measure is not None:
+            tell(f"measuring: {case.name}")
+            measured = case.measure()
+        for figure in FIGURES:
+            seen = None if measured is None else getattr(measured, figure)
+            rows.append(Comparison(case.name, figure, getattr(case.predicted, figure), seen, case.missing))
     return rows

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,8 +31,8 @@ from .serving import plan_serving, why_not
 from .sources import load_model
 from .training import Step, plan_step, usable_memory
 
-Measurements = Callable[[ModelConfig | None, Machine], Mapping[str, tuple[check.Prediction, Callable[[], check.Prediction]]]]
-"""Given the model asked for and the machine: named pairs of what is predicted and the function that measures it."""
+Measurements = Callable[[ModelConfig | None, Machine, Assumptions], Iterable[check.Case]]
+"""Given the model asked for, the machine and the assumptions: what to predict and how to measure it."""
 
 PUBLISHED_LAYOUTS = {
     "deepseek-v3": (
@@ -340,8 +341,7 @@ def _check(
 ) -> None:
     if measurements is None or machine is None:
         raise UserError("--check needs measurements by the trainer, and this call of plan was given none")
-    pairs = measurements(model, machine)
-    rows = check.compare({name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()})
+    rows = check.compare(measurements(model, machine, command.assume), tell=lambda text: print(text, file=sys.stderr, flush=True))
     tables.append(report.check_table(rows))
     figures["check"] = [{**asdict(row), "error": row.error, "ok": row.ok} for row in rows]
 

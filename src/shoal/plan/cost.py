@@ -123,13 +123,13 @@ NUMBER_FORMATS = {
     "fp32": NumberFormat("fp32", 32),
     "bf16": NumberFormat("bf16", 16),
     "fp8": NumberFormat("fp8", 8, block=(128, 128), scale_bytes=4),
-    "int8": NumberFormat("int8", 8, block=(1, 64), scale_bytes=2),
-    "int4": NumberFormat("int4", 4, block=(1, 64), scale_bytes=2),
+    "int8": NumberFormat("int8", 8, block=(1, 32), scale_bytes=2),
+    "int4": NumberFormat("int4", 4, block=(1, 32), scale_bytes=2),
 }
-"""FP8 as in DeepSeek-V3's files (fp32 scale per 128x128 block); int8 and int4 with one 16-bit scale per 64 inputs."""
+"""FP8 as in DeepSeek-V3's files (fp32 scale per 128x128 block); int8 and int4 as `shoal quantize` writes them (a 16-bit scale per 32)."""
 
 QUANTIZED_PARTS = ("attention", "dense_ffn", "routed_experts", "shared_experts")
-"""Parts that fp8, int8 and int4 apply to; embedding, head, router, norms and `eh_proj` stay in BF16 (V3 report, 3.3)."""
+"""Parts that fp8, int8 and int4 apply to. In FP8 models embedding, head, router, norms and `eh_proj` stay in BF16 (V3 report, 3.3)."""
 
 NEWTON_SCHULZ_STEPS = 5
 """Iterations of Muon's orthogonalisation, where a plan is not told otherwise."""
@@ -187,11 +187,16 @@ def layer_vectors(model: ModelConfig) -> tuple[int, int]:
     return norms, biases
 
 
+def mtp_projection(model: ModelConfig) -> Matrix:
+    """`eh_proj` of one multi-token prediction module: from the normalised stream and embedding, side by side, to the stream."""
+    return Matrix("mtp_projection", "eh_proj", model.hidden_size, 2 * model.hidden_size)
+
+
 def mtp_matrices(model: ModelConfig) -> list[Matrix]:
     """Matrices of all multi-token prediction modules, without the shared embedding and head (V3 report, section 2.2)."""
     matrices = []
     for depth in range(model.num_nextn_predict_layers):
-        matrices.append(Matrix("mtp_projection", "eh_proj", model.hidden_size, 2 * model.hidden_size))
+        matrices.append(mtp_projection(model))
         matrices += layer_matrices(model, model.is_moe_layer(model.num_hidden_layers + depth))
     return matrices
 
@@ -303,21 +308,39 @@ def number_format(name: str) -> NumberFormat:
     return NUMBER_FORMATS[name]
 
 
+def stored_as(part: str, weights: NumberFormat, mtp: bool = False) -> NumberFormat:
+    """The number format of a matrix of `part` in a model whose weights are called `weights`; `mtp`: in a prediction module.
+
+    FP8 as in DeepSeek-V3's files. int8 and int4 as `shoal quantize` writes them: embedding in bf16, router in fp32, head and
+    prediction modules in int8.
+    """
+    if weights.block is None:
+        return weights
+    if weights.name == "fp8":
+        return weights if part in QUANTIZED_PARTS else NUMBER_FORMATS["bf16"]
+    if part in ("embedding", "router"):
+        return NUMBER_FORMATS["bf16" if part == "embedding" else "fp32"]
+    return NUMBER_FORMATS["int8"] if mtp or part == "head" else weights
+
+
 def checkpoint_bytes(model: ModelConfig, weights: NumberFormat, mtp: bool = True) -> int:
     """Bytes of the model's tensors on disk or in memory, every tensor once, routing biases in fp32 included.
 
-    Official DeepSeek-V3 files repeat the embedding and the head in the prediction module; they are counted once here.
+    Official DeepSeek-V3 files repeat the embedding and the head in the prediction module; they are counted once here. A head that is
+    tied to the embedding is stored beside it in int8 and int4 models.
     """
-    rest = weights if weights.block is None else NUMBER_FORMATS["bf16"]
+    vector = NUMBER_FORMATS["fp32"] if weights.name in ("int8", "int4") else stored_as("norms", weights)
     modules = model.num_nextn_predict_layers if mtp else 0
-    total = 0
-    for matrix in (*main_matrices(model), *(mtp_matrices(model) if mtp else ())):
-        chosen = weights if matrix.part in QUANTIZED_PARTS else rest
-        total += matrix.stored * chosen.matrix_bytes(matrix.out_features, matrix.in_features)
+    total = sum(m.stored * stored_as(m.part, weights).matrix_bytes(m.out_features, m.in_features) for m in main_matrices(model))
+    if model.tie_word_embeddings and weights.name in ("int8", "int4"):
+        total += stored_as("head", weights).matrix_bytes(model.vocab_size, model.hidden_size)
+    if mtp:
+        matrices = mtp_matrices(model)
+        total += sum(m.stored * stored_as(m.part, weights, mtp=True).matrix_bytes(m.out_features, m.in_features) for m in matrices)
     layer_norms, biases = layer_vectors(model)
     vectors = model.hidden_size + model.num_hidden_layers * (layer_norms + biases) + modules * (layer_norms + 3 * model.hidden_size)
     routing_biases = 0
     if model.topk_method == "noaux_tc":
         layers = sum(model.is_moe_layer(layer) for layer in range(model.num_hidden_layers + modules))
         routing_biases = layers * (model.n_routed_experts or 0)
-    return total + rest.matrix_bytes(1, vectors) + 4 * routing_biases
+    return total + vector.matrix_bytes(1, vectors) + 4 * routing_biases

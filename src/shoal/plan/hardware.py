@@ -12,6 +12,8 @@ from typing import Any
 from shoal.config import UserError
 from shoal.config.recipes import from_table
 
+from .sustained import Sustained
+
 GIB = 1024**3
 
 
@@ -22,7 +24,9 @@ class Machine:
     name: str = "custom"
     memory_gib: float = 0.0
     bandwidth_gb_s: float = 0.0
-    """Memory bandwidth."""
+    """Memory bandwidth of work that reads and writes."""
+    read_gb_s: float = 0.0
+    """Memory bandwidth of work that only reads, as decoding does with weights; 0: the same."""
     fp32_tflops: float = 0.0
     bf16_tflops: float = 0.0
     fp8_tflops: float = 0.0
@@ -37,8 +41,12 @@ class Machine:
     disk_gb_s: float = 0.0
     price_per_hour: float = 0.0
     """US dollars for one device, as rented; an assumption, not a datasheet figure."""
+    is_cpu: bool = False
+    """Tensors lie on the C library's heap, which wastes some of its memory."""
     measured: bool = False
     """Rates are what a program sustained, not peaks."""
+    sustained: Sustained | None = None
+    """By kind and size of the work, where they were measured so closely."""
     source: str = ""
 
     @property
@@ -94,7 +102,7 @@ MACHINES = {
             source="AMD Instinct MI300X datasheet; 7 Infinity Fabric links of 128 GB/s both ways; one 400 Gb/s NIC per GPU",
         ),
         Machine(
-            "cpu", memory_gib=64, bandwidth_gb_s=80, fp32_tflops=1.0, bf16_tflops=1.0, int8_tops=2.0, devices_per_node=1,
+            "cpu", memory_gib=64, bandwidth_gb_s=80, fp32_tflops=1.0, bf16_tflops=1.0, int8_tops=2.0, is_cpu=True, devices_per_node=1,
             inter_node_gb_s=1.25, price_per_hour=0.5, disk_gb_s=2,
             source="a 16-core AVX-512 machine with two channels of DDR5-5600, rounded; `--here` measures a real one",
         ),

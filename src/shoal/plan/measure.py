@@ -1,4 +1,7 @@
-"""What this machine sustains, measured in some seconds. The only file of `plan` that needs torch."""
+"""What this machine sustains, measured in some seconds. The only file of `plan` that needs torch.
+
+Nothing here knows a model: every kernel is timed at a few round sizes, and a plan reads the rates off at the sizes it needs.
+"""
 
 from __future__ import annotations
 
@@ -6,73 +9,235 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import fields, replace
+from itertools import cycle
 from pathlib import Path
 from statistics import median
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from shoal import kernels
+from shoal.kernels import cpu, reference
+from shoal.kernels.packed import pack_integers
+from shoal.kernels.serving import packed_linear
+from shoal.runtime import start, synchronize
 
 from .hardware import GIB, Machine
+from .sustained import Curve, Sustained, product_size
+
+READ_BYTES = 2**28
+"""Far beyond any cache of a CPU; a GPU gets four times as much."""
+RING_BYTES = 96 * 2**20
+"""A training step comes back to a tensor when the caches have long forgotten it: kernels take turns on so many bytes of them."""
+PACKED: tuple[Literal["int8", "int4"], ...] = ("int8", "int4")
+ROUNDS = 3
+"""Everything is measured in turns, so that a busy moment of the machine does not fall on one figure alone."""
 
 
-def measure_machine(seconds: float = 4.0, folder: str | None = None) -> Machine:
-    """Measure memory bandwidth, matrix products in fp32, bf16 and int8, and disk reads (of a file in `folder`).
+def measure_machine(folder: str | None = None, budget: float = 0.04) -> Machine:
+    """Measure memory bandwidth, matrix products, the kernels of a training step, and disk reads (of a file in `folder`).
 
-    Uses the GPU if there is one, else all CPU threads that torch uses. Each figure is the median over repetitions after a
-    warm-up; about `seconds` seconds in all. Rates that the machine cannot do are 0.
+    Uses the GPU if there is one, else as many CPU threads as `shoal train` does. Every figure is the median of three rounds,
+    each the median over repetitions of about `budget` seconds after one to warm up; some seconds in all. Rates that the machine
+    cannot do are 0.
     """
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    synchronize = torch.cuda.synchronize if device == "cuda" else _nothing
-    share = seconds / 5
-    size = 8192 if device == "cuda" else 1024
-
-    def rate(dtype: torch.dtype) -> float:
-        if dtype == torch.int8:
-            a = torch.randint(-128, 127, (size, size), dtype=dtype, device=device)
-            return 2 * size**3 / _seconds_of(lambda: torch._int_mm(a, a), share, synchronize)
-        a = torch.randn(size, size, device=device).to(dtype)
-        return 2 * size**3 / _seconds_of(lambda: a @ a, share, synchronize)
-
-    source = torch.ones((1 if device == "cuda" else 4) * 2**26 // 4, device=device)
-    target = torch.empty_like(source)
-    copied = _seconds_of(lambda: target.copy_(source), share, synchronize)
-    if device == "cuda":
+    here = start()
+    probe = Probe(here.device, budget)
+    if probe.is_gpu:
         properties = torch.cuda.get_device_properties(0)
         name, memory = properties.name, properties.total_memory
     else:
         name, memory = "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        int8 = rate(torch.int8)
-    except RuntimeError:
-        int8 = 0.0
+    rounds = [probe.rates() for _ in range(ROUNDS)]
+    rates = {rate: median(each[rate] for each in rounds) for rate in rounds[0]}
     return Machine(
         name=name,
         memory_gib=memory / GIB,
-        bandwidth_gb_s=2 * source.numel() * 4 / copied / 1e9,
-        fp32_tflops=rate(torch.float32) / 1e12,
-        bf16_tflops=rate(torch.bfloat16) / 1e12,
-        int8_tops=int8 / 1e12,
-        devices_per_node=1,
         disk_gb_s=_disk_rate(folder) / 1e9,
+        devices_per_node=1,
+        is_cpu=not probe.is_gpu,
         measured=True,
-        source=f"measured: products of {size} x {size} matrices, copy of {source.numel() * 4 // 2**20} MiB",
+        sustained=typical([probe.sustained(here.precision) for _ in range(ROUNDS)]),
+        source=f"measured: products of {probe.large} x {probe.large} matrices, reads and copies of {probe.memory // 2**20} MiB",
+        **rates,
     )
 
 
-def _nothing() -> None:
-    pass
+def matmul_tflops() -> float:
+    """The FP32 product again, to see whether the machine is still as fast as it was."""
+    probe = Probe(start().device, 0.3)
+    return probe.products(torch.float32, probe.large, probe.large) / 1e12
 
 
-def _seconds_of(run: Callable[[], object], budget: float, synchronize: Callable[[], None]) -> float:
-    """Median time of `run` over at least 3 repetitions and about `budget` seconds, after one to warm up."""
-    run()
-    synchronize()
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < budget:
-        start = time.perf_counter()
+class Probe:
+    """Times kernels on one device."""
+
+    def __init__(self, device: torch.device, budget: float) -> None:
+        self.device, self.budget = device, budget
+        self.is_gpu = device.type == "cuda"
+        self.large = 8192 if self.is_gpu else 1024
+        self.memory = (4 if self.is_gpu else 1) * READ_BYTES
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """Median time of `run` over at least 3 repetitions and about `budget` seconds, after one to warm up."""
         run()
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return median(times)
+        synchronize(self.device)
+        times: list[float] = []
+        while len(times) < 3 or sum(times) < self.budget:
+            start = time.perf_counter()
+            run()
+            synchronize(self.device)
+            times.append(time.perf_counter() - start)
+        return median(times)
+
+    def random(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, device=self.device).to(dtype)
+
+    def ring(self, *shape: int, dtype: torch.dtype) -> Callable[[], Tensor]:
+        """Random tensors that take turns, so many that none is still in a cache when its turn comes again."""
+        first = self.random(*shape, dtype=dtype)
+        tensors = [first, *(torch.empty_like(first).copy_(first) for _ in range(RING_BYTES // first.nbytes))]
+        return cycle(tensors).__next__
+
+    def rates(self) -> dict[str, float]:
+        """Large and simple work, by the fields of `Machine`."""
+        return {
+            "bandwidth_gb_s": self.copies() / 1e9,
+            "read_gb_s": self.reads() / 1e9,
+            "fp32_tflops": self.products(torch.float32, self.large, self.large) / 1e12,
+            "bf16_tflops": self.products(torch.bfloat16, self.large, self.large) / 1e12,
+            "int8_tops": self.int8() / 1e12,
+        }
+
+    def copies(self) -> float:
+        """Bytes per second read and written."""
+        source = torch.ones(self.memory // 4, device=self.device)
+        target = torch.empty_like(source)
+        return 2 * self.memory / self.seconds(lambda: target.copy_(source))
+
+    def reads(self) -> float:
+        """Bytes per second read."""
+        source = torch.ones(self.memory // 8, device=self.device, dtype=torch.int64)
+        return self.memory / self.seconds(source.sum)
+
+    def products(self, dtype: torch.dtype, rows: int, side: int) -> float:
+        """FLOP/s of [rows, side] x [side, side]: the input has just been made, the output goes to memory."""
+        x, weight, out = self.random(rows, side, dtype=dtype), self.random(side, side, dtype=dtype), self.ring(rows, side, dtype=dtype)
+        return 2 * rows * side * side / self.seconds(lambda: torch.mm(x, weight.T, out=out()))
+
+    def weight_gradients(self, dtype: torch.dtype, rows: int, side: int) -> float:
+        """FLOP/s of [side, rows] x [rows, side]: the gradient has just been made, the activation comes from memory."""
+        x, y = self.ring(rows, side, dtype=dtype), self.random(rows, side, dtype=dtype)
+        return 2 * rows * side * side / self.seconds(lambda: y.T @ x())
+
+    def experts(self, dtype: torch.dtype, rows: int, side: int, count: int = 8) -> float:
+        """FLOP/s of [rows, side] x [side, side] through one of `count` experts each, forward and both gradients."""
+        x = self.ring(rows, side, dtype=dtype)
+        weight = self.random(count, side, side, dtype=dtype).requires_grad_()
+        offsets = torch.arange(1, count + 1, device=self.device, dtype=torch.int32) * (rows // count)
+        return 3 * 2 * rows * side * side / self.both_passes(lambda tokens: kernels.grouped_linear(tokens, weight, offsets), x, weight)
+
+    def int8(self) -> float:
+        """Operations per second of torch's int8 product; 0 where it has none."""
+        a = torch.randint(-128, 127, (self.large, self.large), dtype=torch.int8, device=self.device)
+        try:
+            return 2 * self.large**3 / self.seconds(lambda: torch._int_mm(a, a))
+        except RuntimeError:
+            return 0.0
+
+    def attention(self, dtype: torch.dtype, channels: int, time: int = 512) -> float:
+        """FLOP/s of causal attention with heads of so many channels, forward and backward."""
+        heads, batch = 4, 64 if self.is_gpu else 8
+        q = self.ring(batch, time, heads, channels, dtype=dtype)
+        k, v = (self.random(batch, time, heads, channels, dtype=dtype).requires_grad_() for _ in range(2))
+        pairs = batch * heads * time * (time + 1) / 2
+        seconds = self.both_passes(lambda queries: kernels.causal_attention(queries, k, v, channels**-0.5), q, k, v)
+        return 3 * 4 * channels * pairs / seconds
+
+    def newton_schulz(self, side: int, steps: int = 5) -> float:
+        """FLOP/s of Muon's orthogonalisation of a stack of [side, side] matrices of 4 MiB."""
+        count = max(1, (4 << 20) // (4 * side * side))
+        x = self.random(count, side, side, dtype=torch.bfloat16 if self.is_gpu else torch.float32)
+        return count * steps * 6 * side**3 / self.seconds(lambda: kernels.newton_schulz(x, steps))
+
+    def packed(self, number_format: Literal["int8", "int4"], tokens: int) -> tuple[float, float]:
+        """(bytes of weights per second, operations per second) of a product of `tokens` with packed matrices of 2048 x 2048."""
+        side, group, levels = 2048, 32, 16 if number_format == "int4" else 256
+        quants = torch.randint(levels, (side, side), dtype=torch.uint8)
+        first = pack_integers(number_format, quants, torch.full((side, side // group), 1e-3), group=group)
+        count = 1 + READ_BYTES // 2 // first.nbytes
+        matrices = cycle([first, *(replace(first, data=first.data.clone()) for _ in range(count))])
+        x = torch.randn(tokens, side)
+        seconds = self.seconds(lambda: packed_linear(x, next(matrices)))
+        return first.nbytes / seconds, 2 * tokens * side * side / seconds
+
+    def both_passes(self, kernel: Callable[[Tensor], Tensor], next_input: Callable[[], Tensor], *others: Tensor) -> float:
+        """Seconds of a forward and a backward pass of `kernel`, which takes turns on its inputs and has `others` as parameters."""
+        gradient = torch.ones_like(kernel(next_input()))
+
+        def run() -> None:
+            tokens = next_input().detach().requires_grad_()
+            torch.autograd.grad(kernel(tokens), (tokens, *others), gradient)
+
+        return self.seconds(run)
+
+    def sustained(self, precision: str) -> Sustained:
+        """Everything that a training step is made of, in `precision`."""
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        rows = 16384 if self.is_gpu else 8192
+        sides = (256, 1024, 4096) if self.is_gpu else (32, 64, 128, 256, 512, 1024)
+        width = 1024 if self.is_gpu else 128
+        x, other = self.ring(rows, width, dtype=dtype), self.random(rows, width, dtype=dtype).requires_grad_()
+        weight = self.random(width).requires_grad_()
+        cos, sin = (self.random(1, 256, 16) for _ in range(2))
+        chosen, weights = torch.randint(8, (rows, 2), device=self.device), self.random(rows, 2, dtype=dtype).requires_grad_()
+
+        def there_and_back(tokens: Tensor) -> Tensor:
+            order, inverse, _ = kernels.sort_by_expert(chosen, 8)
+            return kernels.combine_tokens(kernels.permute_tokens(tokens, order, inverse), weights, inverse)
+
+        def turn(tokens: Tensor) -> Tensor:
+            return kernels.apply_rope(tokens.view(rows // 256, 256, width // 32, 32), cos, sin, interleaved=True)
+
+        def both(kernel: Callable[[Tensor], Tensor], *inputs: Tensor) -> float:
+            """Values of `x` per second, forward and backward."""
+            return rows * width / self.both_passes(kernel, x, *inputs)
+
+        logits, targets = self.random(512, 8192), torch.randint(8192, (512,), device=self.device)
+        loss = cpu if cpu.runs(logits) else reference
+        return Sustained(
+            precision="bf16" if precision == "bf16" else "fp32",
+            products=Curve(tuple((product_size(rows, side, side), self.products(dtype, rows, side)) for side in sides)),
+            weight_gradients=Curve(tuple((product_size(rows, side, side), self.weight_gradients(dtype, rows, side)) for side in sides)),
+            experts=Curve(tuple((product_size(rows // 8, side, side), self.experts(dtype, rows, side)) for side in sides)),
+            attention=Curve(tuple((side, self.attention(dtype, side)) for side in (32, 64, 128))),
+            newton_schulz=Curve(tuple((side, self.newton_schulz(side)) for side in sides[:5])),
+            norm=both(lambda tokens: kernels.rms_norm(tokens, weight, 1e-6), weight),
+            swiglu=both(lambda tokens: kernels.swiglu(tokens, other), other),
+            rope=both(turn),
+            route=2 * both(there_and_back, weights),
+            softmax=logits.numel() / self.seconds(lambda: loss.cross_entropy_rows(logits, targets, None, with_grad=True)),
+            packed_reads={} if self.is_gpu else {name: self.packed(name, 1)[0] for name in PACKED},
+            packed_products={} if self.is_gpu else {name: self.packed(name, 256)[1] for name in PACKED},
+            add=rows * width / self.seconds(lambda: torch.add(x(), x(), out=x())),
+        )
+
+
+def typical(rounds: list[Sustained]) -> Sustained:
+    """The median of every rate."""
+
+    def middle(name: str) -> float | Curve | dict[str, float]:
+        each = [getattr(one, name) for one in rounds]
+        if isinstance(each[0], dict):
+            return {key: median(one[key] for one in each) for key in each[0]}
+        if not isinstance(each[0], Curve):
+            return median(each)
+        return Curve(tuple((points[0][0], median(rate for _, rate in points)) for points in zip(*(c.points for c in each), strict=True)))
+
+    names = [field.name for field in fields(Sustained) if field.name != "precision"]
+    return replace(rounds[0], **{name: middle(name) for name in names})  # type: ignore[arg-type]
 
 
 def _disk_rate(folder: str | None, size: int = 128 * 2**20) -> float:

@@ -22,6 +22,8 @@ class Memory:
     working: float
     """Largest layer while its backward pass runs, beyond what is kept, and the dispatch buffers of one MoE layer."""
     logits: float
+    heap: float = 0.0
+    """On CPUs: gaps between blocks of the C library's heap."""
 
     @property
     def total(self) -> float:
@@ -31,22 +33,30 @@ class Memory:
 def saved_values(model: ModelConfig, moe: bool) -> dict[str, float]:
     """Numbers per token that one layer keeps for its backward pass, by kind.
 
-    `stream`, `attention`, `queries`: activations outside of matrix products. `inputs`, `latent`, `gate_up`, `hidden`: inputs of
-    matrix products. V3's selective recomputation drops `queries`, `norms` and `hidden` (for MLA; GQA cannot rebuild `queries` cheaply).
+    `stream`, `attention`, `queries`, `unsplit`, `routing`: activations outside of matrix products; `unsplit` are keys of MLA's
+    up-projection that live on because the values are a view of its output. `inputs`, `latent`, `gate_up`, `hidden`: inputs of
+    matrix products. V3's selective recomputation drops `queries` and `unsplit` (for MLA; GQA cannot rebuild them cheaply), `norms`,
+    `latent_norms` and `hidden`.
     """
-    width, heads = model.hidden_size, model.num_attention_heads
+    width, heads, mla = model.hidden_size, model.num_attention_heads, model.uses_mla
     copies = model.num_experts_per_tok if moe else 1
     inner = copies * model.moe_intermediate_size + (model.n_shared_experts or 0) * model.moe_intermediate_size
     if not moe:
         inner = model.intermediate_size
-    latent = model.kv_lora_rank + model.qk_rope_head_dim + (model.q_lora_rank or 0) if model.uses_mla else 0
-    keys = heads if model.uses_mla else model.kv_heads
+    normed = model.kv_lora_rank + (model.q_lora_rank or 0) if mla else 0
+    keys = heads if mla else model.kv_heads
+    queries = heads * model.qk_head_dim + keys * (model.qk_head_dim + model.value_head_dim)
+    if model.qk_norm:  # what is normalised is kept beside the result
+        queries += heads * model.qk_head_dim + (model.qk_rope_head_dim if mla else keys * model.qk_head_dim)
     return {
         "stream": 2 * width,
-        "attention": heads * model.value_head_dim,
-        "queries": heads * model.qk_head_dim + keys * (model.qk_head_dim + model.value_head_dim),
+        "attention": heads * (model.value_head_dim + 1),
+        "queries": queries,
+        "unsplit": heads * model.qk_nope_head_dim if mla else 0,
         "norms": 2 * width,
-        "latent": latent,
+        "latent": normed + model.qk_rope_head_dim if mla else 0,
+        "latent_norms": normed,
+        "routing": (model.n_routed_experts or 0) + 6 * copies if moe else 0,
         "inputs": copies * width if moe else 0,
         "outputs": copies * width if moe else 0,
         "gate_up": 2 * inner,
@@ -59,10 +69,10 @@ def layer_activation_bytes(model: ModelConfig, moe: bool, layout: Layout, recomp
     if recompute == "full":
         return model.hidden_size * layout.value_bytes
     kept = saved_values(model, moe)
-    values = ["stream", "attention", "outputs", "queries"]
-    products = ["latent", "inputs", "gate_up", "norms", "hidden"]
+    values = ["stream", "attention", "outputs", "queries", "unsplit", "routing"]
+    products = ["latent", "latent_norms", "inputs", "gate_up", "norms", "hidden"]
     if recompute == "selective":
-        values = ["stream", "attention"] + ([] if model.uses_mla else ["queries"])
+        values = ["stream", "attention", "routing"] + ([] if model.uses_mla else ["queries"])
         products = ["latent", "inputs", "gate_up"]
     return sum(kept[k] for k in values) * layout.value_bytes + sum(kept[k] for k in products) * layout.product_bytes
 
@@ -75,7 +85,8 @@ def stage_activation_bytes(model: ModelConfig, stage: Stage, layout: Layout, tok
         per_token += layers * layer_activation_bytes(model, moe, layout, layout.recompute)
         modules += layers * module
     heads = (1 + modules) if stage.head else 0
-    per_token += (heads + 2 * modules) * model.hidden_size * layout.value_bytes
+    # a head keeps its norm's input and the gradient of its output; a prediction module both streams, and them normalised
+    per_token += (2 * heads + 4 * modules) * model.hidden_size * layout.value_bytes
     return tokens * per_token
 
 
@@ -113,8 +124,13 @@ def state_memory(replicated: float, experts: float, moments: tuple[float, float]
     return Memory(weights, master, gradients, optimizer, 0.0, 0.0, 0.0)
 
 
-def device_memory(model: ModelConfig, layout: Layout, stages: list[Stage], in_flight: float, tokens: int, replicas: int = 1) -> Memory:
-    """Memory of a device that holds `stages`, each with `in_flight` micro-batches of `tokens` at the worst moment."""
+def device_memory(
+    model: ModelConfig, layout: Layout, stages: list[Stage], in_flight: float, tokens: int, loss_chunk: int, replicas: int = 1
+) -> Memory:
+    """Memory of a device that holds `stages`, each with `in_flight` micro-batches of `tokens` at the worst moment.
+
+    The logits of `loss_chunk` tokens exist at a time.
+    """
     whole = Memory(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     for stage in stages:
         replicated, experts = stage_parameters(model, stage)
@@ -124,8 +140,8 @@ def device_memory(model: ModelConfig, layout: Layout, stages: list[Stage], in_fl
             table_parameters(model, stage) * max(0, 2 - layout.product_bytes) / (layout.data * replicas if layout.zero == 3 else 1)
         )
         working = max((working_bytes(model, moe, layout, tokens) for moe, _ in stage_kinds(model, stage)), default=0.0)
-        # logits as the head gives them, and their FP32 gradient
-        logits = tokens * model.vocab_size * (layout.value_bytes + 4) if stage.head else 0
+        # logits as the head gives them, and in FP32, which their gradient overwrites
+        logits = min(tokens, loss_chunk) * model.vocab_size * (4 if layout.precision == "fp32" else 6) if stage.head else 0
         whole = Memory(
             whole.weights + states.weights + unquantized,
             whole.master_weights + states.master_weights,

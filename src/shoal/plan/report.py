@@ -102,7 +102,7 @@ def published_table(model: ModelConfig, published: Published) -> Table:
 
 
 def machine_table(machine: Machine) -> Table:
-    figures = {name: value for name, value in asdict(machine).items() if name not in ("name", "source", "measured")}
+    figures = {name: value for name, value in asdict(machine).items() if name not in ("name", "source", "measured", "is_cpu", "sustained")}
     rows = [(name, f"{value:g}") for name, value in figures.items() if value]
     return Table(f"Machine: {machine.name}", ("figure", "per device"), rows, machine.source)
 
@@ -174,10 +174,17 @@ def serving_table(plans: Sequence[Serving], machine: Machine, cache: str) -> Tab
 
 
 def check_table(comparisons: list[Comparison]) -> Table:
-    rows = [
-        (row.name, f"{row.predicted:,.4g}", f"{row.measured:,.4g}", f"{row.error:+.1%}", "ok" if row.ok else "off") for row in comparisons
-    ]
-    return Table(f"Predicted and measured (within {TOLERANCE:.0%})", ("figure", "predicted", "measured", "error", ""), rows)
+    rows = []
+    for row in comparisons:
+        write = size if row.figure == "memory_bytes" else lambda speed: f"{speed:,.0f} tok/s" if speed >= 100 else f"{speed:,.2f} tok/s"
+        name = "  peak memory" if row.figure == "memory_bytes" else row.name
+        if row.measured is None or row.error is None:
+            rows.append((name, write(row.predicted), "not measured", "", ""))
+        else:
+            rows.append((name, write(row.predicted), write(row.measured), f"{row.error:+.1%}", "ok" if row.ok else "off"))
+    reasons = list(dict.fromkeys(f"{row.name} was not measured: {row.missing}" for row in comparisons if row.measured is None))
+    note = "; ".join([*reasons, "peak memory: beyond that of the interpreter, its libraries and the data"])
+    return Table(f"Predicted and measured (within {TOLERANCE:.0%})", ("", "predicted", "measured", "error", ""), rows, note)
 
 
 def show(tables: list[Table]) -> None:

@@ -14,7 +14,6 @@ from shoal.config import ModelConfig, UserError
 from .assumptions import Assumptions
 from .cost import (
     NUMBER_FORMATS,
-    QUANTIZED_PARTS,
     checkpoint_bytes,
     decode_flops_per_token,
     flops_per_token,
@@ -23,6 +22,7 @@ from .cost import (
     main_matrices,
     mtp_matrices,
     number_format,
+    stored_as,
 )
 from .hardware import GIB, Machine
 from .training import usable_memory
@@ -53,26 +53,46 @@ class Serving:
         return self.free_bytes > 0 and self.sequences >= 1
 
 
-def touched_bytes(model: ModelConfig, weights: str, tokens: int, mtp: bool = False) -> float:
-    """Weight bytes that a step over `tokens` tokens reads: experts count by their chance to be chosen by any of them."""
-    quantized, rest = number_format(weights), NUMBER_FORMATS["fp32" if weights == "fp32" else "bf16"]
-    total = 0.0
-    for matrix in (*main_matrices(model), *(mtp_matrices(model) if mtp else ())):
+def touched_by_format(model: ModelConfig, weights: str, tokens: int, mtp: bool = False) -> dict[str, float]:
+    """Weight bytes that a step over `tokens` tokens reads, by their number format.
+
+    Experts count by their chance to be chosen by any of the tokens; of the embedding only some rows are read.
+    """
+    wanted, total = number_format(weights), dict.fromkeys(NUMBER_FORMATS, 0.0)
+    main, modules = ((matrix, False) for matrix in main_matrices(model)), ((matrix, True) for matrix in mtp_matrices(model))
+    for matrix, in_module in (*main, *(modules if mtp else ())):
         if matrix.part == "embedding":
             continue
-        chosen = quantized if matrix.part in QUANTIZED_PARTS else rest
+        chosen = stored_as(matrix.part, wanted, in_module)
         copies: float = max(matrix.stored, matrix.active)  # a tied head is read although it is stored as the embedding
         if matrix.part == "routed_experts":
             copies = matrix.stored * (1 - (1 - matrix.active / matrix.stored) ** tokens)
-        total += copies * chosen.matrix_bytes(matrix.out_features, matrix.in_features)
-    if mtp:
-        total += rest.matrix_bytes(model.vocab_size, model.hidden_size)
+        if matrix.part == "head" and mtp:
+            copies *= 2  # once more for the drafted tokens
+        total[chosen.name] += copies * chosen.matrix_bytes(matrix.out_features, matrix.in_features)
     return total
 
 
+def touched_bytes(model: ModelConfig, weights: str, tokens: int, mtp: bool = False) -> float:
+    """Weight bytes that a step over `tokens` tokens reads."""
+    return sum(touched_by_format(model, weights, tokens, mtp).values())
+
+
 def product_rate(machine: Machine, weights: str, a: Assumptions) -> float:
-    """Operations per second with such weights: int4 is widened to int8, and any format to fp32 where that is faster."""
+    """Operations per second with such weights: int4 is widened to int8, and any format to fp32 where that is faster.
+
+    Measured machines know what Shoal's own products with packed weights do.
+    """
+    if machine.sustained and weights in machine.sustained.packed_products:
+        return machine.sustained.packed_products[weights]
     return max(a.rate(machine, {"int4": "int8"}.get(weights, weights)), a.rate(machine, "fp32"))
+
+
+def reading_seconds(model: ModelConfig, machine: Machine, weights: str, tokens: int, a: Assumptions, mtp: bool = False) -> float:
+    """Seconds to read the weights of a step; measured machines know how fast packed weights are read and used."""
+    rates = machine.sustained.packed_reads if machine.sustained else {}
+    touched = touched_by_format(model, weights, tokens, mtp)
+    return sum(size / rates.get(name, a.read_bandwidth(machine)) for name, size in touched.items())
 
 
 def decode_seconds(
@@ -91,8 +111,9 @@ def decode_seconds(
     flops = tokens * decode_flops_per_token(model, context)
     if drafts:
         flops += batch * drafts * forward_flops(model, context, mtp=True).mtp
-    traffic = touched_bytes(model, weights, tokens, mtp=drafts > 0) + batch * context * kv_bytes_per_token(model, cache)
-    return max(flops / product_rate(machine, weights, a), traffic / a.bandwidth(machine)) / devices
+    reading = reading_seconds(model, machine, weights, tokens, a, mtp=drafts > 0)
+    reading += batch * context * kv_bytes_per_token(model, cache) / a.read_bandwidth(machine)
+    return max(flops / product_rate(machine, weights, a), reading) / devices
 
 
 def prefill_rate(model: ModelConfig, machine: Machine, weights: str, context: int, a: Assumptions, devices: int = 1) -> float:
@@ -101,7 +122,7 @@ def prefill_rate(model: ModelConfig, machine: Machine, weights: str, context: in
     attention = flops.attention_scores + flops.attention_values
     arithmetic = (flops.total - attention) / product_rate(machine, weights, a)
     arithmetic += attention / a.attention_rate(machine, "fp32" if weights == "fp32" else "bf16")
-    reading = touched_bytes(model, weights, context) / context / a.bandwidth(machine)
+    reading = reading_seconds(model, machine, weights, context, a) / context
     return devices / max(arithmetic, reading)
 
 

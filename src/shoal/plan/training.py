@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shoal.config import ModelConfig, UserError
 
@@ -10,7 +10,20 @@ from . import layout as layouts
 from . import schedule as schedules
 from .assumptions import Assumptions
 from .communication import exchange
-from .cost import NEWTON_SCHULZ_STEPS, QUANTIZED_PARTS, attention_matrices, flops_per_token, layer_matrices, optimizer_flops
+from .cost import (
+    HIDDEN_PARTS,
+    NEWTON_SCHULZ_STEPS,
+    QUANTIZED_PARTS,
+    Matrix,
+    attention_matrices,
+    flops_per_token,
+    layer_matrices,
+    main_matrices,
+    mtp_matrices,
+    mtp_projection,
+    newton_schulz_flops,
+)
+from .elementwise import kernel_seconds, moved_values
 from .hardware import Machine
 from .layout import Layout, Stage
 from .memory import Memory, device_memory, saved_values
@@ -95,53 +108,39 @@ class Step:
         return tokens / self.tokens_per_second * self.layout.devices / 3600
 
 
-def elementwise_values(model: ModelConfig, moe: bool, precision: str) -> tuple[float, float]:
-    """Numbers per token that memory-bound kernels of one layer read and write, (forward, backward).
-
-    Counted kernel by kernel, each fused as usual: two norms (3 D forward, 3 D + residual 3 D backward), two residual sums,
-    rotary encoding and assembly of queries and keys, SwiGLU, permutation to and from experts, and for FP8 the casts of the
-    inputs of matrix products (again, transposed, for weight gradients).
-    """
-    width, kept = model.hidden_size, saved_values(model, moe)
-    copies = model.num_experts_per_tok if moe else 0
-    queries = kept["queries"]
-    forward = 12 * width + 2 * queries + 1.5 * kept["gate_up"] + 3 * copies * width
-    backward = 12 * width + 4 * queries + 2 * kept["attention"] + 2.5 * kept["gate_up"] + 4 * copies * width
-    if precision == "fp8":
-        products = kept["norms"] + kept["latent"] + kept["attention"] + kept["inputs"] + kept["hidden"]
-        gradients = 2 * width + queries + kept["latent"] + kept["outputs"] + kept["gate_up"]
-        forward += 1.5 * products  # read 2 bytes, write 1
-        backward += 2 * gradients + 1.5 * products
-    return forward, backward
-
-
 def layer_time(
     model: ModelConfig, moe: bool, module: bool, machine: Machine, layout: Layout, tokens: int, context: float, a: Assumptions
 ) -> PassTime:
     """One decoder layer over a micro-batch of `tokens` that attend to `context` others on average; `module`: with MTP's projection."""
     value_bytes = layout.value_bytes
     bandwidth = a.bandwidth(machine)
-    rate = a.rate(machine, layout.precision)
-    plain_rate = a.rate(machine, "fp32" if layout.precision == "fp32" else "bf16")
+    plain = "fp32" if layout.precision == "fp32" else "bf16"
     products = weights_read = 0.0
-    for matrix in layer_matrices(model, moe):
-        quantized = matrix.part in QUANTIZED_PARTS
-        seconds = 2 * tokens * matrix.active * matrix.size / (rate if quantized else plain_rate)
-        local = matrix.stored
+    matrices = layer_matrices(model, moe)
+    if module:
+        matrices.append(mtp_projection(model))
+    for matrix in matrices:
+        numbers = layout.precision if matrix.part in QUANTIZED_PARTS else plain
+        local, rows, imbalance = matrix.stored, float(tokens), 1.0
         if matrix.part == "routed_experts":
             local = matrix.stored // layout.expert
-            seconds *= a.expert_imbalance if layout.expert > 1 else 1.0
+            rows = tokens * matrix.active / matrix.stored * layout.expert
+            imbalance = a.expert_imbalance if layout.expert > 1 else 1.0
+        work = 2 * tokens * matrix.active * matrix.size * imbalance
         # a product takes as long as its arithmetic or as reading its weights, whichever is slower
         reading = local * matrix.size * layout.product_bytes / bandwidth
-        products += max(seconds, reading)
-        weights_read += max(seconds, local * matrix.size * 8 / bandwidth)  # FP32 gradients are read, added to and written
-    if module:
-        products += 4 * tokens * model.hidden_size**2 / plain_rate
-        weights_read += 4 * tokens * model.hidden_size**2 / plain_rate
+        products += max(work / a.product_rate(machine, numbers, rows, matrix), reading)
+        updating = local * matrix.size * 8 / bandwidth  # FP32 gradients are read, added to and written
+        weights_read += max(work / a.product_rate(machine, numbers, rows, matrix, weight_gradient=True), updating)
     attention = 2 * tokens * model.num_attention_heads * (model.qk_head_dim + model.value_head_dim) * context
-    attention /= a.attention_rate(machine, layout.precision)
-    forward_values, backward_values = elementwise_values(model, moe, layout.precision)
-    elementwise = tokens * forward_values * value_bytes / bandwidth
+    attention /= a.attention_rate(machine, layout.precision, (model.qk_head_dim + model.value_head_dim) // 2)
+    if machine.sustained and machine.sustained.precision == layout.precision:
+        both = tokens * kernel_seconds(model, moe, machine.sustained)
+        elementwise, elementwise_backward = both / 3, both * 2 / 3
+    else:
+        forward_values, backward_values = moved_values(model, moe, layout.precision)
+        elementwise = tokens * forward_values * value_bytes / bandwidth
+        elementwise_backward = tokens * backward_values * value_bytes / bandwidth
     forward = products + attention + elementwise
     again = 0.0
     if layout.recompute == "full":
@@ -149,9 +148,9 @@ def layer_time(
     elif layout.recompute == "selective":
         kept = saved_values(model, moe)
         rebuilt = [m for m in attention_matrices(model) if m.name in ("q_b_proj", "kv_b_proj")]
-        again = sum(2 * tokens * m.size / rate for m in rebuilt)
+        again = sum(2 * tokens * m.size / a.product_rate(machine, layout.precision, tokens, m) for m in rebuilt)
         again += tokens * (2 * kept["norms"] + 1.5 * kept["gate_up"]) * value_bytes / bandwidth
-    backward = products + 2 * attention + tokens * backward_values * value_bytes / bandwidth + again
+    backward = products + 2 * attention + elementwise_backward + again
     there = back = 0.0
     if moe and layout.expert > 1:
         dispatched = "fp8" if layout.precision == "fp8" else layout.precision
@@ -187,10 +186,15 @@ def _data_parallel_rate(machine: Machine, layout: Layout) -> float:
 
 def head_time(model: ModelConfig, machine: Machine, layout: Layout, tokens: int, a: Assumptions) -> PassTime:
     """The output head and the loss over `tokens` predictions; the head stays in BF16 (or FP32) in FP8 training."""
-    rate = a.rate(machine, "fp32" if layout.precision == "fp32" else "bf16")
-    product = 2 * tokens * model.vocab_size * model.hidden_size / rate
-    softmax = tokens * model.vocab_size * 4 / a.bandwidth(machine)  # one pass over FP32 logits
-    return PassTime(product + 2 * softmax, product + 2 * softmax, product)
+    plain = "fp32" if layout.precision == "fp32" else "bf16"
+    head = Matrix("head", "lm_head", model.vocab_size, model.hidden_size)
+    rows, work = min(a.loss_chunk, tokens), 2 * tokens * head.size
+    product = work / a.product_rate(machine, plain, rows, head)
+    weights = work / a.product_rate(machine, plain, rows, head, weight_gradient=True)
+    softmax = 2 * tokens * model.vocab_size * 4 / a.bandwidth(machine)  # FP32 logits are read and written once in either pass
+    if machine.sustained and machine.sustained.precision == layout.precision:
+        softmax = tokens * model.vocab_size / machine.sustained.softmax / 2
+    return PassTime(product + softmax, product + softmax, weights)
 
 
 def plan_step(
@@ -272,10 +276,14 @@ def _worst_device(
         held = sorted({p.stage for action in row for p in action})
         in_flight = timeline.peak_activations(device) / len(held)
         mine = [stages[s] for s in held]
-        memory = device_memory(model, layout, mine, in_flight, tokens, plan.replicas)
+        memory = device_memory(model, layout, mine, in_flight, tokens, a.loss_chunk, plan.replicas)
+        if machine.is_cpu:
+            memory = replace(memory, heap=(a.heap_overhead - 1) * memory.total)
         memories.append(memory)
-        # the optimizer reads and writes its states and master weights, and reads gradients
-        touched = 2 * (memory.master_weights + memory.optimizer) + memory.weights + memory.gradients
+        # clipping reads gradients, and reads and writes them; the optimizer reads them, reads and writes its states and the
+        # weights that it updates, and writes those that products read
+        own = memory.master_weights or memory.weights
+        touched = 4 * memory.gradients + 2 * (own + memory.optimizer) + (memory.weights if memory.master_weights else 0)
         updates.append(touched / a.bandwidth(machine))
         exchanges.append(_gradient_exchange(model, machine, layout, mine, plan.replicas, a))
     update = max(updates)
@@ -283,8 +291,19 @@ def _worst_device(
         # every matrix is orthogonalised once; data-parallel ranks share that work with the optimizer states
         sharing = layout.devices if layout.zero else layout.pipeline
         precision = "fp32" if layout.precision == "fp32" else "bf16"
-        update += optimizer_flops(model, NEWTON_SCHULZ_STEPS) / sharing / a.rate(machine, precision)
+        update += orthogonalisation_seconds(model, machine, precision, a) / sharing
     return max(memories, key=lambda memory: memory.total), update, max(exchanges)
+
+
+def orthogonalisation_seconds(model: ModelConfig, machine: Machine, precision: str, a: Assumptions) -> float:
+    """Muon's Newton-Schulz iterations on all hidden matrices, on one device."""
+    matrices = (matrix for matrix in (*main_matrices(model), *mtp_matrices(model)) if matrix.part in HIDDEN_PARTS)
+    return sum(
+        matrix.stored
+        * newton_schulz_flops(matrix.out_features, matrix.in_features, NEWTON_SCHULZ_STEPS)
+        / a.newton_schulz_rate(machine, precision, matrix)
+        for matrix in matrices
+    )
 
 
 def _gradient_exchange(model: ModelConfig, machine: Machine, layout: Layout, stages: list[Stage], replicas: int, a: Assumptions) -> float:

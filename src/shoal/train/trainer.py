@@ -107,6 +107,8 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
                 (losses.total / len(micro_batches)).backward()
                 figures.append(torch.stack([losses.total.detach(), losses.main, losses.mtp, losses.balance]))
                 routing.add(losses.routing)
+                # What is left of its graph would lie between the large blocks that the next forward pass wants to use again.
+                del losses
             grad_norm = clip_gradients(model, config.optimizer.clip)
 
             # The one place of a step where the device is waited for.

@@ -144,7 +144,7 @@ def tile_state(state: bytes, length: int) -> bytes:
         return values if len(values) > 1 else values[0]
 
     magic, sequence, streams, cells = take("iiII")
-    assert streams == 1
+    assert streams == 1, "only a context of one sequence can be repeated"
     seen = [take("iIi") for _ in range(cells)]
     assert all(count == 1 for _, count, _ in seen)
     transposed, layers = take("II")

@@ -16,7 +16,7 @@ from shoal.config import EngineOptions, SamplingOptions
 from shoal.engine import Engine
 from shoal.engine.native import NativeRunner
 from shoal.engine.requests import Request
-from shoal.engine.runner import DTYPES, PAGE, Batch, Runner
+from shoal.engine.runner import DTYPES, PAGE, Batch
 from shoal.engine.weights import Weights, load_weights
 from shoal.formats.parts import arrays_of
 from shoal.kernels.packed import PackedMatrix
@@ -28,15 +28,16 @@ MARGIN = 256
 class Side:
     """What can be asked for; `loop.serve` names the requests after the methods."""
 
-    def load(self, model: str, threads: int, bits: int | None) -> dict[str, Any]:
+    def load(self, model: str, threads: int, bits: int | None, precision: str) -> dict[str, Any]:
         torch.set_num_threads(threads)
         began = time.perf_counter()
-        weights = load_weights(Path(model), bits)
-        self.runner: Runner = NativeRunner(weights.config, weights.parts, threads)
+        weights = load_weights(Path(model), bits, precision=precision)
+        self.runner = NativeRunner(weights.config, weights.parts, threads)
         self.positions, self.filled = 0, (0, 0)
         self.make_room(MARGIN)
         seconds = time.perf_counter() - began
-        touch(weights)
+        if not self.runner.settle():  # what happens in the background of a server's first seconds
+            touch(weights)
         width = DTYPES[self.runner.natural_cache].itemsize
         config = weights.config
         settings = f"{weights.scheme.matrices}, cache in {self.runner.natural_cache}, {threads} threads"
@@ -105,7 +106,7 @@ class Side:
         for prompt in prompts:
             result = engine.run([Request(prompt, greedy)])[0]
             made += len(result.tokens)
-            answers.append(result.tokens)
+            answers.append([token.id for token in result.tokens])
         seconds = time.perf_counter() - began
         self.positions, self.filled = 0, (0, 0)
         return {"seconds": seconds, "tokens": made, "acceptance": engine.stats().acceptance, "answers": answers}

@@ -1,0 +1,116 @@
+"""`/v1/completions`: text goes on."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import Response
+
+from ..data import Tokenizer
+from ..engine import Request, Token
+from .chat import failed
+from .errors import bad
+from .form import answer_grammar
+from .grammar import AnswerMask
+from .host import Host, numbered
+from .options import sampling_of
+from .protocol import CompletionBody
+from .reader import AnswerReader
+from .sse import DONE, JSON, EventStream, event, unless_gone
+from .tokens import completion_logprobs, expert_report, prompt_logprobs
+from .turn import Turn
+
+DEFAULT_TOKENS = 16
+"""OpenAI's."""
+MOST_ANSWERS = 256
+
+
+async def create(host: Host, body: CompletionBody, http: HTTPRequest) -> Response:
+    """Continue one or several prompts."""
+    turn = prepare(host, body)
+    head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": host.name}
+    if body.stream:
+        return EventStream(_stream(turn, body, head), failed)
+    answers = await unless_gone(http, turn.answers())
+    choices = []
+    for index, answer in enumerate(answers):
+        choices.append(_choice(turn, body, index, answer.content, answer.tokens, answer.finish_reason))
+    return JSON(head | {"choices": choices, "usage": turn.usage()})
+
+
+def prepare(host: Host, body: CompletionBody) -> Turn:
+    """The engine's requests: `n` for each prompt. Raises `APIError` 400 if one cannot be served."""
+    began = time.perf_counter()
+    host.check_model(body.model)
+    count = body.n or 1
+    if body.suffix:
+        raise bad("suffix is not supported: this model only continues text", "suffix")
+    if body.best_of not in (None, count):
+        raise bad("best_of is not supported: leave it away", "best_of")
+    vocab_size = host.engine.engine.runner.config.vocab_size
+    grammar = answer_grammar(body, host.grammars)
+    most = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
+    sampling = sampling_of(body, most, body.logprobs, vocab_size)
+    if body.echo and body.logprobs is not None:
+        sampling = replace(sampling, prompt_logprobs=max(body.logprobs, body.prompt_logprobs or 0))
+    prompts = prompts_of(body.prompt, host.tokenizer)
+    if count * len(prompts) > MOST_ANSWERS:
+        raise bad(f"at most {MOST_ANSWERS} answers can be had with one request", "n")
+    requests = []
+    for prompt in prompts:
+        if most:
+            host.check_prompt(prompt)
+        for index in range(count):
+            mask = None if grammar is None else AnswerMask(host.grammars, grammar)
+            requests.append(numbered(Request(prompt, sampling, mask=mask, experts=body.experts), index))
+    return Turn(host, requests, [AnswerReader() for _ in requests], began, count)
+
+
+async def _stream(turn: Turn, body: CompletionBody, head: dict[str, Any]) -> AsyncGenerator[bytes, None]:
+    wants_usage = body.stream_options is not None and body.stream_options.include_usage
+    begun = [False] * len(turn.requests)
+    async with turn.host.serving(turn.requests) as tickets:
+        yield b""
+        async for step in turn.steps(tickets):
+            first, begun[step.index] = not begun[step.index], True
+            choice = _choice(turn, body, step.index, step.piece.content, step.tokens, step.finish_reason, first)
+            yield event(head | {"choices": [choice]} | ({"usage": None} if wants_usage else {}))
+    if wants_usage:
+        yield event(head | {"choices": [], "usage": turn.usage()})
+    yield DONE
+
+
+def _choice(
+    turn: Turn, body: CompletionBody, index: int, text: str, tokens: Sequence[Token], finish: str | None, first: bool = True
+) -> dict[str, Any]:
+    """One choice, or a part of it; the `first` part has the prompt in front where that shall be echoed."""
+    tokenizer, report = turn.host.tokenizer, turn.reports[index] if first else None
+    known = report.logprobs if report is not None else None
+    before = tokenizer.decode(list(turn.requests[index].prompt)) if body.echo and first else ""
+    choice: dict[str, Any] = {"index": index, "text": before + text, "finish_reason": finish, "logprobs": None}
+    if body.logprobs is not None:
+        echoed = known if body.echo and known is not None else ()
+        choice["logprobs"] = completion_logprobs(tokenizer, [*echoed, *tokens], body.logprobs)
+    if body.prompt_logprobs is not None and known is not None:
+        choice["prompt_logprobs"] = prompt_logprobs(tokenizer, known)
+    if body.experts:
+        choice["shoal"] = expert_report(tokenizer, tokens)
+    return choice
+
+
+def prompts_of(prompt: str | list[str] | list[int] | list[list[int]], tokenizer: Tokenizer) -> list[list[int]]:
+    """Ids of every prompt: texts get a begin-of-text token, ids are taken as they are."""
+    if isinstance(prompt, str):
+        texts: list[Any] = [prompt]
+    elif prompt and isinstance(prompt[0], int):
+        texts = [prompt]
+    else:
+        texts = list(prompt)
+    if not texts:
+        raise bad("the prompt is empty", "prompt")
+    return [tokenizer.encode(text, bos=True) if isinstance(text, str) else list(text) for text in texts]

@@ -1,0 +1,147 @@
+"""How a model writes conversations, thoughts and tool calls, as far as its chat template and its vocabulary tell."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ..data import Tokenizer
+from ..data.chat_template import render_chat
+from .errors import bad
+from .grammar import AnswerMask, Grammars, bounded
+from .protocol import ChatBody, Message, Tool
+from .reader import CALL, CALLS, END_CALL, END_CALLS, END_THINK, SEPARATOR, THINK, AnswerReader
+
+TEXT_PARTS = ("text", "input_text", "output_text")
+NO_THINKING = ("none", "minimal", "off")
+
+
+class Dialect:
+    """Of one tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        template = tokenizer.chat_template or ""
+        self.has_chat = bool(template)
+        self.thinks = THINK in template
+        self.think_is_optional = "thinking" in template
+        markers = (CALLS, CALL, SEPARATOR, END_CALL, END_CALLS)
+        self.calls_tools = CALL in template and "tools" in template and None not in map(tokenizer.token_id, markers)
+        self._names_functions = "function'+" in template.replace(" ", "") or f"function{SEPARATOR}" in template
+        """R1's form of calls; V3.1's names the tool alone."""
+
+    def prompt(self, body: ChatBody) -> tuple[str, list[int]]:
+        """The conversation as text and as tokens."""
+        if not self.has_chat:
+            raise bad("this is a base model without a chat template: use /v1/completions, or give the server --chat-template", "model")
+        wants_tools = bool(body.tools) and body.tool_choice != "none"
+        if wants_tools and not self.calls_tools:
+            raise bad("this model's chat template knows no tools", "tools")
+        tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if wants_tools else None
+        variables: dict[str, Any] = {"thinking": body.reasoning_effort is not None and body.reasoning_effort.lower() not in NO_THINKING}
+        for name, value in (body.chat_template_kwargs or {}).items():
+            if name not in ("messages", "tools", "add_generation_prompt", "raise_exception", "bos_token", "eos_token", "tokenizer"):
+                variables[name] = value
+        variables.setdefault("enable_thinking", variables["thinking"])
+        messages = [written(message, index) for index, message in enumerate(body.messages)]
+        text = render_chat(self.tokenizer, messages, tools, body.add_generation_prompt, **variables)
+        return text, self.tokenizer.encode(text, special=True)
+
+    def reader(self, body: ChatBody, prompt: str) -> AnswerReader:
+        """For one answer to the conversation that `prompt` writes."""
+        calls = bool(body.tools) and body.tool_choice != "none"
+        thinking = prompt.rstrip().endswith(THINK)
+        return AnswerReader(thinking, self._may_think(prompt), calls, body.parallel_tool_calls is not False)
+
+    def mask(self, body: ChatBody, prompt: str, grammars: Grammars, answer: str | None) -> AnswerMask | None:
+        """What holds one answer to the form asked for; None where it is free. `answer` is the grammar of `response_format`."""
+        tools, must_call = chosen_tools(body)
+        calls = self._calls_grammar(tools, body.parallel_tool_calls is not False, grammars) if tools else None
+        if answer is None and calls is None:
+            return None
+        token = self.tokenizer.token_id
+        thinking = prompt.rstrip().endswith(THINK)
+        return AnswerMask(
+            grammars,
+            answer,
+            calls=calls,
+            calls_begin=token(CALLS) if calls is not None else None,
+            must_call=must_call,
+            thinking=thinking,
+            think_end=token(END_THINK),
+            may_think=token(THINK) if self._may_think(prompt) else None,
+        )
+
+    def _may_think(self, prompt: str) -> bool:
+        """Whether the answer may open a thought by itself: the model thinks, and the prompt has not decided it."""
+        return self.thinks and not prompt.rstrip().endswith((THINK, END_THINK))
+
+    def _calls_grammar(self, tools: list[Tool], parallel: bool, grammars: Grammars) -> str:
+        """What may follow `CALLS`, in llguidance's Lark."""
+        call, separator, end, all_end = (f"<[{self.tokenizer.token_id(marker)}]>" for marker in (CALL, SEPARATOR, END_CALL, END_CALLS))
+        more = '("\\n"? call)*' if parallel else ""
+        lines = [f"start: call {more} {all_end}", "call: " + " | ".join(f"call_{i}" for i in range(len(tools)))]
+        for i, tool in enumerate(tools):
+            schema = json.dumps(bounded({"type": "object", **(tool.function.parameters or {})}))
+            name = json.dumps(tool.function.name)
+            if self._names_functions:
+                fenced = json.dumps(f"{tool.function.name}\n```json\n")
+                lines.append(f'call_{i}: {call} "function" {separator} {fenced} arguments_{i} "\\n```" {end}')
+            else:
+                lines.append(f"call_{i}: {call} {name} {separator} arguments_{i} {end}")
+            lines.append(f"arguments_{i}: %json {schema}")
+        return grammars.lark("\n".join(lines), "tools")
+
+
+def chosen_tools(body: ChatBody) -> tuple[list[Tool], bool]:
+    """The tools that may be called, and whether one must be."""
+    choice, tools = body.tool_choice, body.tools or []
+    if isinstance(choice, dict):
+        name = (choice.get("function") or choice).get("name") if isinstance(choice.get("function") or choice, dict) else None
+        named = [tool for tool in tools if tool.function.name == name]
+        if not named:
+            raise bad("tool_choice names a tool that is not among the tools", "tool_choice")
+        return named, True
+    if choice == "required" and not tools:
+        raise bad("tool_choice is required, but there are no tools", "tool_choice")
+    return ([], False) if choice == "none" else (tools, choice == "required")
+
+
+def written(message: Message, index: int) -> dict[str, Any]:
+    """A message as templates take it: `content` a text, `tool_calls` of one shape."""
+    param = f"messages[{index}]"
+    result: dict[str, Any] = {"role": message.role, "content": text_of(message.content, param)}
+    if message.name is not None:
+        result["name"] = message.name
+    if message.reasoning_content is not None:
+        result["reasoning_content"] = message.reasoning_content
+    if message.tool_call_id is not None:
+        result["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        result["tool_calls"] = [_call(call, f"{param}.tool_calls") for call in message.tool_calls]
+    return result
+
+
+def text_of(content: str | list[dict[str, Any]] | None, param: str) -> str:
+    """The text of a message's content. Raises `APIError` 400 where it holds images or the like."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    texts = []
+    for part in content:
+        kind = part.get("type", "text")
+        if kind not in TEXT_PARTS:
+            raise bad(f"this model reads text only: it cannot use parts of type {str(kind)[:40]!r}", param)
+        if not isinstance(part.get("text"), str):
+            raise bad("a part of type text needs a text", param)
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _call(call: dict[str, Any], param: str) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise bad("a tool call needs a function with a name", param)
+    arguments = function.get("arguments") or "{}"
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return {"id": str(call.get("id", "")), "type": "function", "function": {"name": function["name"], "arguments": arguments}}

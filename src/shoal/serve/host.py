@@ -1,0 +1,201 @@
+"""The served model: loading, ready, draining; and the one way in to its engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+
+from ..config import ServeCommand, UserError
+from ..data import Tokenizer
+from ..data.chat_template import BUILT_IN, built_in_template
+from ..engine import AsyncEngine, Engine, Increment, Loaded, Request
+from ..engine.async_engine import Ticket
+from .errors import APIError, bad, broken, busy, closing, loading, too_long
+from .grammar import Grammars
+from .metrics import Metrics
+
+LOG = logging.getLogger("shoal.serve")
+Load = Callable[[], Loaded]
+
+
+class State(str, Enum):
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+class Host:
+    """Owns the engine. `start` loads the model beside the event loop, `drain` ends everything in good order.
+
+    `name` is what clients call the model.
+    """
+
+    def __init__(self, command: ServeCommand, name: str, load: Load) -> None:
+        self.command, self.name = command, name
+        self.metrics = Metrics()
+        self.created = int(time.time())
+        self.failure: Exception | None = None
+        self._load = load
+        self._engine: AsyncEngine | None = None
+        self._tokenizer: Tokenizer | None = None
+        self._grammars: Grammars | None = None
+        self._draining = False
+        self._in_flight = 0
+
+    @property
+    def state(self) -> State:
+        if self.failure is not None:
+            return State.FAILED
+        if self._draining:
+            return State.DRAINING
+        if self._engine is None:
+            return State.LOADING
+        return State.READY if self._engine.is_accepting else State.FAILED
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that the engine has not finished."""
+        return self._in_flight
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """Raises `APIError` 503 unless the model is loaded and takes requests."""
+        if self._draining:
+            raise closing()
+        if self.failure is not None or (self._engine is not None and not self._engine.is_accepting):
+            raise broken()
+        if self._engine is None:
+            raise loading()
+        return self._engine
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise loading()
+        return self._tokenizer
+
+    @property
+    def grammars(self) -> Grammars:
+        if self._grammars is None:
+            raise loading()
+        return self._grammars
+
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer together."""
+        return self.engine.engine.context
+
+    async def start(self) -> None:
+        """Load the model; where that fails, `failure` says why."""
+        try:
+            engine, tokenizer = await asyncio.to_thread(self._make)
+            self._tokenizer, self._grammars = tokenizer, Grammars(tokenizer, engine.runner.config.vocab_size)
+            self._engine = AsyncEngine(engine)
+            self.metrics.watch(self._engine.stats)
+        except Exception as error:
+            self.failure = error
+            raise
+
+    def _make(self) -> tuple[Engine, Tokenizer]:
+        loaded = self._load()
+        return Engine(loaded.runner, loaded.tokenizer, self.command.engine), with_template(loaded.tokenizer, self.command.chat_template)
+
+    async def drain(self) -> None:
+        """Refuse new requests, let those there are end within the time of grace, stop the engine."""
+        self._draining = True
+        if self._engine is not None:
+            await self._engine.drain(self.command.grace)
+
+    async def close(self) -> None:
+        """Stop at once; unfinished answers end with reason `abort`."""
+        self._draining = True
+        if self._engine is not None:
+            await self._engine.close()
+
+    def check_model(self, name: str | None) -> None:
+        """Raises `APIError` 404 if a client asks for another model than the one there is."""
+        if name is not None and name != self.name:
+            raise APIError(404, f"there is no model {name[:100]!r} here: use {self.name!r}", "model", "model_not_found")
+
+    def check_prompt(self, prompt: Sequence[int]) -> None:
+        """Raises `APIError` 400 if there is no room for an answer behind `prompt`."""
+        if not prompt:
+            raise bad("the prompt is empty: give at least one token", "prompt")
+        if len(prompt) >= self.context:
+            raise too_long(f"the prompt has {len(prompt)} tokens, the model sees {self.context}: shorten it")
+
+    @contextlib.asynccontextmanager
+    async def serving(self, requests: Sequence[Request]) -> AsyncIterator[list[Ticket]]:
+        """The requests in the engine; at the end of the block, whatever is unfinished is cancelled and its pages are free.
+
+        Raises:
+            APIError: 429 if too many are waiting.
+            UserError, EngineClosed, EngineFailed: as `AsyncEngine.submit`.
+        """
+        engine, options = self.engine, self.command
+        if self._in_flight and self._in_flight + len(requests) > options.engine.max_running + options.max_waiting:
+            raise busy()
+        if options.log_prompts:
+            LOG.info("prompt: %r", self.tokenizer.decode(list(requests[0].prompt), skip_special=False))
+        tickets: list[Ticket] = []
+        self._in_flight += len(requests)
+        try:
+            for request in requests:
+                tickets.append(await engine.submit(request))
+            yield tickets
+        finally:
+            self._in_flight -= len(requests)
+            for ticket in tickets:
+                engine.cancel(ticket)
+
+    async def increments(self, tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, list[Increment]]]:
+        """What arrives for any of the tickets, with its place among them, until all have ended; all that is there at once."""
+        if len(tickets) == 1:
+            last = None
+            while last is None:
+                increments = await tickets[0].take()
+                last = increments[-1].finish_reason
+                yield 0, increments
+            return
+        waiting = {asyncio.ensure_future(ticket.take()): index for index, ticket in enumerate(tickets)}
+        try:
+            while waiting:
+                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    index = waiting.pop(task)
+                    increments = task.result()
+                    if increments[-1].finish_reason is None:
+                        waiting[asyncio.ensure_future(tickets[index].take())] = index
+                    yield index, increments
+        finally:
+            for task in waiting:
+                task.cancel()
+
+
+def with_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
+    """The tokenizer with another chat template: one of DeepSeek's by name, or a Jinja file. Raises `UserError` if there is none."""
+    if template is None:
+        return tokenizer
+    source = built_in_template(template) if template in BUILT_IN else read_template(template)
+    return Tokenizer(tokenizer.json, tokenizer.config, source)
+
+
+def read_template(path: str) -> str:
+    """Source of a Jinja file."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"there is no chat template at {file}: give a Jinja file or one of {', '.join(BUILT_IN)}")
+    return file.read_text(encoding="utf-8")
+
+
+def numbered(request: Request, index: int) -> Request:
+    """The same request for the choice with this index: another seed."""
+    seed = request.sampling.seed
+    return request if not index or seed is None else replace(request, sampling=replace(request.sampling, seed=(seed + index) % 2**64))

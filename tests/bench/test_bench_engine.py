@@ -1,0 +1,190 @@
+"""`shoal bench engine` and `shoal bench quantization`: what they print and refuse; their speed is no test's business."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.bench import contestants, engine
+from shoal.bench.machine import Memory
+from shoal.bench.quantization import cut
+from shoal.bench.sides import Side
+from shoal.cli import main
+from shoal.config import BenchEngineCommand, ModelConfig, UserError
+
+
+class Stub:
+    """A side that needs `seconds` for everything."""
+
+    def __init__(self, name: str, seconds: float) -> None:
+        self.name, self.seconds, self.settings = name, seconds, "as it is"
+        self.loaded = {"load_seconds": 1.0, "weight_bytes_per_token": 1e9, "cache_bytes_per_position": 1e6}
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+
+    def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
+        self.asked.append((op, arguments))
+        return {"seconds": [self.seconds] * len(arguments["ids"]) if op == "decode" else [self.seconds]}
+
+    def memory(self) -> Memory:
+        return Memory(int(self.seconds * 1e9), 0, 0)
+
+    def close(self) -> None:
+        self.asked.append(("close", {}))
+
+
+@pytest.fixture
+def stubs(monkeypatch: pytest.MonkeyPatch) -> list[Stub]:
+    """Three sides of known speed instead of processes, on a machine that reads 20 GB/s."""
+    sides = [Stub("shoal", 0.1), Stub("llama.cpp", 0.2), Stub("transformers", 0.5)]
+    contest = contestants.Contest("v2-lite", ModelConfig(max_position_embeddings=1 << 15), Path(), None, None, None, None)
+    monkeypatch.setattr(contestants.Contest, "sides", lambda self, command: sides)
+    monkeypatch.setattr(engine, "prepare", lambda command, say: contest)
+    monkeypatch.setattr(engine, "read_bandwidth", lambda: 2e10)
+    monkeypatch.setattr(engine, "product_peaks", lambda: {"fp32": 1e11, "int8": 4e11})
+    return sides
+
+
+def test_ratios_and_shares(stubs: list[Stub], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "engine", "--vs", "llama.cpp", "--rounds", "2", "--steps", "4"]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads(printed.splitlines()[-1])
+    assert "decode, context 512" in printed
+    for case in ("decode", "decode_32", "prefill", "batch", "long_context"):
+        assert result[f"{case}_ratio"] == pytest.approx(2)
+        assert result[f"transformers_{case}_ratio"] == pytest.approx(5)
+    assert result["memory_ratio"] == pytest.approx(0.5)
+    assert result["decode_tokens_per_second"] == pytest.approx(10)
+    assert result["batch_tokens_per_second"] == pytest.approx(80)
+    assert result["llama_prefill_tokens_per_second"] == pytest.approx(2560)
+    assert result["bandwidth_share"] == pytest.approx(10 * (1e9 + 512e6) / 2e10)
+    assert result["bits"] == 4
+    # every turn asks the sides one after the other, the same of each
+    assert stubs[0].asked == stubs[1].asked
+    assert [op for op, _ in stubs[0].asked] == ["decode", "decode", "prefill", "decode", "decode"] * 2 + ["close"]
+
+
+def test_cases_that_the_model_is_too_short_for_are_left_out() -> None:
+    command = BenchEngineCommand()
+    names = {context: [m.name for m in engine.measurements(command, context)] for context in (20, 100, 600, 20000)}
+    assert names[20] == []
+    assert names[100] == ["decode_32"]
+    assert names[600] == ["decode_32", "decode", "prefill", "batch"]
+    assert names[20000] == ["decode_32", "decode", "prefill", "batch", "long_context"]
+    assert [m.name for m in engine.measurements(BenchEngineCommand(cases=("batch",)), 20000)] == ["batch"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--bits", "8"], "made in 4 bits"),
+        (["--vs", "transformers"], "32 GB"),
+        (["--rounds", "0"], "--rounds"),
+        (["--steps", "0"], "--steps"),
+        (["--threads", "-1"], "--threads"),
+        (["--vs", "vllm"], "vllm"),
+        (["--model", "nowhere"], "does not exist"),
+        (["--cases"], "--cases"),
+    ],
+)
+def test_wrong_options_end_with_one_line(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "engine", *args]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_too_little_disk_is_noticed_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="use --cache-dir"):
+        contestants.prepare(BenchEngineCommand(cache_dir=str(tmp_path)), print)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_trained_model_in_its_own_process(trained: Path, workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--model", str(trained), "--rounds", "1", "--steps", "2", "--threads", "1", "--cache-dir", str(tmp_path)]
+    assert main(["bench", "engine", *args, "--cases", "decode", "mtp", "--bits", "8", "--data", str(workshop / "text.txt")]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["decode_32_tokens_per_second"] > 0
+    assert result["cache_values_per_token_and_layer"] == 16 + 8
+    assert "int8" in result["settings"]["shoal"]
+    assert result["mtp_same_text"]
+    assert result["mtp_speedup"] > 0
+    assert 0 <= result["mtp_acceptance"] <= 1
+
+
+def test_peers_run_the_same_model(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
+    args = ["--model", str(trained), "--rounds", "1", "--steps", "2", "--threads", "1", "--cache-dir", str(tmp_path)]
+    assert main(["bench", "engine", *args, "--cases", "decode", "--vs", "llama.cpp", "--vs", "transformers"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["decode_32_ratio"] > 0
+    assert result["transformers_decode_32_ratio"] > 0
+    side = Side("llama.cpp", "llama_worker")
+    side.ask("load", model=str(tmp_path / "model.gguf"), threads=1, flash=1)
+    prefix = list(range(16, 32))
+    for context, sequences in ((40, 1), (16, 3)):  # a cache made of another's, over and over again; copied to other sequences
+        reply = side.ask("decode", prefix=prefix, context=context, ids=[[5] * sequences] * 4, warm=1)
+        assert len(reply["seconds"]) == 4
+    side.close()
+
+
+@pytest.fixture
+def side() -> Iterator[Side]:
+    opened = Side("shoal", "shoal_worker")
+    yield opened
+    opened.close()
+
+
+def test_errors_of_a_side_are_told_and_it_stands_still_between_requests(side: Side, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="shoal: UserError"):
+        side.ask("load", model=str(tmp_path), threads=1, bits=None, precision="bf16")
+    state = Path(f"/proc/{side._process.pid}/stat")
+    deadline = time.monotonic() + 10  # a signal arrives when the system finds the time
+    while state.exists() and state.read_text().rsplit(")", 1)[1].split()[0] != "T":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(side._process.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match="killed"):
+        side.ask("prefill", ids=[1])
+
+
+def test_a_python_that_is_not_there() -> None:
+    with pytest.raises(UserError, match="cannot be started"):
+        Side("llama.cpp", "llama_worker", "/no/python")
+
+
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=5), st.integers(2, 12))
+def test_windows_score_every_token_once(lengths: list[int], window: int) -> None:
+    documents = [([100 * i + k for k in range(length)], length) for i, length in enumerate(lengths)]
+    sample = cut(documents, window)
+    scored = [token for ids in sample.windows for token in ids[1:]]
+    assert sorted(scored) == [token for ids, _ in documents for token in ids[1:]]
+    assert max(map(len, sample.windows)) <= window
+    assert sample.tokens == len(scored)
+
+
+def test_quantization_beside_llama_cpp(trained: Path, workshop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
+    args = ["--data", str(workshop / "text.txt"), "--max-tokens", "600", "--threads", "1"]
+    assert main(["bench", "quantization", str(trained), *args]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    bpb = result["bpb"]
+    assert bpb["shoal"] == pytest.approx(bpb["llama.cpp, f32"], abs=2e-4)
+    assert bpb["llama.cpp, f16"] == pytest.approx(bpb["llama.cpp, f32"], abs=2e-3)
+    assert abs(result["increase"]["shoal, 8 bits"]) < 0.05
+    assert set(result["increase"]) == set(bpb)
+    assert statistics.mean(bpb.values()) < 8

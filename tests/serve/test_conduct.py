@@ -1,0 +1,212 @@
+"""How the server behaves towards everyone: limits, keys, hang-ups, shutting down."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+import pytest
+from served import Serve, Served, serving, tiny
+
+from shoal.config import EngineOptions
+from shoal.data import Tokenizer
+from shoal.engine import Loaded
+
+LONG = {"prompt": "the red", "max_tokens": 400, "ignore_eos": True}
+
+
+def ask(url: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any, dict[str, str]]:
+    """Status, content (JSON where it is some) and headers; `body` may be raw bytes."""
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"} | (headers or {}))
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            status, raw, head = response.status, response.read(), {name.lower(): value for name, value in response.headers.items()}
+    except urllib.error.HTTPError as error:
+        status, raw, head = error.code, error.read(), {name.lower(): value for name, value in error.headers.items()}
+    try:
+        return status, json.loads(raw), head
+    except ValueError:
+        return status, raw.decode(errors="replace"), head
+
+
+def start_request(served: Served, body: dict[str, Any]) -> socket.socket:
+    """A POST whose answer is left unread."""
+    address = served.url.removeprefix("http://").split(":")
+    sock = socket.create_connection((address[0], int(address[1])))
+    data = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    sock.sendall(head.encode() + data)
+    return sock
+
+
+def until(condition: Any, seconds: float = 5) -> bool:
+    deadline = time.time() + seconds
+    while not condition() and time.time() < deadline:
+        time.sleep(0.005)
+    return bool(condition())
+
+
+def test_tokens_there_and_back(base: Served) -> None:
+    status, found, _ = ask(f"{base.url}/tokenize", {"prompt": "the été 😀"})
+    assert status == 200
+    assert found["count"] == len(found["tokens"])
+    _, text, _ = ask(f"{base.url}/detokenize", {"tokens": found["tokens"][1:]})
+    assert text["prompt"] == "the été 😀"
+    assert ask(f"{base.url}/detokenize", {"tokens": [-1]})[0] == 400
+
+
+def test_health_version_and_metrics(base: Served) -> None:
+    assert ask(f"{base.url}/health")[:2] == (200, {"status": "ready"})
+    assert set(ask(f"{base.url}/version")[1]) == {"version"}
+    ask(f"{base.url}/v1/completions", {"prompt": "the", "max_tokens": 3})
+    ask(f"{base.url}/nothing/here")
+    text = ask(f"{base.url}/metrics")[1]
+    for name in ("shoal_time_to_first_token_seconds_count", "shoal_generated_tokens_total", "shoal_mtp_acceptance", "shoal_cache_usage"):
+        assert f"\n{name} " in text
+    assert 'shoal_expert_tokens_total{expert="0",layer="0"}' in text
+    assert 'shoal_requests_total{path="/v1/completions",status="200"}' in text
+    assert "nothing" not in text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\xff\xfe\x00random",
+        b'{"prompt": "\xff"}',
+        b'{"prompt": "\\ud800"}',
+        b"[" * 100_000,
+        b'{"prompt":' + b"[" * 5000 + b"]" * 5000 + b"}",
+        b'{"prompt": "the", "temperature": NaN}',
+        b'{"prompt": "the", "max_tokens": 1e400}',
+        b'{"prompt": "the", "n": 9999999}',
+        b'{"prompt": "the", "response_format": ' + b'{"type":"json_schema","schema":' * 300 + b"{}" + b"}" * 300 + b"}",
+        b'{"prompt": "the", "guided_regex": "((((a*)*)*)*"}',
+        b'"text"',
+        b"null",
+    ],
+)
+def test_nonsense_is_refused(base: Served, body: bytes) -> None:
+    status, answer, _ = ask(f"{base.url}/v1/completions", body)
+    assert status == 400
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+    assert "\n" not in answer["error"]["message"]
+    assert ask(f"{base.url}/v1/completions", {"prompt": "the", "max_tokens": 1})[0] == 200
+
+
+def test_unknown_paths_and_methods(base: Served) -> None:
+    assert ask(f"{base.url}/v1/nothing")[1]["error"]["type"] == "not_found_error"
+    assert ask(f"{base.url}/v1/completions")[0] == 405
+
+
+def test_large_bodies_are_refused_whether_announced_or_not(serve: Serve) -> None:
+    with serve(max_body_mb=0.01) as served:
+        assert ask(f"{served.url}/v1/completions", {"prompt": "x" * 20_000})[0] == 413
+        address = served.url.removeprefix("http://").split(":")
+        with socket.create_connection((address[0], int(address[1]))) as sock:
+            sock.sendall(b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n")
+            sock.sendall(b"4e20\r\n" + b"x" * 20_000 + b"\r\n")
+            assert sock.recv(100).startswith(b"HTTP/1.1 413")
+
+
+def test_keys(serve: Serve) -> None:
+    with serve(api_key=("first-key", "second-key")) as served:
+        models = f"{served.url}/v1/models"
+        for headers in ({}, {"Authorization": "Bearer nonsense"}, {"Authorization": "Basic first-key"}, {"x-api-key": "first"}):
+            status, body, head = ask(models, headers=headers)
+            assert status == 401
+            assert body["error"]["code"] == "invalid_api_key"
+            assert head["www-authenticate"] == "Bearer"
+        for headers in ({"Authorization": "Bearer first-key"}, {"authorization": "bearer second-key"}, {"x-api-key": "second-key"}):
+            assert ask(models, headers=headers)[0] == 200
+        assert ask(f"{served.url}/metrics")[0] == 401
+        assert ask(f"{served.url}/health")[0] == 200
+        assert ask(f"{served.url}/page/")[0] == 200
+
+
+def test_other_sites_are_let_in_only_where_that_was_asked_for(serve: Serve, base: Served) -> None:
+    site = {"Origin": "https://chat.example.com"}
+    assert "access-control-allow-origin" not in ask(f"{base.url}/v1/models", headers=site)[2]
+    with serve(cors_origin=("https://chat.example.com",), api_key=("first-key",)) as served:
+        answer = ask(f"{served.url}/v1/models", headers=site | {"x-api-key": "first-key"})[2]
+        assert answer["access-control-allow-origin"] == site["Origin"]
+        other = ask(f"{served.url}/v1/models", headers={"Origin": "https://else.example", "x-api-key": "first-key"})[2]
+        assert "access-control-allow-origin" not in other
+
+
+def test_a_full_queue_turns_people_away_and_recovers(serve: Serve) -> None:
+    with serve(engine=EngineOptions(max_running=1), max_waiting=1) as served:
+        waiting = [start_request(served, LONG) for _ in range(2)]
+        assert until(lambda: served.host.in_flight == 2)
+        status, body, head = ask(f"{served.url}/v1/completions", LONG)
+        assert (status, body["error"]["type"]) == (429, "rate_limit_error")
+        assert int(head["retry-after"]) >= 1
+        for sock in waiting:
+            sock.close()
+        assert served.is_idle()
+        assert ask(f"{served.url}/v1/completions", {"prompt": "the", "max_tokens": 1})[0] == 200
+
+
+def test_hanging_up_ends_the_work(base: Served) -> None:
+    for stream in (False, True):
+        before = base.host.engine.stats().finished["abort"]
+        sock = start_request(base, LONG | {"stream": stream})
+        assert until(lambda: base.pages_in_use() > 0)
+        sock.close()
+        assert base.is_idle()
+        assert base.host.engine.stats().finished["abort"] == before + 1
+
+
+def test_loading_is_told(serve: Serve, tokenizer: Tokenizer) -> None:
+    go = threading.Event()
+
+    def slow() -> Loaded:
+        go.wait(10)
+        return tiny(tokenizer)
+
+    with serving(slow, wait=False) as served:
+        assert ask(f"{served.url}/health")[:2] == (503, {"status": "loading"})
+        status, body, head = ask(f"{served.url}/v1/completions", {"prompt": "the"})
+        assert (status, body["error"]["code"]) == (503, "loading")
+        assert "retry-after" in head
+        go.set()
+        assert until(lambda: ask(f"{served.url}/health")[0] == 200)
+
+
+def test_draining_finishes_what_runs_and_takes_nothing_new(serve: Serve) -> None:
+    with serve() as served:
+        results: list[tuple[int, Any, Any]] = []
+        thread = threading.Thread(target=lambda: results.append(ask(f"{served.url}/v1/completions", LONG | {"temperature": 0})))
+        thread.start()
+        assert until(lambda: served.pages_in_use() > 0)
+        served.drain()
+        assert until(lambda: ask(f"{served.url}/health")[0] == 503)
+        status, body, _ = ask(f"{served.url}/v1/completions", {"prompt": "the"})
+        assert (status, body["error"]["code"]) == (503, "shutting_down")
+        thread.join()
+        assert results[0][0] == 200
+        assert results[0][1]["usage"]["completion_tokens"] == 400
+
+
+def test_after_the_time_of_grace_clients_are_told(serve: Serve) -> None:
+    with serve(grace=0.05) as served:
+        sock = start_request(served, LONG | {"stream": True})
+        plain: list[tuple[int, Any, Any]] = []
+        thread = threading.Thread(target=lambda: plain.append(ask(f"{served.url}/v1/completions", LONG)))
+        thread.start()
+        assert until(lambda: served.host.in_flight == 2 and served.pages_in_use() > 0)
+        served.drain()
+        received = b""
+        while part := sock.recv(65536):
+            received += part
+            if b"[DONE]" in received:
+                break
+        assert b"shutting_down" in received
+        thread.join()
+        assert (plain[0][0], plain[0][1]["error"]["code"]) == (503, "shutting_down")

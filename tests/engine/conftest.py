@@ -1,4 +1,4 @@
-"""The models and the runners that the engine's tests are put through."""
+"""The models and runners that the engine's tests are put through."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 from ..config import ModelConfig, TrainConfig, UserError
 from ..config.recipes import load_recipe, to_toml
@@ -85,7 +86,7 @@ class Training:
         return Case(title, predicted, lambda: self.measure(shape, predicted))
 
     @property
-    def precision(self) -> str:
+    def precision(self) -> Literal["fp32", "bf16"]:
         assert self.machine.sustained is not None
         return self.machine.sustained.precision
 

@@ -197,6 +197,7 @@ const Kernels* shoal::kernels_named(const std::string& name) {
 }
 
 NB_MODULE(_cpu, m) {
+    nb::set_leak_warnings(false);  // the kernels chosen at import live as long as the interpreter
     bind_decoder(m);
     m.def("supported", &supported, "Names of the instruction sets that this processor runs, best first.");
     nb::class_<Cpu>(m, "Cpu")

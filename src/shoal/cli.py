@@ -17,6 +17,7 @@ from . import __version__
 from .config import (
     BenchEngineCommand,
     BenchQuantizationCommand,
+    BenchServeCommand,
     BenchTrainCommand,
     ChatCommand,
     DoctorCommand,
@@ -151,7 +152,7 @@ def _measurements() -> Measurements:
 
 def bench(args: list[str]) -> None:
     """Measure Shoal beside its peers: shoal bench train --vs transformers"""
-    benches = {"train": _bench_train, "engine": _bench_engine, "quantization": _bench_quantization}
+    benches = {"train": _bench_train, "engine": _bench_engine, "quantization": _bench_quantization, "serve": _bench_serve}
     if args[:1] in (["-h"], ["--help"]):
         print(f"shoal bench NAME [OPTIONS]; NAME is one of: {', '.join(benches)}")
         return
@@ -180,6 +181,14 @@ def _bench_quantization(args: list[str]) -> None:
     command = parse(BenchQuantizationCommand, args, "bench quantization")
 
     from .bench.quantization import run_bench
+
+    finish(run_bench(command), as_json=True)
+
+
+def _bench_serve(args: list[str]) -> None:
+    command = parse(BenchServeCommand, args, "bench serve")
+
+    from .bench.serve import run_bench
 
     finish(run_bench(command), as_json=True)
 

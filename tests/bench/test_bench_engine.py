@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import statistics
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -151,8 +152,10 @@ def test_errors_of_a_side_are_told_and_it_stands_still_between_requests(side: Si
     with pytest.raises(UserError, match="shoal: UserError"):
         side.ask("load", model=str(tmp_path), threads=1, bits=None, precision="bf16")
     state = Path(f"/proc/{side._process.pid}/stat")
-    if state.exists():
-        assert state.read_text().rsplit(")", 1)[1].split()[0] == "T"
+    deadline = time.monotonic() + 10  # a signal arrives when the system finds the time
+    while state.exists() and state.read_text().rsplit(")", 1)[1].split()[0] != "T":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     os.kill(side._process.pid, signal.SIGKILL)
     with pytest.raises(UserError, match="killed"):
         side.ask("prefill", ids=[1])

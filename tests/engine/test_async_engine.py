@@ -58,7 +58,7 @@ def test_many_at_once_get_their_own_answers_piece_by_piece() -> None:
 
             async def ask(i: int) -> None:
                 pieces = [increment async for increment in server.stream(Request([i, 5], greedy(20 + i)))]
-                assert len(pieces) > 5
+                assert len(pieces) > 1
                 assert [token.id for piece in pieces for token in piece.tokens] == continuation([i, 5], 20 + i, 97)
                 assert [piece.finish_reason for piece in pieces if piece.finish_reason] == ["length"]
                 assert pieces[0].prompt is not None

@@ -55,10 +55,9 @@ def model_of(name: str) -> Transformer:
     model = Transformer(ModelConfig(**MODELS[name]))
     init_weights(model, 1)
     with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim == 1:  # norms and biases that would hide an error if they were 1 and 0
                 parameter.add_(0.3 * torch.randn_like(parameter))
-            del parameter_name
         for layer in model.moe_layers:
             if hasattr(layer.gate, "e_score_correction_bias"):
                 layer.gate.e_score_correction_bias.normal_(std=0.2)

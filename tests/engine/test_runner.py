@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_models import make_model
 
 from shoal.engine import Batch, Runner
 from shoal.model import Transformer
@@ -78,8 +79,6 @@ def test_a_copied_page_serves_as_well(runner: Runner) -> None:
 
 @pytest.mark.parametrize("cache", ["bf16", "fp8"])
 def test_values_beyond_a_small_format_stay_finite(cache: Any, make_runner: Any) -> None:
-    from conftest import make_model
-
     model = make_model("llama")
     with torch.no_grad():
         model.blocks[0].self_attn.v_proj.weight.mul_(1e4)

@@ -100,3 +100,38 @@ class BenchQuantizationCommand:
             raise UserError("there is nothing to score: give --data PATH...")
         if self.window < 2 or self.max_tokens < 2:
             raise UserError("--window and --max-tokens must be at least 2")
+
+
+@dataclass
+class BenchServeCommand:
+    """`shoal serve` under load: many clients at once, each streaming one completion after the other, some of whom hang up midway.
+
+    Reports tokens per second, time to first token and time between tokens, beside what the engine does with the same requests at hand
+    all at once and without HTTP.
+    """
+
+    model: Model
+    clients: int = 200
+    seconds: float = 30.0
+    prompt_tokens: int = 32
+    tokens: int = 128
+    """Of an answer that is listened to until its end."""
+    hang_up: float = 1 / 3
+    """Share of requests whose client hangs up somewhere before the end."""
+    vs: Literal["llama.cpp"] | None = None
+    """Peer under the same load, in the same call: the server of llama-cpp-python, with the model exported as GGUF (f16)."""
+    llama_python: str | None = None
+    """Python whose environment has llama-cpp-python[server]; None: the one that runs Shoal."""
+    seed: int = 0
+    json: bool = False
+    """A benchmark always ends with its JSON object; accepted for the sake of scripts."""
+
+    def validate(self) -> None:
+        """Raise `UserError` on the first option that cannot work."""
+        for name in ("clients", "prompt_tokens", "tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+        if not self.seconds > 0:
+            raise UserError(f"--seconds is {self.seconds}: it must be more than 0")
+        if not 0 <= self.hang_up < 1:
+            raise UserError(f"--hang-up is {self.hang_up}: it must be 0 or more and less than 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,15 +10,16 @@ from pathlib import Path
 
 import torch
 
-from ..config import MachineOptions
+from ..config import MachineOptions, ModelConfig, UserError
 from ..data import Tokenizer
 from ..formats.huggingface import load_model
 from ..formats.locate import locate_model
 from ..formats.quantized import is_quantized
 from ..kernels.selection import BACKEND
 from ..model import Transformer
-from ..runtime import Machine, start
+from ..runtime import Machine, available_memory, start
 from .native import NativeRunner
+from .paging import disk_rate, outlook
 from .runner import Runner, TorchRunner
 from .weights import load_weights, to_transformer
 
@@ -57,6 +59,10 @@ def load(path: str, options: MachineOptions, bits: int | None = None, group: int
     machine = start(options.device, options.precision, options.threads)
     if machine.device.type == "cpu" and BACKEND.cpu is not None:
         weights = load_weights(folder, bits, group, precision=None if options.precision == "auto" else options.precision)
+        _require_vocabulary(tokenizer, weights.config)
+        available = available_memory(machine.device)
+        if is_quantized(folder) and weights.nbytes > available:
+            print(outlook(weights, available, disk_rate(folder)), file=sys.stderr)
         runner = NativeRunner(weights.config, weights.parts, machine.threads)
         threading.Thread(target=runner.settle, name="settle", daemon=True).start()
         return Loaded(runner, tokenizer, machine, folder)
@@ -64,12 +70,21 @@ def load(path: str, options: MachineOptions, bits: int | None = None, group: int
     return Loaded(make_runner(model.to(machine.device), machine), tokenizer, machine, folder)
 
 
+def _require_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens, but the model knows {config.vocab_size:,}: they do not belong together"
+        )
+
+
 def load_plain(path: str, options: MachineOptions) -> Plain:
     """The model in plain torch, fp32; a quantized one with exactly the weights that it stands for."""
     folder = locate_model(path)
     tokenizer = Tokenizer.load(folder)
     machine = start(options.device, options.precision, options.threads)
-    return Plain(load_transformer(folder, machine.device), tokenizer, machine, folder)
+    model = load_transformer(folder, machine.device)
+    _require_vocabulary(tokenizer, model.config)
+    return Plain(model, tokenizer, machine, folder)
 
 
 def load_transformer(folder: Path, device: torch.device | str = "cpu") -> Transformer:

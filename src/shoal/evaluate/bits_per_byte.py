@@ -15,6 +15,8 @@ from ..engine import Plain, load_plain
 from ..train import Likelihood, likelihood
 
 DEFAULT_WINDOW = 2048
+TRAINED_WINDOW = "training_sequence_length"
+"""In `config.json` of a quantized model: the sequence length of the run it was quantized from."""
 
 
 def run_eval(command: EvalCommand) -> dict[str, Any]:
@@ -58,10 +60,13 @@ def score_texts(
 
 
 def default_window(folder: Path, config: ModelConfig) -> int:
-    """Sequence length of the run that a checkpoint belongs to; else the model's longest context up to `DEFAULT_WINDOW`."""
+    """Sequence length of the run that a checkpoint (or a quantized model) comes from; else the longest context up to `DEFAULT_WINDOW`."""
     recipe = folder.parent.parent / "config.toml"
     if folder.parent.name == "checkpoints" and recipe.is_file():
         return load_recipe(str(recipe)).sequence_length
+    trained = config.extra.get(TRAINED_WINDOW)
+    if type(trained) is int and 1 <= trained <= config.max_position_embeddings:
+        return trained
     return min(DEFAULT_WINDOW, config.max_position_embeddings)
 
 

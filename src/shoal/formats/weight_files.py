@@ -24,6 +24,7 @@ CONFIG = "config.json"
 FORGET_AFTER = 1 << 28
 """Bytes read through a mapping before it is made anew: until then they count as this process's memory."""
 
+_PIECE = 1 << 20
 _HARMLESS = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _SCALE = "_scale_inv"
 _FLOATS = ("F32", "BF16", "F16")
@@ -195,5 +196,4 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    # The sum is not finite where a number is not; only a sum that overflows needs a second look. It takes no memory of the tensor's size.
-    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+    return all(bool(piece.isfinite().all()) for piece in tensor.flatten().split(_PIECE))

@@ -18,7 +18,7 @@ from ..config import CorpusConfig, QuantizeCommand, UserError
 from ..data import Corpus, Tokenizer, open_corpus
 from ..engine.load import Plain, load_transformer
 from ..engine.weights import quantized_scheme
-from ..evaluate import default_window, score_texts
+from ..evaluate import TRAINED_WINDOW, default_window, score_texts
 from ..formats.huggingface import open_model, refuse_other_copies
 from ..formats.locate import locate_model
 from ..formats.packing import BITS, RoundingCost, pack_files
@@ -55,9 +55,11 @@ def run_quantize(command: QuantizeCommand) -> dict[str, Any]:
     with open_model(folder) as (empty, files), torch.inference_mode():
         plan = parts_of(empty.config, scheme)
         _require_room(out, plan)
+        window = default_window(folder, empty.config)
+        if window != default_window(out, empty.config):
+            empty.config.extra[TRAINED_WINDOW] = window
         ids = None
         if corpora[0] is not None:
-            window = min(default_window(folder, empty.config), empty.config.max_position_embeddings)
             ids = calibration_ids(corpora[0], tokenizer, command.calibrate_tokens, window)
         _require_memory(empty, plan, ids)
         refuse_other_copies(empty.config, files)

@@ -17,7 +17,7 @@ from .host import Host, State, with_template
 if TYPE_CHECKING:
     import uvicorn
 
-SWITCH_SECONDS = 0.0005
+SWITCH_SECONDS = 0.0001
 """How long the event loop may keep the interpreter from the engine's thread, and the other way round. Python's own 5 ms is as long as a
 step of a small model, which would halve its speed."""
 CLOSING_SECONDS = 5

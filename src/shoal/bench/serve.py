@@ -1,0 +1,200 @@
+"""`shoal bench serve`: the server under load, beside its engine and beside llama.cpp's server."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import BenchServeCommand, EngineOptions, MachineOptions, SamplingOptions, UserError
+from ..data import Tokenizer
+from ..engine import Engine, load
+from ..formats.gguf import export_gguf
+from ..formats.locate import locate_model
+from .load import Load, Seen, run_load
+from .machine import memory_of
+
+START_SECONDS = 120
+STOP_SECONDS = 40
+WARM_UP_SECONDS = 2.0
+
+
+def run_bench(command: BenchServeCommand) -> dict[str, Any]:
+    """Measure, print a table, and return the JSON object."""
+    command.validate()
+    folder = locate_model(command.model)
+    prompts = make_prompts(Tokenizer.load(folder), command)
+    result: dict[str, Any] = {"clients": command.clients, "seconds": command.seconds}
+    result["shoal"] = _measure_shoal(command, folder, prompts)
+    result["engine_tokens_per_second"] = _measure_engine(command, folder, prompts)
+    result["of_engine"] = result["shoal"]["tokens_per_second"] / result["engine_tokens_per_second"]
+    if command.vs is not None:
+        result["llama_cpp"] = _measure_llama(command, folder, prompts)
+        result["times_llama_cpp"] = result["shoal"]["tokens_per_second"] / result["llama_cpp"]["tokens_per_second"]
+    _print(result)
+    return result
+
+
+def make_prompts(tokenizer: Tokenizer, command: BenchServeCommand) -> list[str]:
+    """Texts of about so many tokens, all different from the first token on, so that no prefix cache helps."""
+    draw = random.Random(command.seed)
+    return [
+        tokenizer.decode([draw.randrange(300, tokenizer.vocab_size) for _ in range(command.prompt_tokens)]) for _ in range(command.clients)
+    ]
+
+
+def _measure_shoal(command: BenchServeCommand, folder: Path, prompts: list[str]) -> dict[str, Any]:
+    port = _free_port()
+    server = [sys.executable, "-m", "shoal", "serve", str(folder), "--port", str(port), "--max-waiting", str(command.clients)]
+    with _running(server, port, "/health") as process:
+        _load(command, port, prompts, WARM_UP_SECONDS)
+        before, memory = _metrics(port), memory_of(process.pid).resident
+        seen = _load(command, port, prompts, command.seconds)
+        _wait_until_idle(port)
+        after = _metrics(port)
+        figures = _figures(seen, after["shoal_generated_tokens_total"] - before["shoal_generated_tokens_total"], command.tokens)
+        figures |= {
+            "memory_before": memory,
+            "memory_after": memory_of(process.pid).resident,
+            "pages_held_after": after["shoal_cache_pages_in_use"],
+        }
+        process.send_signal(signal.SIGTERM)
+        figures["exit_code"] = process.wait(STOP_SECONDS)
+    return figures
+
+
+def _measure_engine(command: BenchServeCommand, folder: Path, prompts: list[str]) -> float:
+    """Tokens per second of the engine with requests of the same kind, all at hand at once and none cut off by time."""
+    loaded = load(str(folder), MachineOptions())
+    engine = Engine(loaded.runner, loaded.tokenizer, EngineOptions())
+    draw = random.Random(command.seed)
+
+    def lengths() -> list[SamplingOptions]:
+        cut = [draw.randrange(1, command.tokens) if draw.random() < command.hang_up else command.tokens for _ in prompts]
+        return [SamplingOptions(max_tokens=length, temperature=1.0, ignore_eos=True) for length in cut]
+
+    engine.generate(prompts[: min(len(prompts), 64)], SamplingOptions(max_tokens=8, ignore_eos=True))
+    rates = []
+    for _ in range(3):
+        began = time.perf_counter()
+        results = engine.generate(prompts, lengths())
+        rates.append(sum(len(answer.tokens) for answer in results) / (time.perf_counter() - began))
+    return statistics.median(rates)
+
+
+def _measure_llama(command: BenchServeCommand, folder: Path, prompts: list[str]) -> dict[str, Any]:
+    port = _free_port()
+    python = command.llama_python or sys.executable
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "model.gguf"
+        export_gguf(folder, Tokenizer.load(folder), file, "f16")
+        server = [python, "-m", "llama_cpp.server", "--model", str(file), "--port", str(port), "--n_ctx", "1024"]
+        # Without the last option, every new request breaks off the one that runs.
+        with _running([*server, "--interrupt_requests", "false"], port, "/v1/models"):
+            seen = _load(command, port, prompts, command.seconds)
+    return _figures(seen, seen.pieces, command.tokens)
+
+
+def _load(command: BenchServeCommand, port: int, prompts: list[str], seconds: float) -> Seen:
+    return run_load(Load("127.0.0.1", port, prompts, command.tokens, command.hang_up, command.clients, seconds, command.seed))
+
+
+def _figures(seen: Seen, tokens: float, tokens_each: int) -> dict[str, Any]:
+    if not seen.first:
+        raise UserError(f"the server answered no request: {(seen.errors or ['no error told'])[0]}")
+    return {
+        "tokens_per_second": tokens / seen.seconds,
+        "tokens": int(tokens),
+        "seconds": seen.seconds,
+        "finished": seen.finished,
+        "hung_up": seen.hung_up,
+        "errors": len(seen.errors),
+        "first_error": seen.errors[0] if seen.errors else None,
+        "first_token_p50": _quantile(seen.first, 0.5),
+        "first_token_p99": _quantile(seen.first, 0.99),
+        "per_token_p50": _quantile(seen.answers, 0.5) / max(tokens_each - 1, 1),
+        "per_token_p99": _quantile(seen.answers, 0.99) / max(tokens_each - 1, 1),
+        "between_pieces_p50": _quantile(seen.between, 0.5),
+        "between_pieces_p99": _quantile(seen.between, 0.99),
+    }
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values) or [float("nan")]
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+
+
+@contextlib.contextmanager
+def _running(command: list[str], port: int, path: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A server, from when it answers on `path`. Raises `UserError` with the end of its output if it does not."""
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            deadline = time.time() + START_SECONDS
+            while not _answers(port, path):
+                if process.poll() is not None or time.time() > deadline:
+                    log.seek(0)
+                    last = log.read().decode(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
+                    raise UserError(f"{' '.join(command[1:4])} does not start: {last[0]}")
+                time.sleep(0.1)
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+def _answers(port: int, path: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5):
+            return True
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def _metrics(port: int) -> dict[str, float]:
+    """Figures without labels."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as response:
+        text = response.read().decode()
+    return {name: float(value) for name, value in re.findall(r"^(\w+) (\S+)$", text, re.MULTILINE)}
+
+
+def _wait_until_idle(port: int) -> None:
+    deadline = time.time() + 10
+    while time.time() < deadline and _metrics(port)["shoal_requests_running"] + _metrics(port)["shoal_requests_waiting"]:
+        time.sleep(0.05)
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def _print(result: dict[str, Any]) -> None:
+    print(f"{'':14}{'tokens/s':>10}{'first token':>22}{'per token':>20}{'between pieces':>20}{'done':>8}{'left':>8}{'errors':>8}")
+    for name in ("shoal", "llama_cpp"):
+        if name not in result:
+            continue
+        row = result[name]
+        first = f"{1000 * row['first_token_p50']:.0f} / {1000 * row['first_token_p99']:.0f} ms"
+        each = f"{1000 * row['per_token_p50']:.1f} / {1000 * row['per_token_p99']:.1f} ms"
+        between = f"{1000 * row['between_pieces_p50']:.0f} / {1000 * row['between_pieces_p99']:.0f} ms"
+        counts = f"{row['finished']:8}{row['hung_up']:8}{row['errors']:8}"
+        print(f"{name.replace('_', '.'):14}{row['tokens_per_second']:10.0f}{first:>22}{each:>20}{between:>20}{counts}")
+    print(f"{'engine alone':14}{result['engine_tokens_per_second']:10.0f}   the server reaches {100 * result['of_engine']:.0f}% of it")
+    if "times_llama_cpp" in result:
+        print(f"{result['times_llama_cpp']:.1f} times llama.cpp's server; times are p50 / p99")

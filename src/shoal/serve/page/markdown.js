@@ -1,0 +1,143 @@
+// Markdown to DOM nodes. Nothing a model writes is ever parsed as HTML.
+
+export function markdown(text) {
+  const root = document.createDocumentFragment();
+  const lines = text.split("\n");
+  let i = 0;
+  while (i < lines.length) {
+    const line = lines[i];
+    const fence = line.match(/^\s*(```+|~~~+)\s*(\S*)/);
+    if (fence) {
+      const body = [];
+      for (i++; i < lines.length && !lines[i].trim().startsWith(fence[1]); i++) body.push(lines[i]);
+      i++;
+      root.append(code(body.join("\n"), fence[2]));
+    } else if (!line.trim()) {
+      i++;
+    } else if (/^#{1,6}\s/.test(line)) {
+      const level = line.match(/^#+/)[0].length;
+      root.append(element(`h${Math.min(level, 4)}`, line.slice(level).trim()));
+      i++;
+    } else if (/^\s*([-*_])(\s*\1){2,}\s*$/.test(line)) {
+      root.append(document.createElement("hr"));
+      i++;
+    } else if (/^\s*>/.test(line)) {
+      const body = [];
+      for (; i < lines.length && /^\s*>/.test(lines[i]); i++) body.push(lines[i].replace(/^\s*> ?/, ""));
+      const quote = document.createElement("blockquote");
+      quote.append(markdown(body.join("\n")));
+      root.append(quote);
+    } else if (/^\s*([-*+]|\d+[.)])\s/.test(line)) {
+      i = list(root, lines, i);
+    } else if (line.includes("|") && /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/.test(lines[i + 1] || "")) {
+      i = table(root, lines, i);
+    } else {
+      const body = [];
+      for (; i < lines.length && lines[i].trim() && !/^\s*(```|~~~|#{1,6}\s|>|([-*+]|\d+[.)])\s)/.test(lines[i]); i++) body.push(lines[i]);
+      if (!body.length) body.push(lines[i++]);
+      root.append(element("p", body.join("\n")));
+    }
+  }
+  return root;
+}
+
+function list(root, lines, i) {
+  const ordered = /^\s*\d/.test(lines[i]);
+  const node = document.createElement(ordered ? "ol" : "ul");
+  const indent = lines[i].match(/^\s*/)[0].length;
+  while (i < lines.length && /^\s*([-*+]|\d+[.)])\s/.test(lines[i])) {
+    const depth = lines[i].match(/^\s*/)[0].length;
+    if (depth < indent) break;
+    if (depth > indent + 1 && node.lastChild) {
+      i = list(node.lastChild, lines, i);
+      continue;
+    }
+    node.append(element("li", lines[i].replace(/^\s*([-*+]|\d+[.)])\s+/, "")));
+    i++;
+  }
+  root.append(node);
+  return i;
+}
+
+function table(root, lines, i) {
+  const node = document.createElement("table");
+  const cells = (line) => line.trim().replace(/^\||\|$/g, "").split("|");
+  const row = (line, kind) => {
+    const tr = document.createElement("tr");
+    for (const cell of cells(line)) tr.append(element(kind, cell.trim()));
+    node.append(tr);
+  };
+  row(lines[i], "th");
+  for (i += 2; i < lines.length && lines[i].includes("|"); i++) row(lines[i], "td");
+  root.append(node);
+  return i;
+}
+
+function code(text, language) {
+  const box = document.createElement("div");
+  box.className = "code";
+  const bar = document.createElement("div");
+  bar.className = "bar";
+  const name = document.createElement("span");
+  name.textContent = language || "code";
+  bar.append(name, copyButton(() => text));
+  const pre = document.createElement("pre");
+  const inner = document.createElement("code");
+  inner.textContent = text;
+  pre.append(inner);
+  box.append(bar, pre);
+  return box;
+}
+
+export function copyButton(text) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = "Copy";
+  button.addEventListener("click", async () => {
+    try {
+      await navigator.clipboard.writeText(text());
+    } catch {
+      const area = document.createElement("textarea");  // pages without TLS have no clipboard
+      area.value = text();
+      document.body.append(area);
+      area.select();
+      document.execCommand("copy");
+      area.remove();
+    }
+    button.textContent = "Copied";
+    setTimeout(() => { button.textContent = "Copy"; }, 1200);
+  });
+  return button;
+}
+
+function element(name, text) {
+  const node = document.createElement(name);
+  inline(node, text);
+  return node;
+}
+
+const INLINE = /(`+)([^`]|[^`][\s\S]*?[^`])\1(?!`)|\*\*([^*]+)\*\*|__([^_]+)__|\*([^*\s][^*]*)\*|\[([^\]]+)\]\((https?:\/\/[^\s)]+)\)/;
+
+function inline(node, text) {
+  let match;
+  while ((match = text.match(INLINE))) {
+    node.append(text.slice(0, match.index));
+    let child;
+    if (match[2] !== undefined) {
+      child = document.createElement("code");
+      child.textContent = match[2];
+    } else if (match[7] !== undefined) {
+      child = document.createElement("a");
+      child.href = match[7];
+      child.rel = "noreferrer noopener";
+      child.target = "_blank";
+      inline(child, match[6]);
+    } else {
+      child = document.createElement(match[5] === undefined ? "strong" : "em");
+      inline(child, match[3] ?? match[4] ?? match[5]);
+    }
+    node.append(child);
+    text = text.slice(match.index + match[0].length);
+  }
+  node.append(text);
+}

@@ -10,6 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from shoal.config import ModelConfig, UserError
+from shoal.engine.weights import quantized_scheme
+from shoal.formats.parts import parts_of
 from shoal.model import Transformer
 from shoal.plan import cost
 from shoal.plan.models import BUILT_IN
@@ -170,6 +172,17 @@ def test_quantized_checkpoints_shrink_and_partial_blocks_have_scales() -> None:
     sizes = [cost.checkpoint_bytes(V3, cost.NUMBER_FORMATS[name]) for name in ("fp32", "bf16", "int8", "fp8", "int4")]
     assert sizes == sorted(sizes, reverse=True)
     assert cost.NUMBER_FORMATS["fp8"].matrix_bytes(129, 1) == 129 + 2 * 4
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tied", [False, True])
+def test_quantized_models_weigh_what_shoal_quantize_writes(bits: int, tied: bool) -> None:
+    shape = replace(  # all in whole tiles and groups: what does not fit is padded, which the planner does not count
+        TINY, num_attention_heads=2, qk_rope_head_dim=32, vocab_size=96, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, kv_lora_rank=32, q_lora_rank=64,
+        qk_nope_head_dim=32, v_head_dim=32, tie_word_embeddings=tied,
+    )  # fmt: skip
+    written = sum(part.nbytes for part in parts_of(shape, quantized_scheme(bits)).values())
+    assert cost.checkpoint_bytes(shape, cost.NUMBER_FORMATS[f"int{bits}"]) == written
 
 
 def test_bad_requests_say_what_to_do() -> None:

@@ -17,6 +17,7 @@ from shoal.plan.assumptions import Assumptions
 from shoal.plan.cost import count_parameters
 from shoal.plan.hardware import Machine
 from shoal.plan.models import BUILT_IN
+from shoal.plan.scaling import scaled
 from shoal.plan.sustained import Curve, Sustained
 
 FLAT = Curve(((64.0, 300e9),))
@@ -29,7 +30,7 @@ HERE = Machine(
 @pytest.mark.parametrize("factor", [1, 2, 4, 8])
 def test_larger_models_have_the_parameters_asked_for(factor: int) -> None:
     demo = load_recipe("demo").model
-    shape = check.scaled(demo, factor)
+    shape = scaled(demo, factor)
     shape.validate()
     assert count_parameters(shape).trained == pytest.approx(factor * count_parameters(demo).trained, rel=0.06)
     assert shape.vocab_size == demo.vocab_size

@@ -177,9 +177,10 @@ def test_quantized_checkpoints_shrink_and_partial_blocks_have_scales() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("tied", [False, True])
 def test_quantized_models_weigh_what_shoal_quantize_writes(bits: int, tied: bool) -> None:
-    shape = replace(  # all in whole tiles and groups: what does not fit is padded, which the planner does not count
-        TINY, num_attention_heads=2, qk_rope_head_dim=32, vocab_size=96, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, kv_lora_rank=32, q_lora_rank=64,
-        qk_nope_head_dim=32, v_head_dim=32, tie_word_embeddings=tied,
+    # all in whole tiles and groups: what does not fit is padded, which the planner does not count
+    shape = replace(
+        TINY, vocab_size=96, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_attention_heads=2, kv_lora_rank=32,
+        q_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32, tie_word_embeddings=tied,
     )  # fmt: skip
     written = sum(part.nbytes for part in parts_of(shape, quantized_scheme(bits)).values())
     assert cost.checkpoint_bytes(shape, cost.NUMBER_FORMATS[f"int{bits}"]) == written

@@ -45,7 +45,7 @@ def test_qwen_prints_what_shapes_give_beside_the_published_figure(capsys: pytest
 def test_published_v3_plan_prints_every_assumption(capsys: pytest.CaptureFixture[str]) -> None:
     figures = run(PlanCommand(model="deepseek-v3", published=True))
     shown = capsys.readouterr().out
-    for name, _ in A.rows():
+    for name, _, _ in A.rows():
         assert name in shown
     assert figures["training"]["device_hours"] == pytest.approx(180e3, rel=0.15)
     slower = run(PlanCommand(model="deepseek-v3", published=True, assume=replace(A, fp8_efficiency=0.2), inter_node_gb_s=10.0))
@@ -90,6 +90,12 @@ def test_files_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (PlanCommand(model="deepseek-v3", published=True, expert=48), "Nearest plan that works"),
         (PlanCommand(model="deepseek-v3", machine="h200", serve=True, devices=2), "int4 weights on 4 device"),
         (PlanCommand(model="deepseek-v3", check=True), "--here"),
+        (PlanCommand(model="deepseek-v3", machine="h800", devices=0), "--devices is 0"),
+        (PlanCommand(model="deepseek-v3", published=True, micro_batch=-1), "--micro-batch is -1"),
+        (PlanCommand(model="deepseek-v3", published=True, tokens=float("nan")), "--tokens is nan"),
+        (PlanCommand(model="deepseek-v3", published=True, inter_node_gb_s=float("nan")), "--inter-node-gb-s is nan"),
+        (PlanCommand(model="deepseek-v3", published=True, assume=replace(A, fp8_efficiency=0.0)), "--assume.fp8-efficiency is 0"),
+        (PlanCommand(model="deepseek-v3", published=True, timeline="x.xyz"), "must end in one of .png"),
     ],
 )
 def test_bad_requests_say_what_to_do(command: PlanCommand, hint: str) -> None:
@@ -186,6 +192,8 @@ def test_check_compares_what_was_measured(monkeypatch: pytest.MonkeyPatch, capsy
     assert "+100.0%" in shown
     assert "decoding was not measured: there is no engine" in shown
     assert "the machine was not quiet" in shown
+    speeds = [row["tokens_per_second"] for row in figures["trains"]]
+    assert speeds == sorted(speeds, reverse=True)
 
 
 def test_planning_needs_no_torch() -> None:

@@ -155,6 +155,9 @@ def test_machines_come_from_the_table_or_a_file(tmp_path) -> None:  # type: igno
     file.write_text("memory_gib = 48\nbandwith_gb_s = 900\n")
     with pytest.raises(UserError, match="no setting 'bandwith_gb_s'"):
         load_machine(str(file))
+    file.write_text("memory_gib = nan\nbandwidth_gb_s = 900\nbf16_tflops = 200\n")
+    with pytest.raises(UserError, match="memory_gib is nan"):
+        load_machine(str(file))
     file.write_text("memory_gib = 48\nbandwidth_gb_s = 900\n")
     with pytest.raises(UserError, match="cannot compute"):
         load_machine(str(file))

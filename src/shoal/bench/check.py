@@ -33,6 +33,7 @@ from ..plan.check import Case, Prediction, predict_decode, predict_training
 from ..plan.cost import count_parameters
 from ..plan.hardware import GIB, Machine
 from ..plan.models import BUILT_IN
+from ..plan.scaling import scaled
 from ..plan.training import usable_memory
 from .check_runs import WARM_UP
 
@@ -63,30 +64,6 @@ def cases(model: ModelConfig | None, machine: Machine, assumptions: Assumptions)
     else:
         yield training.case("the model", replace(model, vocab_size=demo.model.vocab_size))
         yield decoding("the model", model, machine, assumptions)
-
-
-def scaled(model: ModelConfig, factor: float) -> ModelConfig:
-    """The shape with `factor` times the parameters of `model`, as nearly as can be: wider in whole heads, and up to twice as deep."""
-    heads, layers = model.num_attention_heads, model.num_hidden_layers
-
-    def wider(count: int, deep: int) -> ModelConfig:
-        def grow(value: int) -> int:
-            return value * count // heads
-
-        return replace(
-            model,
-            hidden_size=grow(model.hidden_size),
-            intermediate_size=grow(model.intermediate_size),
-            num_attention_heads=count,
-            kv_lora_rank=grow(model.kv_lora_rank),
-            moe_intermediate_size=grow(model.moe_intermediate_size),
-            num_hidden_layers=deep,
-        )
-
-    wanted = factor * count_parameters(model).trained
-    limit = heads * max(1, math.ceil(math.sqrt(factor)))
-    shapes = [wider(count, deep) for count in range(heads, limit + 1) for deep in range(layers, 2 * layers + 1)]
-    return min(shapes, key=lambda shape: abs(math.log(count_parameters(shape).trained / wanted)))
 
 
 @dataclass

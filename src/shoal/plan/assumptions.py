@@ -4,9 +4,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from shoal.config import UserError
+
 from .cost import Matrix
 from .hardware import Machine
 from .sustained import product_size
+
+SMALLEST_SHARE = 0.001
+_RANGES: dict[str, tuple[float, float]] = {
+    "communication_sm_share": (0.0, 0.9),
+    "expert_imbalance": (1.0, 1000.0),
+    "loss_chunk": (1, 2**40),
+    "heap_overhead": (1.0, 10.0),
+    "memory_reserve": (0.0, 0.9),
+    "mtp_acceptance": (0.0, 1.0),
+}
+"""Of assumptions that are no efficiencies."""
+
+
+REASONS = {
+    "bf16_efficiency": "cuBLAS on H100 sustains 600 to 700 of 989 TFLOP/s in large products",
+    "fp8_efficiency": "DeepGEMM on H800, V3's shapes, forward and gradients: 880 to 1360 of 1979 TFLOP/s",
+    "int8_efficiency": "taken as fp8",
+    "attention_efficiency": "FlashAttention-3 (2407.08608) at 4K: 530 forward, 420 backward, which computes scores again, of 989",
+    "bandwidth_efficiency": "usual of fused elementwise kernels; a judgement",
+    "link_efficiency": "DeepEP on H800: 45 of 50 GB/s between nodes, 153 of 160 inside",
+    "communication_sm_share": "20 of 132 SMs (V3 report, 3.2.2)",
+    "expert_imbalance": "busiest rank over mean; a judgement: 1.04 over a whole batch (2408.15664), micro-batches are worse",
+    "loss_chunk": "tokens whose logits exist at a time, as shoal train has it",
+    "heap_overhead": "CPUs: resident over live bytes; gaps between aligned blocks of glibc's heap, 1.25 to 1.40 seen",
+    "memory_reserve": "driver, communication buffers, fragmentation; a judgement",
+    "mtp_acceptance": "drafted tokens that are right: 85% to 90% (V3 report, 5.4.3)",
+}
+"""Why each assumption has its value, for the table that is printed with a plan."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +75,16 @@ class Assumptions:
     mtp_acceptance: float = 0.85
     """Share of drafted tokens that are accepted in decoding with MTP (V3 report, 5.4.3: 85% to 90%)."""
 
-    def rows(self) -> list[tuple[str, str]]:
-        return [(field.name, f"{getattr(self, field.name):.3g}") for field in fields(self)]
+    def validate(self) -> None:
+        """Raise `UserError` on the first value that makes no sense."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            low, high = _RANGES.get(field.name, (SMALLEST_SHARE, 1.0))
+            if not low <= value <= high:
+                raise UserError(f"--assume.{field.name.replace('_', '-')} is {value:g}: it must lie between {low:g} and {high:g}")
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        return [(field.name, f"{getattr(self, field.name):.3g}", REASONS[field.name]) for field in fields(self)]
 
     def product_rate(self, machine: Machine, number_format: str, rows: float, matrix: Matrix, weight_gradient: bool = False) -> float:
         """Sustained FLOP/s of a product of `rows` with one matrix, or of its weight gradient; measured machines know it by size."""

@@ -45,17 +45,17 @@ def draw_timeline(timeline: Timeline, out: str) -> None:
         receives = [e for e in timeline.transfers if e.kind == "receive"]
         for sent, received in zip(sends, receives, strict=True):
             axes.plot([sent.start, received.end], [sent.device, received.device], color="#555555", linewidth=0.25, alpha=0.5)
-    axes.set(xlabel="seconds", ylabel="device", yticks=range(devices), xlim=(0, timeline.makespan))
-    axes.invert_yaxis()
+    axes.set(xlabel="seconds", ylabel="device", yticks=range(devices), xlim=(0, timeline.makespan), ylim=(devices - 0.4, -0.6))
     axes.set_title(
-        f"{timeline.schedule.name}: {devices} devices, {timeline.schedule.microbatches} micro-batches, bubble {timeline.bubble:.3g} s "
-        f"of {timeline.makespan:.3g} s"
+        loc="left",
+        label=f"{timeline.schedule.name}: {devices} devices, {timeline.schedule.microbatches} micro-batches, bubble {timeline.bubble:.3g} s "
+        f"of {timeline.makespan:.3g} s",
     )
     kinds = {p.kind for row in timeline.compute for event in row for p in event.passes}
     axes.legend(
         handles=[Patch(color=_COLOURS[k], label=_NAMES[k]) for k in "FBIW" if k in kinds],
-        loc="upper right",
-        bbox_to_anchor=(1, 1.08),
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
         fontsize=8,
         ncols=4,
         frameon=False,
@@ -94,6 +94,8 @@ def draw_plan(step: Step, usable: float, price_per_hour: float, tokens: float, o
     cost.plot([budget / 1e9 for budget in budgets], [h * price_per_hour for h in hours] if price_per_hour else hours)
     cost.axvline(tokens / 1e9, color="black", linestyle="--", linewidth=0.8)
     cost.set(xlabel="billion tokens", ylabel="US dollars" if price_per_hour else "device hours", title="Cost", ylim=(0, None))
+    cost.xaxis.set_major_formatter("{x:,.0f}")
+    cost.yaxis.set_major_formatter("{x:,.0f}")
     _save(figure, out)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import tyro
 
 from shoal.config import ModelConfig, UserError
+from shoal.config.recipes import load_recipe
 
 from . import check, report
 from .assumptions import Assumptions
@@ -21,11 +23,13 @@ from .cost import (
     count_parameters,
     flops_per_token,
     kv_bytes_per_token,
+    mtp_parameters,
     optimizer_flops,
 )
 from .hardware import MACHINES, Machine, load_machine
 from .layout import Layout
 from .models import BUILT_IN, PUBLISHED
+from .scaling import scaled
 from .search import explain, find_best
 from .serving import plan_serving, why_not
 from .sources import load_model
@@ -116,7 +120,32 @@ class PlanCommand:
     price_per_hour: float | None = None
     assume: Assumptions = field(default_factory=Assumptions)
 
+    def validate(self) -> None:
+        """Raise `UserError` on the first option that makes no sense by itself."""
+        for name, limit in _COUNTS.items():
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= limit:
+                raise UserError(f"--{name.replace('_', '-')} is {value}: it must lie between 1 and {limit:,}")
+        if not 1 <= self.tokens <= _MOST_TOKENS:
+            raise UserError(f"--tokens is {self.tokens:g}: it must lie between 1 and {_MOST_TOKENS:g}")
+        for name in ("intra_node_gb_s", "inter_node_gb_s", "price_per_hour"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"--{name.replace('_', '-')} is {value:g}: it must be 0 or more")
+        for name in ("chart", "timeline"):
+            value = getattr(self, name)
+            if value is not None and Path(value).suffix not in _PICTURES:
+                raise UserError(f"--{name} {value}: its name must end in one of {', '.join(_PICTURES)}")
+        self.assume.validate()
 
+
+_COUNTS = {
+    "sequence_length": 10**9, "devices": 10**6, "nodes": 10**6, "batch": 10**8, "pipeline": 10**6, "expert": 10**6, "chunks": 1000,
+    "micro_batch": 10**6, "context": 10**9, "serve_batch": 10**6,
+}  # fmt: skip
+"""Options that count something, and what is surely a slip of the finger."""
+_MOST_TOKENS = 1e18
+_PICTURES = (".png", ".svg", ".pdf")
 _LAYOUT_OPTIONS = ("pipeline", "expert", "schedule", "chunks", "micro_batch", "recompute", "zero", "precision", "optimizer", "moment_bytes")
 
 
@@ -126,6 +155,7 @@ def run(command: PlanCommand, measurements: Measurements | None = None) -> dict[
     `measurements` gives --check its measured values; it comes from the command line, because trainer and engine stand above
     this package. Raises `UserError` where the plan cannot work.
     """
+    command.validate()
     if command.check and not command.here:
         raise UserError("--check compares with this machine: add --here")
     if command.model is None and not command.here:
@@ -193,7 +223,7 @@ def _cost(name: str | None, model: ModelConfig, sequence_length: int, tables: li
     training = flops_per_token(model, sequence_length, training=True)
     inference = flops_per_token(model, sequence_length, training=False)
     tables += [
-        report.parameter_table(parameters),
+        report.parameter_table(parameters, model),
         report.flops_table(training, inference, model, sequence_length),
         report.bytes_table(model),
     ]
@@ -203,6 +233,7 @@ def _cost(name: str | None, model: ModelConfig, sequence_length: int, tables: li
         params_total=parameters.total,
         params_active=parameters.active,
         params_mtp=parameters.mtp,
+        params_mtp_by_part={name.replace(" ", "_"): value for name, value in mtp_parameters(model).items()},
         params_by_part={name: value for name, value in asdict(parameters).items() if name != "active"},
         sequence_length=sequence_length,
         train_flops_per_token=training.main,
@@ -220,10 +251,13 @@ def _on_machine(
     command: PlanCommand, model: ModelConfig | None, machine: Machine, tables: list[report.Table], figures: dict[str, Any]
 ) -> None:
     tables.append(report.machine_table(machine))
+    if machine.sustained:
+        tables.append(report.sustained_table(machine.sustained))
     figures["machine"] = asdict(machine)
     figures["assumptions"] = asdict(command.assume)
     if model is None:
         _what_fits(command, machine, tables, figures)
+        _what_trains(command, machine, tables, figures)
     else:
         if _wants_training(command) or not command.serve:
             _training(command, model, machine, tables, figures)
@@ -329,6 +363,29 @@ def _what_fits(command: PlanCommand, machine: Machine, tables: list[report.Table
     columns = ("model", "weights", "size", "decode tok/s, one sequence", f"sequences of {command.context}")
     tables.append(report.Table("What this machine can serve (roofline)", columns, rows))
     figures["fits"] = best
+
+
+def _what_trains(command: PlanCommand, machine: Machine, tables: list[report.Table], figures: dict[str, Any]) -> None:
+    """The demo recipe and larger models of its kind: speed, memory, and how long a compute-optimal run takes."""
+    recipe, rows, usable = load_recipe("demo"), [], usable_memory(machine, command.assume)
+    precision = machine.sustained.precision if machine.sustained else _fastest(machine)
+    figures["trains"] = []
+    for factor in (1, 4, 16, 64, 256):
+        shape = scaled(recipe.model, factor)
+        batch, length = recipe.batch_size, recipe.sequence_length
+        seen = check.predict_training(shape, machine, batch, length, precision=precision, assumptions=command.assume)
+        parameters, fits = count_parameters(shape), seen.memory_bytes <= usable
+        hours = 20 * parameters.total / seen.tokens_per_second / 3600
+        figures["trains"].append({"params_total": parameters.total, **asdict(seen), "fits": fits, "hours_20_tokens_per_parameter": hours})
+        name = "demo" if factor == 1 else f"demo x {factor}"
+        speed, memory = f"{seen.tokens_per_second:,.0f}" if fits else "does not fit", report.size(seen.memory_bytes)
+        long = f"{hours:,.1f} hours" if hours < 48 else f"{hours / 24:,.0f} days"
+        rows.append((name, report.count(parameters.total), speed, memory, long if fits else "-"))
+    columns = ("model", "parameters", "tok/s", "memory", "20 tokens a parameter")
+    note = (
+        f"the demo recipe ({recipe.batch_size} x {recipe.sequence_length} tokens a step, Muon, {precision}) and larger models of its kind"
+    )
+    tables.append(report.Table("What this machine can train", columns, rows, note))
 
 
 def _check(

@@ -221,9 +221,20 @@ def count_parameters(model: ModelConfig) -> Parameters:
     parts["attention"] += model.num_hidden_layers * biases
     active += norms + model.num_hidden_layers * biases
 
-    mtp = sum(matrix.stored * matrix.size for matrix in mtp_matrices(model))
-    mtp += model.num_nextn_predict_layers * (layer_norms + 3 * model.hidden_size)  # enorm, hnorm, shared_head.norm
-    return Parameters(**parts, norms=norms, mtp=mtp, active=active)
+    return Parameters(**parts, norms=norms, mtp=sum(mtp_parameters(model).values()), active=active)
+
+
+def mtp_parameters(model: ModelConfig) -> dict[str, int]:
+    """Parameters of all multi-token prediction modules by part; embedding and head are the main model's."""
+    modules = model.num_nextn_predict_layers
+    matrices = mtp_matrices(model)
+    projection = sum(matrix.stored * matrix.size for matrix in matrices if matrix.part == "mtp_projection")
+    layer_norms, _ = layer_vectors(model)
+    return {
+        "decoder layer": sum(matrix.stored * matrix.size for matrix in matrices) - projection + modules * layer_norms,
+        "projection of stream and embedding": projection,
+        "norms of its own": modules * 3 * model.hidden_size,  # enorm, hnorm, shared_head.norm
+    }
 
 
 def forward_flops(model: ModelConfig, context: float, mtp: bool = False) -> Flops:

@@ -5,7 +5,8 @@ Peaks are for dense matrices with 32-bit accumulation. What a program sustains o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,11 @@ def load_machine(name: str) -> Machine:
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"machine {name} is not valid TOML: {error}") from None
     machine = from_table(Machine, {"name": path.stem, "source": str(path), **table}, name)
+    for field, value in asdict(machine).items():
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+            raise UserError(f"machine {name}: {field} is {value:g}, it must be 0 or more")
+    if machine.devices_per_node < 1:
+        raise UserError(f"machine {name}: devices_per_node is {machine.devices_per_node}, it must be at least 1")
     for field in ("memory_gib", "bandwidth_gb_s"):
         if getattr(machine, field) <= 0:
             raise UserError(f"machine {name} has no {field}: state it")

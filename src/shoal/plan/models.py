@@ -154,7 +154,15 @@ class Published:
 
 
 PUBLISHED = {
-    "deepseek-v3": Published(671e9, 36.7e9, 11.5e9, 70_272, 250, "DeepSeek-V3 README_WEIGHTS.md; 2505.09343, tables 1 and 2"),
+    "deepseek-v3": Published(
+        671e9,
+        36.7e9,
+        11.5e9,
+        70_272,
+        250,
+        "DeepSeek-V3 README_WEIGHTS.md; 2505.09343, tables 1 and 2. The README counts 0.9B of embedding and 0.9B of head into its 36.7B; "
+        "shapes give 36.6B with the head alone, 37.6B with both. Its 11.5B of prediction are the decoder layer; the projection adds 0.1B",
+    ),
     "deepseek-v2": Published(236e9, 21e9, training_gflops=155, note="2405.04434; 2505.09343, table 2"),
     "deepseek-v2-lite": Published(15.7e9, 2.4e9, note="2405.04434, appendix B"),
     "llama-3.1-405b": Published(405e9, kv_bytes=516_096, training_gflops=2448, note="2407.21783; 2505.09343, tables 1 and 2"),

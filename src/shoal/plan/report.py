@@ -19,11 +19,13 @@ from .cost import (
     count_parameters,
     flops_per_token,
     kv_bytes_per_token,
+    mtp_parameters,
     optimizer_flops,
 )
 from .hardware import GIB, Machine
 from .models import Published
 from .serving import Serving
+from .sustained import Sustained
 from .training import Step
 
 DRIFT = 0.1
@@ -55,16 +57,20 @@ def duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.2f} ms"
 
 
-def parameter_table(parameters: Parameters) -> Table:
+def parameter_table(parameters: Parameters, model: ModelConfig) -> Table:
     parts = {name: number for name, number in asdict(parameters).items() if number and name not in ("mtp", "active")}
-    rows = [(name.replace("_", " "), count(number), f"{number:,}") for name, number in parts.items()]
-    rows.append(("total (main model)", count(parameters.total), f"{parameters.total:,}"))
-    rows.append(("active per token", count(parameters.active), f"{parameters.active:,}"))
+    counted = [(name.replace("_", " "), number) for name, number in parts.items()]
+    counted += [("total (main model)", parameters.total), ("active per token", parameters.active)]
+    counted.append(("  with the embedding", parameters.active + parameters.embedding))
     if parameters.mtp:
-        rows.append(("multi-token prediction, its own", count(parameters.mtp), f"{parameters.mtp:,}"))
-    return Table(
-        "Parameters", ("part", "", "exact"), rows, "active: all a token multiplies with; the head counts, the embedding (a lookup) does not"
+        counted.append(("multi-token prediction, its own", parameters.mtp))
+        counted += [(f"  {name}", number) for name, number in mtp_parameters(model).items()]
+    rows = [(name, count(number), f"{number:,}") for name, number in counted]
+    note = (
+        "active: all that a token multiplies with, so the output head counts and the embedding (one row is looked up) does not. "
+        "Prediction modules share embedding and head with the main model"
     )
+    return Table("Parameters", ("part", "", "exact"), rows, note if parameters.mtp else note.partition(" Prediction")[0])
 
 
 def flops_table(training: Flops, inference: Flops, model: ModelConfig, sequence_length: int) -> Table:
@@ -86,7 +92,10 @@ def flops_table(training: Flops, inference: Flops, model: ModelConfig, sequence_
 def bytes_table(model: ModelConfig) -> Table:
     rows = [(f"KV cache per token, {name}", f"{kv_bytes_per_token(model, name):,} bytes") for name in ("bf16", "fp8")]
     rows += [(f"checkpoint, {name}", size(checkpoint_bytes(model, numbers))) for name, numbers in NUMBER_FORMATS.items()]
-    note = "fp8, int8 and int4 apply to hidden matrices; embedding, head, router, norms stay bf16. Prediction modules included"
+    note = (
+        "fp8: hidden matrices, the rest bf16, as official files. int8 and int4: as shoal quantize writes them, groups of 32 with a 16-bit "
+        "scale; head and prediction modules in int8, embedding in bf16, router and norms in fp32. Prediction modules included"
+    )
     return Table("Bytes", ("what", "size"), rows, note)
 
 
@@ -110,8 +119,31 @@ def machine_table(machine: Machine) -> Table:
     return Table(f"Machine: {machine.name}", ("figure", "per device"), rows, machine.source)
 
 
+def sustained_table(known: Sustained) -> Table:
+    """Measured rates of the kernels of a training step, and of packed products."""
+    curves = {
+        "products": known.products,
+        "weight gradients": known.weight_gradients,
+        "experts' products": known.experts,
+        "attention (head channels)": known.attention,
+        "Newton-Schulz (shorter side)": known.newton_schulz,
+    }
+    rows = []
+    for name, curve in curves.items():
+        rates = ", ".join(f"{at:.0f}: {rate / 1e9:,.0f}" for at, rate in curve.points)
+        rows.append((f"{name}, GFLOP/s by size", rates))
+    kernels = {name: getattr(known, name) for name in ("norm", "swiglu", "rope", "route", "softmax", "add")}
+    rows.append(("kernels, 10^9 values/s", ", ".join(f"{name} {rate / 1e9:.2g}" for name, rate in kernels.items())))
+    if known.packed_reads:
+        rows.append(("packed weights, one token, GB/s", ", ".join(f"{name} {rate / 1e9:.3g}" for name, rate in known.packed_reads.items())))
+        many = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in known.packed_products.items())
+        rows.append(("packed weights, many tokens, GOP/s", many))
+    note = "size of a product [n, i] x [i, o]: 2 / (1/n + 1/i + 1/o), with many rows about the side of a square weight"
+    return Table(f"What it sustains by size, training in {known.precision}", ("", ""), rows, note)
+
+
 def assumption_table(assumptions: Assumptions) -> Table:
-    return Table("Assumptions (override with --assume.NAME VALUE)", ("assumption", "value"), assumptions.rows())
+    return Table("Assumptions (override with --assume.NAME VALUE)", ("assumption", "value", "because"), assumptions.rows())
 
 
 def training_table(step: Step, machine: Machine, tokens: float) -> Table:
@@ -199,20 +231,24 @@ def show(tables: list[Table]) -> None:
     from rich import box
     from rich.console import Console
     from rich.markup import escape
+    from rich.padding import Padding
     from rich.table import Table as Drawn
 
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120  # a file or pipe has no width that the table would have to fit
     for table in tables:
         drawn = Drawn(
             title=escape(table.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_header=any(table.columns)
         )
         for i, column in enumerate(table.columns):
-            drawn.add_column(escape(column), justify="left" if i == 0 else "right", overflow="fold")
+            is_text = i == 0 or column == "because" or not any(table.columns)
+            drawn.add_column(escape(column), justify="left" if is_text else "right", overflow="fold")
         for row in table.rows:
             drawn.add_row(*map(escape, row))
         console.print(drawn)
         if table.note:
-            console.print(f"  [dim]{escape(table.note)}[/dim]")
+            console.print(Padding(f"[dim]{escape(table.note)}[/dim]", (0, 2, 1, 2)))
 
 
 def markdown(tables: list[Table]) -> str:

@@ -1,8 +1,7 @@
 """What `shoal plan --here --check` measures: the trainer and the engine at work, each run in a process of its own.
 
 A process of its own, so that the operating system's figure for its peak memory is that of the run alone. What the interpreter, its
-libraries and the data take is taken off: for training it is what a model of next to nothing needs, for decoding what the process held
-before it opened the model.
+libraries and the data take is measured by the same run of a model of next to nothing, and taken off.
 """
 
 from __future__ import annotations
@@ -45,6 +44,12 @@ LAYERS = 5
 """Of DeepSeek-V2-Lite, whose layers are decoded where no model is named: far more bytes a token than any cache holds."""
 CONTEXT, DECODED = 256, 64
 """Tokens of the prompt, and tokens decoded after it."""
+
+NOTHING = ModelConfig(
+    vocab_size=512, hidden_size=32, num_hidden_layers=2, intermediate_size=32, num_attention_heads=1, kv_lora_rank=32, qk_nope_head_dim=32,
+    qk_rope_head_dim=32, v_head_dim=32, n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=32,
+)  # fmt: skip
+"""A model of next to nothing."""
 
 
 def cases(model: ModelConfig | None, machine: Machine, assumptions: Assumptions) -> Iterator[Case]:
@@ -118,11 +123,7 @@ class Training:
     def baseline(self) -> float:
         """Peak bytes of a run whose model and batch weigh nothing, on the same data."""
         prepare(open_corpus(self.recipe.data, self.recipe.corpus), None, self.recipe.model.vocab_size, self.recipe.corpus)
-        nothing = ModelConfig(
-            vocab_size=self.recipe.model.vocab_size, hidden_size=16, num_hidden_layers=2, intermediate_size=16, num_attention_heads=1,
-            kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=2, num_experts_per_tok=1,
-            moe_intermediate_size=16, num_nextn_predict_layers=1, max_position_embeddings=self.recipe.model.max_position_embeddings,
-        )  # fmt: skip
+        nothing = replace(NOTHING, vocab_size=self.recipe.model.vocab_size, num_nextn_predict_layers=1)
         tiny = replace(self.recipe, model=nothing, batch_size=1, micro_batch_size=None, sequence_length=16)
         return self.run(tiny, WARM_UP + 1).memory_bytes
 
@@ -145,10 +146,14 @@ def decoding(name: str, shape: ModelConfig, machine: Machine, assumptions: Assum
     if BACKEND.cpu is None:
         missing = f"the engine decodes 4 bits with C++ kernels only ({BACKEND.reason})"
 
-    def measure() -> Prediction:
+    def run(shape: ModelConfig) -> Prediction:
         with tempfile.TemporaryDirectory() as folder:
             write_random(shape, Path(folder) / "model")
             return in_a_process("decode", str(Path(folder) / "model"), str(CONTEXT), str(DECODED))
+
+    def measure() -> Prediction:
+        seen = run(shape)
+        return replace(seen, memory_bytes=seen.memory_bytes - run(NOTHING).memory_bytes)
 
     return Case(f"decode {name} ({count_parameters(shape).total / 1e9:.2f}B, int4)", predicted, None if missing else measure, missing)
 

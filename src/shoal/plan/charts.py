@@ -26,7 +26,8 @@ def draw_timeline(timeline: Timeline, out: str) -> None:
     devices = len(timeline.compute)
     figure = Figure(figsize=(16, 1.5 + 0.45 * devices), layout="constrained")
     axes = figure.add_subplot()
-    number = timeline.schedule.microbatches * devices <= 600  # beyond that, numbers cannot be read
+    # a number needs about 4 points a digit of the figure's thousand and a bit; where most boxes are narrower, lines would hide them too
+    wide = timeline.makespan / 1060 * 4
     for device, row in enumerate(timeline.compute):
         for event in row:
             height = 0.84 / len(event.passes)
@@ -35,12 +36,11 @@ def draw_timeline(timeline: Timeline, out: str) -> None:
                 axes.broken_barh(
                     [(event.start, event.end - event.start)], (bottom, height), facecolor=_COLOURS[p.kind], edgecolor="white", linewidth=0.4
                 )
-                if number:
-                    middle = (event.start + event.end) / 2
-                    axes.text(
-                        middle, bottom + height / 2, str(p.microbatch), ha="center", va="center", fontsize=5 + 1.5 / len(event.passes)
-                    )
-    if number:
+                number, middle = str(p.microbatch), (event.start + event.end) / 2
+                if event.end - event.start > wide * len(number):
+                    size = 5 + 1.5 / len(event.passes)
+                    axes.text(middle, bottom + height / 2, number, ha="center", va="center", fontsize=size, clip_on=True)
+    if timeline.schedule.microbatches * devices <= 200:
         sends = [e for e in timeline.transfers if e.kind == "send"]
         receives = [e for e in timeline.transfers if e.kind == "receive"]
         for sent, received in zip(sends, receives, strict=True):
@@ -48,8 +48,8 @@ def draw_timeline(timeline: Timeline, out: str) -> None:
     axes.set(xlabel="seconds", ylabel="device", yticks=range(devices), xlim=(0, timeline.makespan), ylim=(devices - 0.4, -0.6))
     axes.set_title(
         loc="left",
-        label=f"{timeline.schedule.name}: {devices} devices, {timeline.schedule.microbatches} micro-batches, bubble {timeline.bubble:.3g} s "
-        f"of {timeline.makespan:.3g} s",
+        label=f"{timeline.schedule.name}: {devices} devices, {timeline.schedule.microbatches} micro-batches, "
+        f"bubble {timeline.bubble:.3g} s of {timeline.makespan:.3g} s",
     )
     kinds = {p.kind for row in timeline.compute for event in row for p in event.passes}
     axes.legend(

@@ -34,16 +34,20 @@ RING_BYTES = 96 * 2**20
 """A training step comes back to a tensor when the caches have long forgotten it: kernels take turns on so many bytes of them."""
 PACKED: tuple[Literal["int8", "int4"], ...] = ("int8", "int4")
 ROUNDS = 3
-"""Everything is measured in turns, so that a busy moment of the machine does not fall on one figure alone."""
+"""Everything is measured so often, in turns, and the best counts: a busy moment of the machine makes figures worse, never better."""
+BUSY, PATIENCE = 0.1, 15
+"""Share of the cores that other programs may take while this machine is measured, and seconds to wait for that."""
 
 
 def measure_machine(folder: str | None = None, budget: float = 0.04) -> Machine:
     """Measure memory bandwidth, matrix products, the kernels of a training step, and disk reads (of a file in `folder`).
 
-    Uses the GPU if there is one, else as many CPU threads as `shoal train` does. Every figure is the median of three rounds,
-    each the median over repetitions of about `budget` seconds after one to warm up; some seconds in all. Rates that the machine
-    cannot do are 0.
+    Uses the GPU if there is one, else as many CPU threads as `shoal train` does. Every figure is the best of three rounds, each
+    the median over repetitions of about `budget` seconds after one to warm up; some seconds in all, more where other programs
+    are busy: threads that wait for each other make a machine with one busy core ten times slower. Rates that the machine cannot
+    do are 0.
     """
+    taken = wait_for_quiet()
     here = start()
     probe = Probe(here.device, budget)
     if probe.is_gpu:
@@ -52,7 +56,8 @@ def measure_machine(folder: str | None = None, budget: float = 0.04) -> Machine:
     else:
         name, memory = "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     rounds = [probe.rates() for _ in range(ROUNDS)]
-    rates = {rate: median(each[rate] for each in rounds) for rate in rounds[0]}
+    rates = {rate: max(each[rate] for each in rounds) for rate in rounds[0]}
+    busy = f"; other programs took {taken:.0%} of its cores meanwhile: measure again when it is quiet" if taken > BUSY else ""
     return Machine(
         name=name,
         memory_gib=memory / GIB,
@@ -60,8 +65,8 @@ def measure_machine(folder: str | None = None, budget: float = 0.04) -> Machine:
         devices_per_node=1,
         is_cpu=not probe.is_gpu,
         measured=True,
-        sustained=typical([probe.sustained(here.precision) for _ in range(ROUNDS)]),
-        source=f"measured: products of {probe.large} x {probe.large} matrices, reads and copies of {probe.memory // 2**20} MiB",
+        sustained=best_of([probe.sustained(here.precision) for _ in range(ROUNDS)]),
+        source=f"measured: products of {probe.large} x {probe.large} matrices, reads and copies of {probe.memory // 2**20} MiB{busy}",
         **rates,
     )
 
@@ -228,19 +233,39 @@ class Probe:
         )
 
 
-def typical(rounds: list[Sustained]) -> Sustained:
-    """The median of every rate."""
+def best_of(rounds: list[Sustained]) -> Sustained:
+    """The highest of every rate."""
 
-    def middle(name: str) -> float | Curve | dict[str, float]:
+    def best(name: str) -> float | Curve | dict[str, float]:
         each = [getattr(one, name) for one in rounds]
         if isinstance(each[0], dict):
-            return {key: median(one[key] for one in each) for key in each[0]}
+            return {key: max(one[key] for one in each) for key in each[0]}
         if not isinstance(each[0], Curve):
-            return median(each)
-        return Curve(tuple((points[0][0], median(rate for _, rate in points)) for points in zip(*(c.points for c in each), strict=True)))
+            return max(each)
+        return Curve(tuple((points[0][0], max(rate for _, rate in points)) for points in zip(*(c.points for c in each), strict=True)))
 
     names = [field.name for field in fields(Sustained) if field.name != "precision"]
-    return replace(rounds[0], **{name: middle(name) for name in names})  # type: ignore[arg-type]
+    return replace(rounds[0], **{name: best(name) for name in names})  # type: ignore[arg-type]
+
+
+def wait_for_quiet() -> float:
+    """Wait while other programs are busy, but not for long; the share of the cores that they take at the end (0 where Linux is not)."""
+    for _ in range(PATIENCE):
+        before = _core_times()
+        time.sleep(1.0)
+        after = _core_times()
+        if before is None or after is None or (taken := (after[0] - before[0]) / max(after[1] - before[1], 1)) <= BUSY:
+            return 0.0
+    return taken
+
+
+def _core_times() -> tuple[int, int] | None:
+    """(ticks that all cores have worked, ticks in all) since the system started."""
+    try:
+        ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    except (OSError, ValueError, IndexError):
+        return None
+    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
 
 
 def _disk_rate(folder: str | None, size: int = 128 * 2**20) -> float:

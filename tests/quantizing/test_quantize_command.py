@@ -115,6 +115,22 @@ def test_calibrated_models_of_every_kind_stay_closer_to_the_original(changes: di
     assert errors[0] < 0.75 * errors[1]
 
 
+def test_scales_that_are_not_numbers_are_noticed(quantize: Any, tmp_path: Path, workshop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quantize()
+    opened = open_quantized(tmp_path / "q")
+    head = opened.parts["lm_head"]
+    assert isinstance(head, PackedMatrix)
+    assert head.scales is not None
+    file = tmp_path / "q" / "model.safetensors"
+    content = file.read_bytes()
+    scales = head.scales.numpy().tobytes()
+    assert content.count(scales) == 1
+    file.write_bytes(content.replace(scales, b"\xff\x7f" * head.scales.numel()))
+    for args in (["eval", "--data", str(workshop / "text.txt")], ["generate", "the red"]):
+        assert main([args[0], str(tmp_path / "q"), *args[1:], "--threads", "1", "--precision", "fp32"]) == 2
+        assert "not numbers" in capsys.readouterr().err
+
+
 def refuse(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     assert main(["quantize", *args]) == 2
     lines = capsys.readouterr().err.splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,10 @@ def score_texts(
     window = window or default_window(plain.folder, plain.model.config)
     with _Progress() as progress:
         documents = _tokenized(texts, plain.tokenizer, limit)
-        return likelihood(plain.model, plain.machine, documents, window=window, overlap=overlap, progress=progress.add)
+        result = likelihood(plain.model, plain.machine, documents, window=window, overlap=overlap, progress=progress.add)
+    if not math.isfinite(result.nats):
+        raise UserError("the model's likelihoods are not numbers: its files are damaged, or its training had diverged")
+    return result
 
 
 def default_window(folder: Path, config: ModelConfig) -> int:

@@ -26,7 +26,8 @@ class Backbone(nn.Module):
 
     def __init__(self, config: ModelConfig, linear: LinearFactory, dispatcher: Dispatcher) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Not `nn.Embedding(...)`: drawing normal numbers on the device `meta` makes torch import its compiler, which takes two seconds.
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1), freeze=False)
         layers, depths = config.num_hidden_layers, config.num_nextn_predict_layers
         blocks = [Block(config, i, linear, dispatcher) for i in range(layers)]
         self.layers = nn.ModuleList(blocks + [MTPModule(config, layers + k, linear, dispatcher) for k in range(depths)])

@@ -30,7 +30,7 @@ from .report import Settled
 
 BATCH_TOKENS = 4096
 """Tokens that pass through a layer at once."""
-STACK_BYTES = 1 << 29
+STACK_BYTES = 1 << 27
 """Second moments of experts that are in memory at once."""
 SAMPLE = 512
 """Tokens, spread over all calibration data, from which an expert that saw few of its own borrows what inputs look like."""

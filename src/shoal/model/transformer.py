@@ -26,7 +26,8 @@ class Backbone(nn.Module):
 
     def __init__(self, config: ModelConfig, linear: LinearFactory, dispatcher: Dispatcher) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Without torch's own first values: drawing them on the device `meta` would load half of torch.compile (a second, 70 MB).
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         layers, depths = config.num_hidden_layers, config.num_nextn_predict_layers
         blocks = [Block(config, i, linear, dispatcher) for i in range(layers)]
         self.layers = nn.ModuleList(blocks + [MTPModule(config, layers + k, linear, dispatcher) for k in range(depths)])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from shoal.config import ModelConfig, SamplingOptions, TrainConfig, UserError
+from shoal.config import EngineOptions, ModelConfig, SamplingOptions, TrainConfig, UserError
 
 
 def changed(settings: Any, name: str, value: Any) -> Any:
@@ -100,7 +100,27 @@ def test_resume_and_overwrite_contradict_each_other() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("max_tokens", 0), ("seed", -1), ("seed", 2**64)],
+    [
+        *[("temperature", value) for value in (-0.1, math.nan, math.inf)],
+        *[("top_p", value) for value in (0.0, 1.1, math.nan)],
+        *[("min_p", value) for value in (-0.1, 1.1, math.nan)],
+        *[("repetition_penalty", value) for value in (0.0, -1.0, math.nan)],
+        *[(name, math.nan) for name in ("presence_penalty", "frequency_penalty")],
+        *[("max_tokens", 0), ("top_k", -1), ("min_tokens", -1), ("stop", ("a", "")), ("seed", -1), ("seed", 2**64)],
+    ],
 )
 def test_sampling_options(name: str, value: Any) -> None:
     assert "--" + name.replace("_", "-") in refused(SamplingOptions(), name, value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("logprobs", -1), ("prompt_logprobs", 1000), ("logit_bias", {3: math.nan})])
+def test_sampling_options_of_requests(name: str, value: Any) -> None:
+    assert name in refused(SamplingOptions(), name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("cache_tokens", -1), ("max_running", 0), ("step_tokens", 64), ("step_tokens", 1), ("draft_tokens", 0), ("draft_tokens", 9)],
+)
+def test_engine_options(name: str, value: int) -> None:
+    assert "--" + name.replace("_", "-") in refused(EngineOptions(), name, value)

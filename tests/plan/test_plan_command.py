@@ -17,6 +17,7 @@ from shoal.plan.hardware import MACHINES, Machine
 from shoal.plan.models import BUILT_IN
 from shoal.plan.serving import decode_seconds, plan_serving, touched_bytes, why_not
 from shoal.plan.sources import load_model
+from shoal.plan.sustained import Curve, Sustained
 
 V3, LITE, A = BUILT_IN["deepseek-v3"], BUILT_IN["deepseek-v2-lite"], Assumptions()
 HERE = Machine(
@@ -87,7 +88,7 @@ def test_files_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (PlanCommand(model="deepseek-v3", machine="h800", devices=8, nodes=1, train=True), "contradict"),
         (PlanCommand(model="llama-3.1-8b", published=True), "deepseek-v3"),
         (PlanCommand(model="deepseek-v3", published=True, expert=48), "Nearest plan that works"),
-        (PlanCommand(model="deepseek-v3", machine="h200", serve=True, devices=2), "int4 weights on 3 device"),
+        (PlanCommand(model="deepseek-v3", machine="h200", serve=True, devices=2), "int4 weights on 4 device"),
         (PlanCommand(model="deepseek-v3", check=True), "--here"),
     ],
 )
@@ -144,23 +145,47 @@ def test_predictions_for_one_machine() -> None:
     decode = check.predict_decode(LITE, HERE, "int4", context=1000)
     assert decode.tokens_per_second == pytest.approx(1 / decode_seconds(LITE, HERE, "int4", 1, 1000, "bf16", A))
     assert decode.tokens_per_second <= 25e9 / touched_bytes(LITE, "int4", 1)
+    # a CPU's engine moves its matrices one by one: the largest, here the head in 8.5 bits, exists twice
+    twice = check.predict_decode(LITE, replace(HERE, is_cpu=True), "int4", context=1000).memory_bytes - decode.memory_bytes
+    assert twice == 102400 * 2048 * 8.5 / 8
+
+
+def test_a_slow_small_product_slows_the_small_model_more() -> None:
+    flat = Curve(((64.0, 300e9), (1024.0, 300e9)))
+    known = Sustained("fp32", flat, flat, flat, flat, flat, *[1e9] * 6)
+    even = replace(HERE, sustained=known)
+    uneven = replace(HERE, sustained=replace(known, products=Curve(((64.0, 30e9), (1024.0, 300e9)))))
+    small = ModelConfig(hidden_size=96, num_attention_heads=3, intermediate_size=256, moe_intermediate_size=96)
+    large = ModelConfig(hidden_size=768, num_attention_heads=12, intermediate_size=2048, moe_intermediate_size=384)
+    losses = [
+        check.predict_training(model, uneven, 16, 512).tokens_per_second / check.predict_training(model, even, 16, 512).tokens_per_second
+        for model in (small, large)
+    ]
+    assert losses[0] < losses[1] < 1
 
 
 def test_check_compares_what_was_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("shoal.plan.measure.measure_machine", lambda: HERE)
-    predicted = check.Prediction(100.0, 2e9)
+    monkeypatch.setattr("shoal.plan.measure.product_tflops", lambda: 0.2)
+    predicted = check.Prediction(100.0, 2 * 2**30)
+    cases = [
+        check.Case("training", predicted, lambda: check.Prediction(110.0, 2**30)),
+        check.Case("decoding", predicted, None, "there is no engine"),
+    ]
 
-    figures = run(
-        PlanCommand(here=True, check=True),
-        measurements=lambda model, machine: {"training": (predicted, lambda: check.Prediction(110.0, 1e9))},
-    )
-    assert [(row["name"], row["ok"]) for row in figures["check"]] == [
-        ("training: tokens per second", True),
-        ("training: peak memory bytes", False),
+    figures = run(PlanCommand(here=True, check=True), measurements=lambda model, machine, assumptions: cases)
+    assert [(row["name"], row["figure"], row["ok"]) for row in figures["check"]] == [
+        ("training", "tokens_per_second", True),
+        ("training", "memory_bytes", False),
+        ("decoding", "tokens_per_second", None),
+        ("decoding", "memory_bytes", None),
     ]
     assert figures["check"][1]["error"] == pytest.approx(1.0)
-    assert "+100.0%" in capsys.readouterr().out
     assert figures["fits"]["deepseek-v2-lite"]["weights"] == "int8"
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "+100.0%" in shown
+    assert "decoding was not measured: there is no engine" in shown
+    assert "the machine was not quiet" in shown
 
 
 def test_planning_needs_no_torch() -> None:
@@ -173,6 +198,8 @@ def test_planning_needs_no_torch() -> None:
 def test_the_machine_is_measured() -> None:
     from shoal.plan.measure import measure_machine
 
-    machine = measure_machine(seconds=1.0)
+    machine = measure_machine(budget=0.001)
     assert machine.measured
+    assert machine.sustained is not None
+    assert min(machine.sustained.norm, machine.sustained.softmax, machine.sustained.experts.at(100)) > 0
     assert min(machine.memory_gib, machine.bandwidth_gb_s, machine.fp32_tflops, machine.bf16_tflops, machine.disk_gb_s) > 0

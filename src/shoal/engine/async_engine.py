@@ -39,12 +39,12 @@ class Ticket:
         self.cancelled = False
         self.ended = False
         self._arrived = asyncio.Event()
-        self._increment: Increment | None = None
+        self._increments: list[Increment] = []
         self._failure: BaseException | None = None
 
     def put(self, increment: Increment) -> None:
         """Called in the event loop."""
-        self._increment = increment if self._increment is None else self._increment.then(increment)
+        self._increments.append(increment)
         self.ended = increment.finish_reason is not None
         self._arrived.set()
 
@@ -53,14 +53,14 @@ class Ticket:
         self._failure, self.ended = error, True
         self._arrived.set()
 
-    async def take(self) -> Increment:
-        """All that has arrived and was not taken before. Raises `EngineFailed` where nothing more will come."""
+    async def take(self) -> list[Increment]:
+        """All that has arrived, at least one. Raises `EngineFailed` where nothing more will come."""
         await self._arrived.wait()
         self._arrived.clear()
-        increment, self._increment = self._increment, None
-        if increment is None:
+        increments, self._increments = self._increments, []
+        if not increments:
             raise EngineFailed(f"the engine broke down: {self._failure}") from self._failure
-        return increment
+        return increments
 
 
 class _Command(NamedTuple):
@@ -149,10 +149,10 @@ class AsyncEngine:
         ticket = await self.submit(request)
         try:
             while True:
-                increment = await ticket.take()
-                yield increment
-                if increment.finish_reason is not None:
-                    return
+                for increment in await ticket.take():
+                    yield increment
+                    if increment.finish_reason is not None:
+                        return
         finally:
             self.cancel(ticket)
 

@@ -12,7 +12,7 @@ from typing import Literal
 from shoal.config import ModelConfig
 
 from .assumptions import Assumptions
-from .cost import checkpoint_bytes, kv_bytes_per_token, number_format, stored_as
+from .cost import checkpoint_bytes, kv_bytes_per_token, main_matrices, number_format, stored_as
 from .hardware import Machine
 from .layout import Layout
 from .serving import decode_seconds
@@ -87,13 +87,18 @@ def predict_decode(
 ) -> Prediction:
     """Decoding `batch` sequences at `context` tokens with weights in the number format `weights`, without MTP.
 
-    Of the embedding only the rows of tokens that occur come into memory; they are not counted.
+    Peak memory: of the embedding only the rows of tokens that occur come into memory, so it is not counted; on a CPU the engine moves
+    matrices (all experts of a projection are one) into large pages one by one, so the largest exists twice for a moment.
     """
-    a = assumptions or Assumptions()
+    a, numbers = assumptions or Assumptions(), number_format(weights)
     seconds = decode_seconds(model, machine, weights, batch, context, cache, a)
-    embedding = stored_as("embedding", number_format(weights)).matrix_bytes(model.vocab_size, model.hidden_size)
-    memory = checkpoint_bytes(model, number_format(weights)) - embedding + batch * context * kv_bytes_per_token(model, cache)
-    return Prediction(batch / seconds, memory)
+    sizes = [
+        matrix.stored * stored_as(matrix.part, numbers).matrix_bytes(matrix.out_features, matrix.in_features)
+        for matrix in main_matrices(model)
+    ]
+    embedding, *others = sizes
+    memory = checkpoint_bytes(model, numbers) - embedding + batch * context * kv_bytes_per_token(model, cache)
+    return Prediction(batch / seconds, memory + (max(others) if machine.is_cpu else 0))
 
 
 def compare(cases: Iterable[Case], tell: Callable[[str], None] = lambda _: None) -> list[Comparison]:

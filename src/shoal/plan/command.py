@@ -342,7 +342,9 @@ def _check(
     if measurements is None or machine is None:
         raise UserError("--check needs measurements by the trainer, and this call of plan was given none")
     rows = check.compare(measurements(model, machine, command.assume), tell=lambda text: print(text, file=sys.stderr, flush=True))
-    tables.append(report.check_table(rows))
+    from .measure import product_tflops
+
+    tables.append(report.check_table(rows, machine.fp32_tflops, product_tflops()))
     figures["check"] = [{**asdict(row), "error": row.error, "ok": row.ok} for row in rows]
 
 

@@ -22,6 +22,7 @@ from shoal import kernels
 from shoal.kernels import cpu, reference
 from shoal.kernels.packed import pack_integers
 from shoal.kernels.serving import packed_linear
+from shoal.memory import large_pages
 from shoal.runtime import start, synchronize
 
 from .hardware import GIB, Machine
@@ -65,8 +66,8 @@ def measure_machine(folder: str | None = None, budget: float = 0.04) -> Machine:
     )
 
 
-def matmul_tflops() -> float:
-    """The FP32 product again, to see whether the machine is still as fast as it was."""
+def product_tflops() -> float:
+    """The large FP32 product once more: whether the machine is still as fast as it was."""
     probe = Probe(start().device, 0.3)
     return probe.products(torch.float32, probe.large, probe.large) / 1e12
 
@@ -119,7 +120,8 @@ class Probe:
 
     def reads(self) -> float:
         """Bytes per second read."""
-        source = torch.ones(self.memory // 8, device=self.device, dtype=torch.int64)
+        source = torch.ones(1, dtype=torch.int64, device=self.device).expand(self.memory // 8)
+        source = source.contiguous() if self.is_gpu else large_pages(self.memory).view(torch.int64).copy_(source)
         return self.memory / self.seconds(source.sum)
 
     def products(self, dtype: torch.dtype, rows: int, side: int) -> float:
@@ -168,7 +170,8 @@ class Probe:
         quants = torch.randint(levels, (side, side), dtype=torch.uint8)
         first = pack_integers(number_format, quants, torch.full((side, side // group), 1e-3), group=group)
         count = 1 + READ_BYTES // 2 // first.nbytes
-        matrices = cycle([first, *(replace(first, data=first.data.clone()) for _ in range(count))])
+        places = large_pages(count * first.data.nbytes).view(count, *first.data.shape)  # where the engine keeps its weights
+        matrices = cycle([replace(first, data=place.copy_(first.data)) for place in places])
         x = torch.randn(tokens, side)
         seconds = self.seconds(lambda: packed_linear(x, next(matrices)))
         return first.nbytes / seconds, 2 * tokens * side * side / seconds

@@ -26,6 +26,9 @@ from .models import Published
 from .serving import Serving
 from .training import Step
 
+DRIFT = 0.1
+"""A machine whose speed changes by more than this share while it is measured is said to be busy."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -173,7 +176,8 @@ def serving_table(plans: Sequence[Serving], machine: Machine, cache: str) -> Tab
     return Table(f"Serving on {devices} x {machine.name}, cache in {cache} (roofline)", columns, rows)
 
 
-def check_table(comparisons: list[Comparison]) -> Table:
+def check_table(comparisons: list[Comparison], before: float, after: float) -> Table:
+    """`before` and `after` the measurements: TFLOP/s of the same product."""
     rows = []
     for row in comparisons:
         write = size if row.figure == "memory_bytes" else lambda speed: f"{speed:,.0f} tok/s" if speed >= 100 else f"{speed:,.2f} tok/s"
@@ -183,7 +187,10 @@ def check_table(comparisons: list[Comparison]) -> Table:
         else:
             rows.append((name, write(row.predicted), write(row.measured), f"{row.error:+.1%}", "ok" if row.ok else "off"))
     reasons = list(dict.fromkeys(f"{row.name} was not measured: {row.missing}" for row in comparisons if row.measured is None))
-    note = "; ".join([*reasons, "peak memory: beyond that of the interpreter, its libraries and the data"])
+    notes = [*reasons, "peak memory is what a run takes beyond the interpreter, its libraries and the data"]
+    if abs(after / before - 1) > DRIFT:
+        notes.append(f"the machine was not quiet: the same product ran at {before:.3g} TFLOP/s before and {after:.3g} after the runs")
+    note = "; ".join(notes)
     return Table(f"Predicted and measured (within {TOLERANCE:.0%})", ("", "predicted", "measured", "error", ""), rows, note)
 
 

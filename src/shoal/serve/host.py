@@ -165,14 +165,14 @@ class Host:
         small model, so with many listeners at once, sending every token by itself would cost most of the machine."""
         return min(PAUSE_SECONDS * max(self._in_flight - PROMPT_LISTENERS, 0), MOST_PAUSE_SECONDS)
 
-    async def increments(self, tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, Increment]]:
-        """What arrives for any of the tickets, with its place among them, until all have ended."""
+    async def increments(self, tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, list[Increment]]]:
+        """What arrives for any of the tickets, with its place among them, until all have ended; all that is there at once."""
         if len(tickets) == 1:
             last = None
             while last is None:
-                increment = await tickets[0].take()
-                last = increment.finish_reason
-                yield 0, increment
+                increments = await tickets[0].take()
+                last = increments[-1].finish_reason
+                yield 0, increments
                 if last is None:
                     await asyncio.sleep(self._pause)
             return
@@ -182,10 +182,10 @@ class Host:
                 done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     index = waiting.pop(task)
-                    increment = task.result()
-                    if increment.finish_reason is None:
+                    increments = task.result()
+                    if increments[-1].finish_reason is None:
                         waiting[asyncio.ensure_future(tickets[index].take())] = index
-                    yield index, increment
+                    yield index, increments
                 await asyncio.sleep(self._pause)
         finally:
             for task in waiting:

@@ -91,9 +91,11 @@ class PartialObject:
                 self._expects = ", or close" if expects == "string" else ":"
             return character >= " "
         if expects == "escape":
+            if character not in '"\\/bfnrtu':
+                return False
             self._expects = "hex" if character == "u" else self._string
             self._hex = 4
-            return character in '"\\/bfnrtu'
+            return True
         if expects == "hex":
             self._hex -= 1
             if not self._hex:

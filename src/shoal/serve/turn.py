@@ -61,12 +61,12 @@ class Turn:
 
     async def steps(self, tickets: Sequence[Ticket]) -> AsyncIterator[Step]:
         """What comes, until all answers have ended. Raises `APIError` if one cannot go on."""
-        async for index, last in self.host.increments(tickets):
-            text, tokens = last.text, last.tokens
+        async for index, increments in self.host.increments(tickets):
+            text, tokens, last = join(increments)
             now = time.perf_counter()
             self._clocks[index].tokens(len(tokens), now)
             self.made += len(tokens)
-            self.reports[index] = self.reports[index] or last.prompt
+            self.reports[index] = self.reports[index] or increments[0].prompt
             reader = self.readers[index]
             if reader.is_thinking:
                 self.reasoned += len(tokens)
@@ -105,6 +105,14 @@ class Turn:
             "prompt_tokens_details": {"cached_tokens": cached},
             "completion_tokens_details": {"reasoning_tokens": self.reasoned},
         }
+
+
+def join(increments: Sequence[Increment]) -> tuple[str, Sequence[Token], Increment]:
+    """Text and tokens of several increments, and the last."""
+    if len(increments) == 1:
+        return increments[0].text, increments[0].tokens, increments[0]
+    tokens = [token for increment in increments for token in increment.tokens]
+    return "".join(increment.text for increment in increments), tokens, increments[-1]
 
 
 def check_end(last: Increment) -> None:

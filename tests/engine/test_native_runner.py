@@ -107,8 +107,14 @@ def test_prefill_decode_and_drafts_equal_plain_torch(name: str) -> None:
 def test_small_caches_are_read_as_plain_torch_reads_them(name: str, cache: str) -> None:
     native, plain = runners(name, cache)
     batch = Batch.lay_out([torch.arange(60).tolist()], [0], tables(1))
-    error = native.forward(batch).hidden - plain.forward(batch).hidden
-    assert error.square().mean().sqrt() < (0.02 if cache == "bf16" else 0.1)
+    got, wanted = native.forward(batch), plain.forward(batch)
+    error = (got.hidden - wanted.hidden).square()
+    if got.experts is not None and wanted.experts is not None:
+        # Rounding may decide between experts of almost equal scores: such tokens are few, and become others.
+        same = (got.experts.sort(-1).values == wanted.experts.sort(-1).values).all(-1).all(0)
+        assert same.float().mean() > (0.9 if cache == "bf16" else 0.5)
+        error = error[same]
+    assert error.mean().sqrt() < (0.02 if cache == "bf16" else 0.1)
 
 
 @pytest.mark.parametrize("cache", ["fp32", "bf16", "fp8"])

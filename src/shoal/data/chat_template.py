@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import resources
 from typing import Any
 
 import jinja2
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
+from jinja2.ext import Extension
 
 from ..config import UserError
 from .tokenizer import Tokenizer
@@ -28,6 +33,70 @@ def render_chat(
     `messages` and `tools` have OpenAI's shape; `variables` are what the template knows besides (`thinking` in DeepSeek-V3.1's).
     Encode the result with `special=True`. Raises `UserError` where there is no template or it refuses the conversation.
     """
+    return _render(tokenizer, messages, tools, add_generation_prompt, Track(), variables).text
+
+
+def render_turns(
+    tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **variables: Any
+) -> list[tuple[str, bool]]:
+    """The same rendering of a finished conversation, cut where the model begins and ends to write: pieces, and whether it writes them.
+
+    Encode the pieces one by one: then the tokens before an answer are those of the prompt that asks for it. Raises `UserError`
+    also where the template does not mark what the model writes with `{% generation %}`.
+    """
+    track = _render(tokenizer, messages, tools, False, Track(), variables)
+    if not track.spans:
+        raise UserError(
+            "nothing in these conversations is marked as the model's: they need an answer, and the chat template "
+            f"{{% generation %}} around it; --chat-template {' or '.join(BUILT_IN)} has it"
+        )
+    pieces, at = [], 0
+    for start, end in track.spans:
+        pieces += [(track.text[at:start], False), (track.text[start:end], True)]
+        at = end
+    pieces.append((track.text[at:], False))
+    return [(text, written) for text, written in pieces if text]
+
+
+@dataclass
+class Track:
+    """What a template has written so far, and which parts of it are the model's."""
+
+    text: str = ""
+    spans: list[tuple[int, int]] = field(default_factory=list)
+
+
+class Generation(Extension):
+    """`{% generation %}...{% endgeneration %}`: what the model writes. The text is the same as without."""
+
+    tags = {"generation"}  # noqa: RUF012  a set in the class is how jinja2 wants it
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = self.call_method("_mark", [jinja2.nodes.ContextReference()])
+        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _mark(self, context: jinja2.runtime.Context, caller: Callable[[], str]) -> str:
+        text = caller()
+        track = context.get(TRACK)
+        if text:
+            track.spans.append((len(track.text), len(track.text) + len(text)))
+        return text
+
+
+TRACK = "__track"
+"""Name of the `Track` among the template's variables."""
+
+
+def _render(
+    tokenizer: Tokenizer,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    add_generation_prompt: bool,
+    track: Track,
+    variables: dict[str, Any],
+) -> Track:
     if tokenizer.chat_template is None:
         raise UserError("this is a base model without a chat template: let it complete text instead")
 
@@ -35,15 +104,19 @@ def render_chat(
         raise UserError(f"the chat template refuses this conversation: {message}")
 
     try:
-        return _compile(tokenizer.chat_template).render(
+        pieces = _compile(tokenizer.chat_template).generate(
             messages=messages,
             tools=tools or None,
             add_generation_prompt=add_generation_prompt,
             raise_exception=raise_exception,
             bos_token=_special(tokenizer, tokenizer.bos_id),
             eos_token=_special(tokenizer, tokenizer.eos_id),
+            **{TRACK: track},
             **variables,
         )
+        for piece in pieces:  # one after the other: a span begins where the text ends that was written before it
+            track.text += piece
+        return track
     except jinja2.TemplateError as error:
         raise UserError(f"the model's chat template cannot be used: {error}") from None
     except (TypeError, ValueError, KeyError, AttributeError, RecursionError, OverflowError) as error:
@@ -58,7 +131,9 @@ def built_in_template(name: str) -> str:
 
 @lru_cache(16)
 def _compile(source: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+    )
     environment.filters["tojson"] = _to_json
     return environment.from_string(source)
 

@@ -108,21 +108,58 @@ def _read_text(path: Path, piece: int) -> Iterator[Document]:
         yield "".join(lines), path.stat().st_size
 
 
+def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a JSON Lines or Parquet file, each with its place for messages. Raises `UserError` for what cannot be read."""
+    suffix = data_suffix(path)
+    if suffix not in (*JSON_SUFFIXES, ".parquet"):
+        raise UserError(f"{path} is neither JSON Lines nor Parquet: name it .jsonl or .parquet, or convert it")
+    try:
+        if suffix == ".parquet":
+            yield from _parquet_rows(path)
+        else:
+            for place, row, _ in _json_rows(path):
+                yield place, row
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
 def _read_json_lines(path: Path, column: str) -> Iterator[Document]:
+    for place, row, read in _json_rows(path):
+        text = _text_of(row, column, place)
+        if text:
+            yield text, read
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any, int]]:
+    """Place, value and bytes read by then of every line that is not empty."""
     offset = 0
     with _open(path) as (raw, content):
         for number, line in enumerate(content, 1):
             place = f"{path}:{number}"
             try:
                 row = line.decode() if offset else line.decode().removeprefix("\ufeff")
-                text = _text_of(json.loads(row), column, place) if row.strip() else ""
+                value = json.loads(row) if row.strip() else None
             except UnicodeDecodeError as error:
                 raise _not_utf8(path, number, offset + error.start) from error
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{place} is not JSON ({error}): one JSON object per line is expected") from error
             offset += len(line)
-            if text:
-                yield text, raw.tell()
+            if row.strip():
+                yield place, value, raw.tell()
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    arrow = import_optional("pyarrow", f"read {path}")
+    parquet = import_optional("pyarrow.parquet", f"read {path}")
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+    except (arrow.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} after row {number}: {_first_line(error)}") from error
 
 
 def _read_parquet(path: Path, column: str) -> Iterator[Document]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..config import ModelConfig
+from .documents import Documents
 from .layers import LinearFactory, RMSNorm
 from .rope import softmax_scale
 
@@ -38,6 +39,14 @@ class Context:
     cos: Tensor
     """`[B or 1, T, P / 2]`."""
     sin: Tensor
+    documents: Documents | None = None
+    """Packed documents, which do not see each other; without a cache only."""
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents | None) -> Tensor:
+    """`kernels.causal_attention`, within documents where there are any."""
+    attend = kernels.causal_attention if documents is None else documents.causal_attention
+    return attend(q, k, v, scale)
 
 
 def visible(positions: Tensor, seen: int) -> Tensor:
@@ -77,7 +86,7 @@ class MLA(nn.Module):
         """`x [B, T, D]` -> `[B, T, D]`; without a cache the tokens attend to each other causally."""
         query, latent, key_rope = self.project(x, context)
         if cache is None:
-            return self.o_proj(self.expanded(query, latent, key_rope))
+            return self.o_proj(self.expanded(query, latent, key_rope, context.documents))
         cached = cache.extend(torch.cat([latent, key_rope[:, :, 0]], dim=-1), context.positions)
         return self.o_proj(self.absorbed(query, cached, visible(context.positions, cached.shape[1])))
 
@@ -98,12 +107,12 @@ class MLA(nn.Module):
         key_rope = kernels.apply_rope(key_rope, context.cos, context.sin, interleaved=True)
         return query, self.kv_a_layernorm(latent), key_rope
 
-    def expanded(self, query: Tensor, latent: Tensor, key_rope: Tensor) -> Tensor:
+    def expanded(self, query: Tensor, latent: Tensor, key_rope: Tensor, documents: Documents | None = None) -> Tensor:
         """Causal attention among the T tokens themselves; `[B, T, H * V]`."""
         key_value = self.kv_b_proj(latent).unflatten(-1, (self.heads, self.nope + self.value))
         key_nope, value = key_value.split([self.nope, self.value], dim=-1)
         key = torch.cat([key_nope, key_rope.expand(-1, -1, self.heads, -1)], dim=-1)
-        return kernels.causal_attention(query, key, value, self.scale).flatten(2)
+        return causal_attention(query, key, value, self.scale, documents).flatten(2)
 
     def absorbed(self, query: Tensor, cached: Tensor, mask: Tensor) -> Tensor:
         """Attention over `cached [B, S, R + P]` where `mask [B, 1, T, S]` is true; `[B, T, H * V]`."""
@@ -141,7 +150,7 @@ class GQA(nn.Module):
         query = kernels.apply_rope(query, context.cos, context.sin, interleaved=False)
         key = kernels.apply_rope(key, context.cos, context.sin, interleaved=False)
         if cache is None:
-            return self.o_proj(kernels.causal_attention(query, key, value, self.scale).flatten(2))
+            return self.o_proj(causal_attention(query, key, value, self.scale, context.documents).flatten(2))
         cached = cache.extend(torch.cat([key.flatten(2), value.flatten(2)], dim=-1), context.positions)
         return self.o_proj(self.attend(query, cached, visible(context.positions, cached.shape[1])))
 

@@ -25,11 +25,13 @@ class Block(nn.Module):
         else:
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, linear)
 
-    def forward(self, x: Tensor, context: Context, cache: LayerCache | None) -> tuple[Tensor, RoutingStats | None]:
-        """`x [B, T, D]` -> `[B, T, D]`, and what the router did where there is one."""
+    def forward(
+        self, x: Tensor, context: Context, cache: LayerCache | None, chosen: Tensor | None = None
+    ) -> tuple[Tensor, RoutingStats | None]:
+        """`x [B, T, D]` -> `[B, T, D]`, and what the router did where there is one; see `Router` about `chosen`."""
         x = x + self.self_attn(self.input_layernorm(x), context, cache)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
-            out, stats = self.mlp(normed)
+            out, stats = self.mlp(normed, chosen)
             return x + out, stats
         return x + self.mlp(normed), None

@@ -54,12 +54,15 @@ class Router(nn.Module):
                 self.e_score_correction_bias = moved.float() if moved.is_meta else bias.to(moved.device)
         return self
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`x [..., D]` -> weights `[..., K]`, expert indices `[..., K]`, scores `[..., E]`; all fp32 but the indices."""
+    def forward(self, x: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """`x [..., D]` -> weights `[..., K]`, expert indices `[..., K]`, scores `[..., E]`; all fp32 but the indices.
+
+        `chosen [..., K]` takes the place of the router's own choice (routing replay); weights follow the scores as ever.
+        """
         with torch.autocast(x.device.type, enabled=False):
             logits = nn.functional.linear(x.float(), self.weight.float())
         scores = logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(-1)
-        indices = self.choose(scores.detach())
+        indices = self.choose(scores.detach()) if chosen is None else chosen
         weights = scores.gather(-1, indices)
         if self.config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -155,9 +158,9 @@ class MoE(nn.Module):
         self.shared_experts = SwiGLU(config.hidden_size, shared_width, linear) if shared_width else None
         self.dispatcher = dispatcher
 
-    def forward(self, x: Tensor) -> tuple[Tensor, RoutingStats]:
-        """`x [B, T, D]` -> `[B, T, D]` and what the router did."""
-        weights, indices, scores = self.gate(x)
+    def forward(self, x: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, RoutingStats]:
+        """`x [B, T, D]` -> `[B, T, D]` and what the router did; see `Router` about `chosen`."""
+        weights, indices, scores = self.gate(x, chosen)
         tokens = x.flatten(0, 1)
         rows, offsets, ticket = self.dispatcher.dispatch(tokens, indices.flatten(0, 1), scores.shape[-1])
         out = self.dispatcher.combine(self.experts(rows, offsets), weights.flatten(0, 1), ticket).view_as(x)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from .attention import Context, LayerCache
 from .block import Block
+from .documents import Documents
 from .layers import LinearFactory, RMSNorm, plain_linear
 from .moe import Dispatcher, LocalDispatcher, MoE, RoutingStats
 from .mtp import MTPModule
@@ -78,20 +79,27 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         caches: Sequence[LayerCache] | None = None,
         mtp_ids: Sequence[Tensor] = (),
+        documents: Documents | None = None,
+        chosen: Sequence[Tensor] | None = None,
     ) -> Output:
         """`ids [B, T]` -> `Output`.
 
         `positions [B, T]` defaults to 0 ... T - 1. With `caches` (one per layer) tokens attend to everything cached;
         without, to each other. `mtp_ids[k - 1] [B, T]` holds for every position i the token i + k: one entry for every
-        MTP depth to run, in order.
+        MTP depth to run, in order. `documents` (B = 1) packs several texts into one row: each has positions from 0 on
+        and sees itself alone. `chosen` holds `[B, T, K]` for every MoE layer of the main model: the experts to use in
+        place of the routers' choice.
         """
-        if positions is None:
+        if documents is not None:
+            positions = documents.positions
+        elif positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
-        context = Context(positions, *rotary_tables(self.config, positions))
+        context = Context(positions, *rotary_tables(self.config, positions), documents)
+        replayed = iter(chosen or ())
         routing: list[RoutingStats] = []
         x = self.model.embed_tokens(ids)
         for i, block in enumerate(self.blocks):
-            x, stats = block(x, context, caches[i] if caches else None)
+            x, stats = block(x, context, caches[i] if caches else None, next(replayed, None) if self.config.is_moe_layer(i) else None)
             if stats is not None:
                 routing.append(stats)
         hidden = self.model.norm(x)

@@ -1,0 +1,1 @@
+"""`shoal recipe reasoning`: a model that learns to think, from nothing, on one machine."""

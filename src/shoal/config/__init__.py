@@ -19,6 +19,11 @@ from .engine import RunOptions as RunOptions
 from .engine import SamplingOptions as SamplingOptions
 from .errors import UserError as UserError
 from .model import ModelConfig as ModelConfig
+from .post import GRPOCommand as GRPOCommand
+from .post import PolicyOptions as PolicyOptions
+from .post import RunFolderOptions as RunFolderOptions
+from .post import SFTCommand as SFTCommand
+from .post import TuneOptions as TuneOptions
 from .serve import ServeCommand as ServeCommand
 from .serve import serve_options as serve_options
 from .train import BalanceConfig as BalanceConfig

@@ -104,7 +104,8 @@ class PromptBuilder:
     @property
     def reads_all(self) -> bool:
         """Whether every token of the prompt has to be computed."""
-        return self._request.sampling.prompt_logprobs is not None or self._request.embed or self._request.experts
+        request = self._request
+        return request.sampling.prompt_logprobs is not None or request.embed or (request.experts and request.prompt_experts)
 
     @property
     def wants_logits(self) -> bool:

@@ -41,6 +41,8 @@ class Request:
     """Return the mean of the prompt's hidden states."""
     experts: bool = False
     """Return which experts every token was sent to."""
+    prompt_experts: bool = True
+    """With `experts`: also those of the prompt, which then has to be computed even where the prefix cache knows it."""
 
 
 class Token(NamedTuple):

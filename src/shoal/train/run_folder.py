@@ -16,7 +16,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -30,6 +30,13 @@ RESUME_MAY_CHANGE = {
     "eval_every_minutes", "eval_tokens", "checkpoint", "micro_batch_size", "prompts",
 }  # fmt: skip
 """Settings that do not change what is learned from which data; everything else must stay as it was."""
+
+
+class Destination(Protocol):
+    """Where a run is to be written; see `TrainConfig`."""
+
+    out: str | None
+    overwrite: bool
 
 
 class RunFolder:
@@ -82,7 +89,7 @@ class RunFolder:
         (self.path / "config.toml").write_text(to_toml(config), encoding="utf-8")
 
 
-def new_run(config: TrainConfig, name: str) -> RunFolder:
+def new_run(config: Destination, name: str) -> RunFolder:
     """Create the folder of a new run: --out, or the next free runs/NAME. Refuses to write into an earlier run."""
     if config.out is not None:
         path = Path(config.out)

@@ -1,0 +1,176 @@
+"""`shoal sft`: supervised fine-tuning on conversations. One visible loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+
+from ..config import SFTCommand, UserError
+from ..data import Tokenizer
+from ..data.conversations import Example, read_conversations, tokenize
+from ..kernels.reference import IGNORED
+from ..model import Transformer
+from ..runtime import Machine, inference, peak_memory
+from ..train.balance import StepRouting, update_biases
+from ..train.metrics import MetricsLog
+from ..train.signals import StopRequest
+from .experts_tuning import train_only_used_experts
+from .losses import row_losses
+from .packing import Row, Text, best_fit, make_row
+from .preview import show
+from .progress import Progress
+from .tuning import Tuner, finish, load_trainable, open_run, save, with_chat_template
+
+
+def run_sft(command: SFTCommand) -> dict[str, Any]:
+    """Train as asked; figures go to the run folder, progress to stderr. Returns the summary."""
+    command.validate()
+    plain = load_trainable(command.model, command.machine, command.tune)
+    tokenizer = with_chat_template(plain.tokenizer, command.chat_template)
+    if command.preview:
+        return show(tokenizer, command.data, command.preview)
+    texts = read_texts(tokenizer, command, plain.model.config.max_position_embeddings)
+    training, held_out = split(texts, command)
+    folder = open_run(command.folder, "sft")
+    folder.write_json("run.json", {"requested": dataclasses.asdict(command), "precision": plain.machine.precision})
+    model, machine = plain.model, plain.machine
+    if command.esft_share:
+        kept = train_only_used_experts(model, rows_of(training[:256], command, model), command.esft_share, machine)
+        print(f"training {kept.trained} of {kept.experts} experts", file=sys.stderr)
+    plan = Plan(training, command)
+    tuner = Tuner(model, command.tune, plan.steps)
+    before = held_out_loss(model, machine, held_out, command)
+    began, seen, done = time.perf_counter(), 0, 0
+    with MetricsLog(folder.path, False) as log, Progress(plan.steps) as progress, StopRequest() as stop:
+        for step, batch in enumerate(plan.batches(), 1):
+            row = train_step(model, machine, tuner, batch, command, step)
+            seen += sum(text.length for text in batch)
+            row |= {"step": step, "tokens": seen, "seconds": round(time.perf_counter() - began, 2)}
+            log.write(row)
+            progress.step(row)
+            done = step
+            if stop.asked:
+                break
+    after = held_out_loss(model, machine, held_out, command)
+    finish(model, command.tune)
+    save(folder, done, model, tokenizer)
+    summary = {
+        "steps": done, "tokens": seen, "seconds": round(time.perf_counter() - began, 2), "folder": str(folder.path),
+        "conversations": len(training), "val_loss_before": before, "val_loss": after, "peak_memory": peak_memory(machine.device),
+    }  # fmt: skip
+    folder.write_json("summary.json", summary)
+    return summary
+
+
+def read_texts(tokenizer: Tokenizer, command: SFTCommand, longest: int) -> list[Text]:
+    """All conversations that fit, tokenized; those that do not are counted on stderr."""
+    limit = min(command.max_length or longest, longest)
+    texts, left_out = [], 0
+    for place, conversation in read_conversations(command.data):
+        try:
+            example = tokenize(tokenizer, conversation)
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
+        if len(example.ids) > limit:
+            left_out += 1
+        else:
+            texts.append(as_text(example))
+    if left_out:
+        print(f"{left_out:,} conversations have more than {limit:,} tokens and are left out", file=sys.stderr)
+    if not texts:
+        raise UserError("there is nothing to learn from: no conversation fits; check --data and --max-length")
+    return texts
+
+
+def as_text(example: Example) -> Text:
+    return Text(example.ids, example.written)
+
+
+def split(texts: list[Text], command: SFTCommand) -> tuple[list[Text], list[Text]]:
+    """Training and held-out texts."""
+    order = list(range(len(texts)))
+    random.Random(command.tune.seed).shuffle(order)
+    count = min(int(len(texts) * command.val_fraction), len(texts) - 1)
+    return [texts[i] for i in sorted(order[count:])], [texts[i] for i in sorted(order[:count])]
+
+
+class Plan:
+    """Which texts make up every update: about `batch_tokens` of them, in an order that depends on the seed."""
+
+    def __init__(self, texts: list[Text], command: SFTCommand) -> None:
+        self._texts, self._command = texts, command
+        tokens = sum(text.length for text in texts)
+        self.steps = command.steps or max(1, math.ceil(command.epochs * tokens / command.batch_tokens))
+
+    def batches(self) -> Iterator[list[Text]]:
+        """`steps` of them; every text is seen once before any is seen again."""
+        source = self._endless()
+        text = next(source)
+        for _ in range(self.steps):
+            batch, size = [text], text.length
+            while size + (text := next(source)).length <= self._command.batch_tokens:
+                batch.append(text)
+                size += text.length
+            yield batch
+
+    def _endless(self) -> Iterator[Text]:
+        epoch = 0
+        while True:
+            order = list(range(len(self._texts)))
+            random.Random(f"{self._command.tune.seed} {epoch}").shuffle(order)
+            yield from (self._texts[i] for i in order)
+            epoch += 1
+
+
+def rows_of(texts: Sequence[Text], command: SFTCommand, model: Transformer) -> list[Row]:
+    """Texts packed for forward passes."""
+    capacity = max(command.tune.micro_tokens, max(text.length for text in texts))
+    depth = model.config.num_nextn_predict_layers
+    return [make_row([texts[i] for i in items], depth) for items in best_fit([text.length for text in texts], capacity)]
+
+
+def train_step(
+    model: Transformer, machine: Machine, tuner: Tuner, batch: Sequence[Text], command: SFTCommand, step: int
+) -> dict[str, Any]:
+    """One update; its figures. Every learnt token counts the same, in whichever row it lies."""
+    model.train()
+    rows = rows_of(batch, command, model)
+    learnt = sum(row.learnt for row in rows)
+    nats, mtp, routing = 0.0, 0.0, StepRouting()
+    mtp_weight = command.mtp_weight if model.config.num_nextn_predict_layers else 0.0
+    for row in rows:
+        with machine.autocast():
+            losses = row_losses(model, row.to(machine.device), learnt, mtp_weight, command.balance_loss)
+        losses.total.backward()
+        nats += float(losses.nats)
+        mtp += float(losses.mtp)
+        routing.add(losses.routing)
+    norm = tuner.step(step)
+    if not command.esft_share:  # there the router stays as it is
+        update_biases(model, routing, command.balance_speed)
+    row = {"loss": nats / max(learnt, 1), "grad_norm": norm, "lr": tuner.rate(step), "learnt": learnt}
+    if mtp_weight:
+        row["mtp_loss"] = mtp / max(learnt, 1)
+    return row
+
+
+def held_out_loss(model: Transformer, machine: Machine, texts: Sequence[Text], command: SFTCommand) -> float | None:
+    """Mean nats per learnt token; None where nothing is held out."""
+    if not texts:
+        return None
+    model.eval()
+    nats, count = 0.0, 0
+    with inference(machine):
+        for row in rows_of(texts, command, model):
+            moved = row.to(machine.device)
+            nats += float(row_losses(model, moved, 1, 0.0, 0.0).nats)
+            count += int((moved.targets != IGNORED).sum())
+    return nats / max(count, 1)
+
+

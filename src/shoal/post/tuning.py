@@ -1,0 +1,96 @@
+"""What all post-training shares: the model and its tokenizer, the optimizer, the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..config import MachineOptions, RunFolderOptions, TuneOptions, UserError
+from ..data import Tokenizer
+from ..data.chat_template import BUILT_IN, built_in_template
+from ..engine import Plain, load_plain
+from ..formats import save_checkpoint
+from ..formats.export import chat_template
+from ..model import Transformer
+from ..train.run_folder import RunFolder, new_run
+from .adapters import adapt, merge
+
+
+def load_trainable(path: str, machine: MachineOptions, options: TuneOptions) -> Plain:
+    """The model in fp32, ready to be trained, with adapters where they are asked for."""
+    loaded = load_plain(path, machine)
+    if options.lora_rank:
+        adapt(loaded.model, options.lora_rank, options.lora_alpha or 2 * options.lora_rank, options.seed)
+    return loaded
+
+
+def with_chat_template(tokenizer: Tokenizer, name: str | None) -> Tokenizer:
+    """The tokenizer with a built-in template, with one from a file, or with its own; a base model gets the plain one."""
+    if name is None:
+        source = tokenizer.chat_template or chat_template()
+    elif name in BUILT_IN:
+        source = built_in_template(name)
+    else:
+        try:
+            source = Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--chat-template {name} is not one of {', '.join(BUILT_IN)} and no file that can be read: {error}") from None
+    return Tokenizer(tokenizer.json, tokenizer.config, source)
+
+
+class Tuner:
+    """AdamW over what is trainable, with a learning rate that rises and falls."""
+
+    def __init__(self, model: nn.Module, options: TuneOptions, steps: int) -> None:
+        self._options, self._steps = options, steps
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        matrices = [p for p in self.parameters if p.ndim >= 2]
+        others = [p for p in self.parameters if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        # Gradients of zero must change nothing, as ESFT asks of experts that are left alone: decay would.
+        self._adam = torch.optim.AdamW([group for group in groups if group["params"]], lr=options.lr, betas=(0.9, 0.95), fused=True)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step 1, 2, ..."""
+        progress, options = step / self._steps, self._options
+        if progress < options.warmup:
+            return options.lr * progress / options.warmup
+        return options.lr * (options.final + (1 - options.final) * (1 - progress) / max(1 - options.warmup, 1e-9))
+
+    def step(self, step: int) -> float:
+        """One update, gradients cleared; the norm that they had. Nothing changes where they are not finite."""
+        norm = global_norm(self.parameters)
+        if torch.isfinite(norm):
+            if self._options.clip:
+                scale = (self._options.clip / (norm + 1e-6)).clamp(max=1.0)
+                torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], scale)
+            for group in self._adam.param_groups:
+                group["lr"] = self.rate(step)
+            self._adam.step()
+        self._adam.zero_grad(set_to_none=True)
+        return float(norm)
+
+
+def global_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """Norm of all gradients together; a scalar, 0 where there are none."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) if grads else torch.zeros(())
+
+
+def open_run(options: RunFolderOptions, name: str) -> RunFolder:
+    """The folder of a new run; see `train.run_folder.new_run`."""
+    return new_run(options, name)
+
+
+def save(folder: RunFolder, step: int, model: Transformer, tokenizer: Tokenizer) -> None:
+    """Write the model as a checkpoint of the run."""
+    save_checkpoint(folder.path, step, model, tokenizer, {"step": step})
+
+
+def finish(model: Transformer, options: TuneOptions) -> None:
+    """Merge adapters, where there are any."""
+    if options.lora_rank:
+        merge(model)

@@ -21,11 +21,15 @@ from .config import (
     BenchTrainCommand,
     ChatCommand,
     DoctorCommand,
+    DPOCommand,
     EvalCommand,
     ExportCommand,
     GenerateCommand,
+    GRPOCommand,
     QuantizeCommand,
+    ReasoningCommand,
     ServeCommand,
+    SFTCommand,
     TrainConfig,
     UserError,
 )
@@ -109,12 +113,59 @@ def serve(args: list[str]) -> None:
 
 
 def evaluate(args: list[str]) -> None:
-    """Bits per byte of text under a model"""
+    """Bits per byte of text under a model, or the share of problems that it solves"""
     command = parse(EvalCommand, args, "eval")
+    command.validate()
+    if command.tasks:
+        from .evaluate.tasks import run_tasks
+
+        finish(run_tasks(command), command.json)
+        return
 
     from .evaluate import run_eval
 
     finish(run_eval(command), command.json)
+
+
+def sft(args: list[str]) -> None:
+    """Fine-tune a model on conversations"""
+    command = parse(SFTCommand, args, "sft")
+
+    from .post.sft import run_sft
+
+    finish(run_sft(command), command.folder.json)
+
+
+def dpo(args: list[str]) -> None:
+    """Fine-tune a chat model on preferences"""
+    command = parse(DPOCommand, args, "dpo")
+
+    from .post.dpo import run_dpo
+
+    finish(run_dpo(command), command.folder.json)
+
+
+def grpo(args: list[str]) -> None:
+    """Improve a chat model by reinforcement"""
+    command = parse(GRPOCommand, args, "grpo")
+
+    from .post.grpo import run_grpo
+
+    finish(run_grpo(command), command.folder.json)
+
+
+def recipe(args: list[str]) -> None:
+    """A whole demonstration: shoal recipe reasoning"""
+    if args[:1] in (["-h"], ["--help"]):
+        print("shoal recipe reasoning [OPTIONS]: a small model learns to think, from its first token to reinforcement")
+        return
+    if args[:1] != ["reasoning"]:
+        raise UserError("shoal recipe needs the name of a demonstration: reasoning")
+    command = parse(ReasoningCommand, args[1:], "recipe reasoning")
+
+    from .post.reasoning.recipe import run_recipe
+
+    finish(run_recipe(command), command.folder.json)
 
 
 def export(args: list[str]) -> None:
@@ -207,6 +258,10 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "generate": generate,
     "chat": chat,
     "serve": serve,
+    "sft": sft,
+    "dpo": dpo,
+    "grpo": grpo,
+    "recipe": recipe,
     "eval": evaluate,
     "quantize": quantize,
     "export": export,

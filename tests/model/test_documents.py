@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from shoal.config import ModelConfig
 from shoal.model import Documents, Transformer, init_weights
 
-MLA = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 4, "moe_intermediate_size": 16}
+MLA = {
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 16,
+}
 SHAPES = {
     "mla": ModelConfig(num_experts_per_tok=2, num_nextn_predict_layers=1, **MLA),
     "llama": ModelConfig(model_type="llama", num_key_value_heads=1),

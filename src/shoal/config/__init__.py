@@ -19,8 +19,10 @@ from .engine import RunOptions as RunOptions
 from .engine import SamplingOptions as SamplingOptions
 from .errors import UserError as UserError
 from .model import ModelConfig as ModelConfig
+from .post import DPOCommand as DPOCommand
 from .post import GRPOCommand as GRPOCommand
 from .post import PolicyOptions as PolicyOptions
+from .post import ReasoningCommand as ReasoningCommand
 from .post import RunFolderOptions as RunFolderOptions
 from .post import SFTCommand as SFTCommand
 from .post import TuneOptions as TuneOptions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -59,11 +60,14 @@ class ChatCommand:
 
 @dataclass
 class EvalCommand:
-    """Bits per byte of text under a model. Every token is scored once, with at least --overlap tokens of context."""
+    """Bits per byte of text under a model (--data), or how many problems it solves (--tasks).
+
+    Of text, every token is scored once, with at least --overlap tokens of context.
+    """
 
     model: Model
     machine: Annotated[MachineOptions, tyro.conf.arg(name="")]
-    data: tuple[str, ...]
+    data: tuple[str, ...] = ()
     """Files or folders as for `shoal train`; a folder with `val*` files is scored on those, anything else whole."""
     text_column: str = "text"
     window: int | None = None
@@ -71,9 +75,34 @@ class EvalCommand:
     overlap: int | None = None
     """Tokens of context at least, from the second window of a document on. None: half a window."""
     max_tokens: int | None = None
-    """Score only about the first so many tokens."""
+    """Score only about the first so many tokens; with --tasks, the longest reply. None: all of the text, or the model's whole context."""
+    tasks: tuple[str, ...] = ()
+    """arithmetic, countdown, sorting, strings (also NAME:DIFFICULTY or NAME:FROM-TO), gsm8k=FILE, humaneval=FILE, choice=FILE."""
+    problems: int = 200
+    """Of every task, at most."""
+    samples: int = 1
+    """Replies to every problem; with more than one, also pass@k."""
+    temperature: float = 1.0
+    """Of the replies."""
+    seed: int = 0
+    max_running: int = 64
+    """Replies that are written at the same time."""
     json: bool = False
-    """End with one JSON object: bpb, nats_per_token, tokens, bytes."""
+    """End with one JSON object: bpb, nats_per_token, tokens, bytes; with --tasks: accuracy, error, length, ... by task."""
+
+    def validate(self) -> None:
+        """Raise `UserError` on the first option that cannot work."""
+        if bool(self.data) == bool(self.tasks):
+            raise UserError("give --data PATH... to score text, or --tasks NAME... to have problems solved")
+        for name in ("problems", "samples", "max_running"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise UserError(f"--max-tokens is {self.max_tokens}: it must be at least 1")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"--temperature is {self.temperature}: it must be 0 or more")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed is {self.seed}: it must lie between 0 and 2^32 - 1")
 
 
 @dataclass

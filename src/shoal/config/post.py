@@ -186,3 +186,70 @@ class GRPOCommand:
         for name in ("eval_every", "save_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be 0 or more")
+
+
+@dataclass
+class DPOCommand:
+    """Fine-tune a chat model on pairs of answers, of which one was preferred (2305.18290)."""
+
+    model: Model
+    tune: Annotated[TuneOptions, tyro.conf.arg(name="")] = field(default_factory=lambda: TuneOptions(lr=1e-5))
+    folder: Annotated[RunFolderOptions, tyro.conf.arg(name="")] = field(default_factory=RunFolderOptions)
+    machine: Annotated[MachineOptions, tyro.conf.arg(name="")] = field(default_factory=MachineOptions)
+    data: tuple[str, ...] = ()
+    """JSON Lines or Parquet files or folders: `prompt` (text or messages), `chosen` and `rejected` (text or messages)."""
+    beta: float = 0.1
+    """How strongly the model is held to the one it starts from."""
+    epochs: float = 1.0
+    steps: int | None = None
+    """Updates; None: as many as --epochs makes."""
+    pairs: int = 32
+    """Pairs of one update."""
+    max_length: int | None = None
+    """Pairs of which an answer with its prompt has more tokens are left out. None: what the model can read."""
+
+    def validate(self) -> None:
+        """Raise `UserError` on the first option that cannot work."""
+        self.tune.validate()
+        if not self.data:
+            raise UserError("there is nothing to learn from: give --data PATH...")
+        if not 0 < self.beta < math.inf:
+            raise UserError(f"--beta is {self.beta}: it must be more than 0")
+        if not 0 < self.epochs < math.inf:
+            raise UserError(f"--epochs is {self.epochs}: it must be more than 0")
+        for name in ("pairs", "steps", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+
+
+@dataclass
+class ReasoningCommand:
+    """Teach a small model to think: pretrain it on worked problems, fine-tune it on answers of which few show their work, then
+    let it find out by reinforcement what helps. Ends with a plot and a summary. Some 20 minutes on two cores."""
+
+    folder: Annotated[RunFolderOptions, tyro.conf.arg(name="")] = field(default_factory=RunFolderOptions)
+    machine: Annotated[MachineOptions, tyro.conf.arg(name="")] = field(default_factory=MachineOptions)
+    pretrain_tokens: int = 8_000_000
+    demonstrations: int = 12_000
+    """Conversations to fine-tune on."""
+    openness: float = 0.4
+    """Share of them that shows its work."""
+    steps: int = 80
+    """Of reinforcement."""
+    prompts: int = 32
+    group: int = 8
+    max_tokens: int = 192
+    eval_problems: int = 200
+    """Held-out problems of each task."""
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raise `UserError` on the first option that cannot work."""
+        for name in ("pretrain_tokens", "demonstrations", "steps", "prompts", "max_tokens", "eval_problems"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+        if not 0 < self.openness < 1:
+            raise UserError(f"--openness is {self.openness}: it must lie between 0 and 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed is {self.seed}: it must lie between 0 and 2^32 - 1")

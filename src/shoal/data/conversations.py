@@ -49,6 +49,32 @@ def read_conversations(paths: Sequence[str]) -> Iterator[tuple[str, Conversation
                 yield place, conversation_of(row, place)
 
 
+def read_pairs(paths: Sequence[str]) -> Iterator[tuple[str, Conversation, Conversation]]:
+    """Pairs of conversations of which the first was preferred, each with its place.
+
+    Rows hold `chosen` and `rejected`: whole conversations, or answers (text or messages) to `prompt` (text or messages).
+    """
+    for path in paths:
+        for file in _files(Path(path).expanduser()):
+            for place, row in read_rows(file):
+                if not isinstance(row, dict) or "chosen" not in row or "rejected" not in row:
+                    raise UserError(f"{place} is no pair: prompt, chosen and rejected are expected")
+                opening = _messages(row.get("prompt"), "user", place)
+                chosen, rejected = (opening + _messages(row[name], "assistant", place) for name in ("chosen", "rejected"))
+                yield place, Conversation(chosen, row.get("tools") or None), Conversation(rejected, row.get("tools") or None)
+
+
+def _messages(value: Any, role: str, place: str) -> list[dict[str, Any]]:
+    """Messages, or one of them from its text."""
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list):
+        raise UserError(f"{place}: {type(value).__name__} where text or messages are expected")
+    return [_openai(message, place) for message in value]
+
+
 def _files(path: Path) -> list[Path]:
     if not path.exists():
         raise UserError(f"{path} does not exist: check --data")

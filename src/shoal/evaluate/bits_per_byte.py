@@ -22,10 +22,7 @@ TRAINED_WINDOW = "training_sequence_length"
 
 def run_eval(command: EvalCommand) -> dict[str, Any]:
     """Score the held-out part of a folder that names one, and anything else whole; prints a table, returns the JSON object."""
-    if not command.data:
-        raise UserError("there is nothing to score: give --data PATH...")
-    if command.max_tokens is not None and command.max_tokens < 1:
-        raise UserError(f"--max-tokens is {command.max_tokens}: it must be at least 1")
+    command.validate()
     loaded = load_plain(command.model, command.machine)
     longest = loaded.model.config.max_position_embeddings
     window = default_window(loaded.folder, loaded.model.config) if command.window is None else command.window

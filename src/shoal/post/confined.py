@@ -63,7 +63,9 @@ def system_call_filter(machine: str) -> bytes:
     def by_argument(number: int, argument: int, mask: int, *, wanted: bool) -> None:
         """Allow a call if whether some bit of `mask` is set is as `wanted`."""
         yes, no = (ALLOW, ERROR | errno.EPERM) if wanted else (ERROR | errno.EPERM, ALLOW)
-        program.extend([(JUMP_EQUAL, 0, 4, number), (LOAD, 0, 0, 16 + 8 * argument), (JUMP_SET, 0, 1, mask), (RETURN, 0, 0, yes), (RETURN, 0, 0, no)])
+        program.extend(
+            [(JUMP_EQUAL, 0, 4, number), (LOAD, 0, 0, 16 + 8 * argument), (JUMP_SET, 0, 1, mask), (RETURN, 0, 0, yes), (RETURN, 0, 0, no)]
+        )
 
     by_argument(CLONE[machine], 0, CLONE_THREAD, wanted=True)
     for number, argument in OPEN[machine]:
@@ -76,7 +78,12 @@ def system_call_filter(machine: str) -> bytes:
 def confine(seconds: float, memory: int) -> None:
     """Give up what honest code does not need. Raises `OSError` where the system does not let us; there is no filter off Linux."""
     cpu = max(1, math.ceil(seconds))
-    for kind, limit in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, cpu), (resource.RLIMIT_FSIZE, 1 << 20), (resource.RLIMIT_CORE, 0)):
+    for kind, limit in (
+        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_CPU, cpu),
+        (resource.RLIMIT_FSIZE, 1 << 20),
+        (resource.RLIMIT_CORE, 0),
+    ):
         resource.setrlimit(kind, (limit, limit))
     machine = platform.machine()
     if sys.platform != "linux" or machine not in AUDIT_ARCH:

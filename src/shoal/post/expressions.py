@@ -72,7 +72,9 @@ def render(expression: Expression) -> str:
     if isinstance(expression.left, Operation) and expression.sign in "*/" and expression.left.sign in "+-":
         left = f"({left})"
     if isinstance(expression.right, Operation) and (
-        expression.sign == "/" or (expression.sign == "*" and expression.right.sign != "*") or (expression.sign == "-" and expression.right.sign in "+-")
+        expression.sign == "/"
+        or (expression.sign == "*" and expression.right.sign != "*")
+        or (expression.sign == "-" and expression.right.sign in "+-")
     ):
         right = f"({right})"
     return f"{left}{expression.sign}{right}"

@@ -31,7 +31,7 @@ from .problems import Problem
 from .progress import Progress
 from .reference import Reference
 from .rollouts import Sample, Sampler
-from .tasks import Score, Task, examine, mean, prompt_of
+from .tasks import Score, Task, examine, mean, parse_task, prompt_of
 from .tuning import Tuner, finish, load_trainable, open_run, save
 
 
@@ -46,7 +46,7 @@ class Episode:
 def run_grpo(command: GRPOCommand) -> dict[str, Any]:
     """Train as asked; figures go to the run folder, progress to stderr. Returns the summary."""
     command.validate()
-    tasks = [Task.parse(text) for text in command.tasks]
+    tasks = [parse_task(text) for text in command.tasks]
     plain = load_trainable(command.model, command.machine, command.tune)
     if plain.tokenizer.chat_template is None:
         raise UserError(f"{command.model} is a base model without a chat template: fine-tune it with shoal sft first")
@@ -105,7 +105,9 @@ class Run:
         """pass@1 on the held-out problems, always the same ones."""
         command = self.command
         return [
-            examine(self.sampler, self.tokenizer, task, count=command.eval_problems, samples=1, max_tokens=command.max_tokens, seed=0)
+            examine(
+                self.sampler.engine, self.tokenizer, task, count=command.eval_problems, samples=1, max_tokens=command.max_tokens, seed=0
+            )
             for task in self.tasks
         ]
 
@@ -113,7 +115,7 @@ class Run:
         """Sample, judge, learn; the figures of one step."""
         command, began = self.command, time.perf_counter()
         asked = list(islice(self._next_problems(), command.prompts))
-        prompts = [prompt_of(self.tokenizer, problem) for _, problem in asked]
+        prompts = [prompt_of(self.tokenizer, task, problem) for task, problem in asked]
         seed = command.tune.seed * 1_000_000 + step
         groups = self.sampler.sample(prompts, command.group, command.max_tokens, seed, experts=command.routing_replay)
         sampled = time.perf_counter()

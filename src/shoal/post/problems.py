@@ -70,7 +70,9 @@ def problems(environment: Environment, split: Split, seed: int, difficulties: ra
             if split_of(environment.name, problem) == split and problem.key not in seen:
                 break
         else:
-            raise UserError(f"{environment.name} has no more than {len(seen)} problems to test with: ask for fewer, or for other difficulties")
+            raise UserError(
+                f"{environment.name} has no more than {len(seen)} problems to test with: ask for fewer, or for other difficulties"
+            )
         if split == "test":
             seen.add(problem.key)
         yield problem

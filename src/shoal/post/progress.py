@@ -10,7 +10,13 @@ from typing import Any
 from ..train.units import duration
 
 LINE_SECONDS = 10.0
-SHOWN = {"loss": "loss {:.3f}", "reward": "reward {:.3f}", "margin": "margin {:.3f}", "length": "length {:.0f}", "entropy": "entropy {:.3f}"}
+SHOWN = {
+    "loss": "loss {:.3f}",
+    "reward": "reward {:.3f}",
+    "margin": "margin {:.3f}",
+    "length": "length {:.0f}",
+    "entropy": "entropy {:.3f}",
+}
 SHOWN |= {"mismatch": "mismatch {:.1e}", "grad_norm": "gradient {:.2f}"}
 
 

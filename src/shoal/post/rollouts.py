@@ -109,23 +109,42 @@ class Sampler:
             self._live.refresh()
         self.engine.pool.forget_all()
 
-    def sample(self, prompts: Sequence[Sequence[int]], group: int, max_tokens: int, seed: int, *, experts: bool = True) -> list[list[Sample]]:
+    def sample(
+        self, prompts: Sequence[Sequence[int]], group: int, max_tokens: int, seed: int, *, experts: bool = True
+    ) -> list[list[Sample]]:
         """`group` replies to every prompt; `experts`: with who computed each token."""
-        experts = experts and self._mixtures > 0
-        requests = [
-            Request(
-                prompt,
-                SamplingOptions(max_tokens=max_tokens, temperature=1.0, logprobs=0, seed=(seed * 1_000_003 + i * group + j) % 2**64),
-                experts=experts,
-                # Known from the group's first sample, whose prompt the others share.
-                prompt_experts=j == 0,
-            )
-            for i, prompt in enumerate(prompts)
-            for j in range(group)
-        ]
-        results = self.engine.run(requests)
-        groups = [results[i : i + group] for i in range(0, len(results), group)]
-        return [[_sample(list(prompt), result, members[0], experts) for result in members] for prompt, members in zip(prompts, groups, strict=True)]
+        return draw(self.engine, prompts, group, max_tokens, seed, experts=experts and self._mixtures > 0)
+
+
+def draw(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    group: int,
+    max_tokens: int,
+    seed: int,
+    *,
+    temperature: float = 1.0,
+    experts: bool = False,
+    stop: tuple[str, ...] = (),
+) -> list[list[Sample]]:
+    """`group` replies to every prompt, the same ones for the same seed."""
+    requests = [
+        Request(
+            prompt,
+            SamplingOptions(
+                max_tokens=max_tokens, temperature=temperature, logprobs=0, seed=(seed * 1_000_003 + i * group + j) % 2**64, stop=stop
+            ),
+            experts=experts,
+            prompt_experts=j == 0,  # the others of the group share its prompt
+        )
+        for i, prompt in enumerate(prompts)
+        for j in range(group)
+    ]
+    results = engine.run(requests)
+    groups = [results[i : i + group] for i in range(0, len(results), group)]
+    return [
+        [_sample(list(prompt), result, members[0], experts) for result in members] for prompt, members in zip(prompts, groups, strict=True)
+    ]
 
 
 def _sample(prompt: list[int], result: Result, first: Result, with_experts: bool) -> Sample:

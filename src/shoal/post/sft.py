@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-
 from ..config import SFTCommand, UserError
 from ..data import Tokenizer
 from ..data.conversations import Example, read_conversations, tokenize
@@ -135,9 +134,7 @@ def rows_of(texts: Sequence[Text], command: SFTCommand, model: Transformer) -> l
     return [make_row([texts[i] for i in items], depth) for items in best_fit([text.length for text in texts], capacity)]
 
 
-def train_step(
-    model: Transformer, machine: Machine, tuner: Tuner, batch: Sequence[Text], command: SFTCommand, step: int
-) -> dict[str, Any]:
+def train_step(model: Transformer, machine: Machine, tuner: Tuner, batch: Sequence[Text], command: SFTCommand, step: int) -> dict[str, Any]:
     """One update; its figures. Every learnt token counts the same, in whichever row it lies."""
     model.train()
     rows = rows_of(batch, command, model)
@@ -172,5 +169,3 @@ def held_out_loss(model: Transformer, machine: Machine, texts: Sequence[Text], c
             nats += float(row_losses(model, moved, 1, 0.0, 0.0).nats)
             count += int((moved.targets != IGNORED).sum())
     return nats / max(count, 1)
-
-

@@ -1,86 +1,122 @@
-"""What a model is asked, and how its replies are judged: built-in environments by name, in training and in evaluation."""
+"""What a model is asked, and how its replies are judged; the same in training and in evaluation."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 from ..config import UserError
 from ..data import Tokenizer
 from ..data.chat_template import render_chat
+from ..engine import Engine
 from .environments import ENVIRONMENTS
+from .file_tasks import GSM8K, FileTask, HumanEval
 from .problems import Environment, Problem, Split, answer_of, problems
-from .rollouts import Sample, Sampler
+from .rollouts import Sample, draw
 
 SPEC = re.compile(r"(\w+)(?::(\d+)(?:-(\d+))?)?")
+FILES: dict[str, type[FileTask]] = {"gsm8k": GSM8K, "humaneval": HumanEval}
+LOWEST, HIGHEST = 2, 20
+"""Difficulties."""
+
+
+class Task(Protocol):
+    """A source of problems that knows how to judge replies."""
+
+    name: str
+    continues: bool
+    stops: tuple[str, ...]
+
+    def problems(self, split: Split, seed: int) -> Iterator[Problem]: ...
+
+    def grade(self, problem: Problem, sample: Sample) -> float:
+        """0 to 1; 0 for a reply that was cut off."""
+        ...
 
 
 @dataclass(frozen=True)
-class Task:
-    """An environment at some difficulties."""
+class EnvironmentTask:
+    """A built-in environment at some difficulties."""
 
     name: str
     environment: Environment
     difficulties: range
-
-    @classmethod
-    def parse(cls, text: str) -> Task:
-        """`NAME`, `NAME:DIFFICULTY` or `NAME:FROM-TO`. Raises `UserError` for anything else."""
-        match = SPEC.fullmatch(text)
-        if match is None or match[1] not in ENVIRONMENTS:
-            raise UserError(f"there is no task {text!r}: use NAME, NAME:DIFFICULTY or NAME:FROM-TO with one of {', '.join(ENVIRONMENTS)}")
-        environment = ENVIRONMENTS[match[1]]
-        if match[2] is None:
-            return cls(text, environment, environment.difficulties)
-        first, last = int(match[2]), int(match[3] or match[2])
-        if not 2 <= first <= last <= 20:
-            raise UserError(f"the difficulty of {text!r} must lie between 2 and 20, the first before the last")
-        return cls(text, environment, range(first, last + 1))
+    continues: bool = False
+    stops: tuple[str, ...] = ()
 
     def problems(self, split: Split, seed: int) -> Iterator[Problem]:
         return problems(self.environment, split, seed, self.difficulties)
 
     def grade(self, problem: Problem, sample: Sample) -> float:
-        """0 for a reply that was cut off or has no answer."""
         answer = answer_of(sample.text) if sample.finished else None
         return 0.0 if answer is None else self.environment.grade(problem, answer)
 
 
-def prompt_of(tokenizer: Tokenizer, problem: Problem) -> list[int]:
-    """The question as a chat, up to where the model begins to write."""
-    return tokenizer.encode(render_chat(tokenizer, [{"role": "user", "content": problem.question}]), special=True)
+def parse_task(text: str) -> Task:
+    """`NAME`, `NAME:DIFFICULTY`, `NAME:FROM-TO` of an environment, `gsm8k=FILE` or `humaneval=FILE`. Raises `UserError` for anything else."""
+    name, is_file, path = text.partition("=")
+    if is_file and name in FILES:
+        return FILES[name](name, path)
+    match = SPEC.fullmatch(text)
+    if match is None or match[1] not in ENVIRONMENTS:
+        known = ", ".join([*ENVIRONMENTS, *(f"{name}=FILE" for name in FILES)])
+        raise UserError(f"there is no task {text!r}: use one of {known}; environments also as NAME:DIFFICULTY or NAME:FROM-TO")
+    environment = ENVIRONMENTS[match[1]]
+    if match[2] is None:
+        return EnvironmentTask(text, environment, environment.difficulties)
+    first, last = int(match[2]), int(match[3] or match[2])
+    if not LOWEST <= first <= last <= HIGHEST:
+        raise UserError(f"the difficulty of {text!r} must lie between {LOWEST} and {HIGHEST}, the first before the last")
+    return EnvironmentTask(text, environment, range(first, last + 1))
+
+
+def prompt_of(tokenizer: Tokenizer, task: Task, problem: Problem) -> list[int]:
+    """The question up to where the model begins to write: a chat, or plain text for a base model."""
+    if tokenizer.chat_template is not None:
+        return tokenizer.encode(render_chat(tokenizer, [{"role": "user", "content": problem.question}]), special=True)
+    text = problem.question if task.continues else f"{problem.question}\n"
+    return tokenizer.encode(text, bos=True)
 
 
 @dataclass(frozen=True)
 class Score:
-    """pass@1 on one task: mean grade of samples at temperature 1."""
+    """How a model does on one task."""
 
     task: str
     problems: int
     samples: int
+    """Replies to every problem."""
     accuracy: float
+    """pass@1: the mean grade."""
     error: float
-    """Half of the 95% interval, over problems."""
+    """Half of its 95% interval, over problems."""
     length: float
     """Mean tokens of a reply."""
     finished: float
     """Share of replies that ended by themselves."""
+    pass_at: dict[str, float] = field(default_factory=dict)
+    """k -> chance that at least one of k replies is right."""
 
     def row(self) -> dict[str, Any]:
         return vars(self).copy()
 
 
-def examine(sampler: Sampler, tokenizer: Tokenizer, task: Task, *, count: int, samples: int, max_tokens: int, seed: int) -> Score:
-    """Ask the first `count` held-out problems of `seed`, each `samples` times."""
+def examine(
+    engine: Engine, tokenizer: Tokenizer, task: Task, *, count: int, samples: int, max_tokens: int, seed: int, temperature: float = 1.0
+) -> Score:
+    """Ask the first `count` held-out problems, each `samples` times."""
     asked = list(islice(task.problems("test", seed), count))
-    groups = sampler.sample([prompt_of(tokenizer, problem) for problem in asked], samples, max_tokens, seed, experts=False)
+    prompts = [prompt_of(tokenizer, task, problem) for problem in asked]
+    stops = task.stops if tokenizer.chat_template is None else ()
+    groups = draw(engine, prompts, samples, max_tokens, seed, temperature=temperature, stop=stops)
     grades = [[task.grade(problem, sample) for sample in group] for problem, group in zip(asked, groups, strict=True)]
-    means = [sum(of_one) / samples for of_one in grades]
+    means = [mean(of_one) for of_one in grades]
     everything = [sample for group in groups for sample in group]
+    right = [sum(grade == 1.0 for grade in of_one) for of_one in grades]
     return Score(
         task.name,
         len(asked),
@@ -89,7 +125,18 @@ def examine(sampler: Sampler, tokenizer: Tokenizer, task: Task, *, count: int, s
         half_interval(means),
         mean([len(sample.ids) for sample in everything]),
         mean([float(sample.finished) for sample in everything]),
+        {str(k): mean([pass_at(samples, count, k) for count in right]) for k in _powers(samples)},
     )
+
+
+def _powers(most: int) -> list[int]:
+    """2, 4, 8, ... up to `most`."""
+    return [2**i for i in range(1, most.bit_length()) if 2**i <= most]
+
+
+def pass_at(n: int, right: int, k: int) -> float:
+    """Chance that `k` of `n` replies, of which `right` are right, hold a right one: the unbiased estimate of 2107.03374, equation 1."""
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def mean(values: Sequence[float]) -> float:
@@ -97,9 +144,9 @@ def mean(values: Sequence[float]) -> float:
 
 
 def half_interval(values: Sequence[float]) -> float:
-    """Half the width of the 95% interval of the mean of independent `values`, by the normal approximation."""
+    """Half the width of the 95% interval of the mean of independent `values`, by the normal approximation; 0 for a single one."""
     if len(values) < 2:
-        return math.inf
+        return 0.0
     middle = mean(values)
     variance = sum((value - middle) ** 2 for value in values) / (len(values) - 1)
     return 1.96 * math.sqrt(variance / len(values))

@@ -1,0 +1,140 @@
+"""Rewards: how much a reply is worth, as plain functions `(prompt, reply, answer) -> float`.
+
+`prompt` is the question, `reply` all that the model wrote, its thought included, `answer` the reference that came with the question. A user's own
+function has the same three arguments and is named as `FILE.py:NAME` or `MODULE:NAME`; see `Judge`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from types import TracebackType
+
+from ..config import UserError
+from .problems import answer_of
+from .sandbox import Function, Limits, runs_to_end
+
+Reward = Callable[[str, str, str], float]
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+SHAPE = re.compile(r"\s*<think>.+</think>\s*\S.*", re.DOTALL)
+SAID = re.compile(r"####\s*(.+)|answer is:?\s*(.+)", re.IGNORECASE)
+CODE_LIMITS = Limits(seconds=5.0, memory=1 << 30)
+FUNCTION_LIMITS = Limits(seconds=10.0, memory=4 << 30)
+USUAL_LENGTH = 2000
+"""Characters of a reply for which `brevity` gives one half."""
+
+
+def exact(prompt: str, reply: str, answer: str) -> float:
+    """1 where the answer after the thought is the reference, but for space and letter case."""
+    said = answer_of(reply)
+    return float(said is not None and _plain(said) == _plain(answer))
+
+
+def numeric(prompt: str, reply: str, answer: str) -> float:
+    """1 where the reply's number (boxed, after ####, after "answer is", or else the last one) equals the reference's."""
+    said, wanted = number_in(answer_of(reply) or ""), number_in(answer)
+    return float(said is not None and said == wanted)
+
+
+def form(prompt: str, reply: str, answer: str) -> float:
+    """1 for a thought in `<think>` tags, each once, and an answer after it."""
+    return float(SHAPE.fullmatch(reply) is not None and reply.count("<think>") == reply.count("</think>") == 1)
+
+
+def pattern(prompt: str, reply: str, answer: str) -> float:
+    """1 where the regular expression `answer` matches the whole answer after the thought. Expressions that explode hang: name them in data only."""
+    said = answer_of(reply)
+    try:
+        return float(said is not None and re.fullmatch(answer, said, re.DOTALL) is not None)
+    except re.error:
+        return 0.0
+
+
+def brevity(prompt: str, reply: str, answer: str) -> float:
+    """1 for an empty reply, falling towards 0 as it grows; to be added with a small weight."""
+    return USUAL_LENGTH / (USUAL_LENGTH + len(reply))
+
+
+def code(prompt: str, reply: str, answer: str) -> float:
+    """1 where the reply's Python passes the tests in `answer` (statements that raise where it is wrong), in the sandbox."""
+    said = answer_of(reply)
+    return 0.0 if said is None else float(runs_to_end(f"{code_in(said)}\n\n{answer}\n", CODE_LIMITS))
+
+
+REWARDS: dict[str, Reward] = {
+    "exact": exact, "numeric": numeric, "form": form, "pattern": pattern, "brevity": brevity, "code": code,
+}  # fmt: skip
+
+
+def number_in(text: str) -> Fraction | None:
+    """The number that a text gives as its answer; None if there is none."""
+    boxed = BOXED.findall(text)
+    said = SAID.findall(text)
+    for place in (boxed[-1:], ["".join(said[-1])] if said else [], [text]):
+        if place and (found := NUMBER.findall(place[0])):
+            # What a place names, comes first in it; of a whole text the last number counts.
+            number = found[-1] if place[0] is text else found[0]
+            try:
+                return Fraction(number.replace(",", ""))
+            except (ValueError, ZeroDivisionError):
+                return None
+    return None
+
+
+def code_in(text: str) -> str:
+    """The last fenced block of Python, or else all of the text."""
+    blocks = FENCED.findall(text)
+    return blocks[-1] if blocks else text
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold().rstrip(".")
+
+
+class Judge:
+    """The weighted sum of several rewards: `NAME`, `FILE.py:NAME` or `MODULE:NAME`, each with `*WEIGHT` if it is not 1.
+
+    Users' functions run in the sandbox: one that raises, hangs, forks or takes all memory costs its sample the reward, nothing else.
+    """
+
+    def __init__(self, specs: Sequence[str]) -> None:
+        if not specs:
+            raise UserError(f"there is no reward: name one of {', '.join(REWARDS)}, or FILE.py:FUNCTION")
+        self._parts: list[tuple[float, Reward | Function]] = []
+        self.failures: dict[str, int] = {}
+        """What went wrong in users' functions, and how often."""
+        for spec in specs:
+            name, _, factor = spec.partition("*")
+            try:
+                weight = float(factor or 1)
+            except ValueError:
+                raise UserError(f"reward {spec!r}: what follows * must be a number") from None
+            if name not in REWARDS and ":" not in name:
+                raise UserError(f"there is no reward {name!r}: use {', '.join(REWARDS)}, or FILE.py:FUNCTION")
+            self._parts.append((weight, REWARDS[name] if name in REWARDS else Function(name, FUNCTION_LIMITS)))
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for _, part in self._parts:
+            if isinstance(part, Function):
+                part.__exit__(kind, error, trace)
+
+    def __call__(self, prompt: str, reply: str, answer: str) -> float:
+        """What a reply is worth; a part that fails gives 0."""
+        return sum(weight * self._value(part, prompt, reply, answer) for weight, part in self._parts)
+
+    def _value(self, part: Reward | Function, prompt: str, reply: str, answer: str) -> float:
+        if not isinstance(part, Function):
+            return part(prompt, reply, answer)
+        result = part.call(prompt=prompt, reply=reply, answer=answer)
+        if isinstance(result, str):
+            self.failures[result] = self.failures.get(result, 0) + 1
+            return 0.0
+        return result if math.isfinite(result) else 0.0

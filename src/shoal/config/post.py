@@ -128,7 +128,7 @@ class PolicyOptions:
     """Leave out a reply with negative advantage where the policy has become less likely to write it by more nats a token than
     this; 0: never."""
     divide_by_std: bool = False
-    """Measure advantages in deviations of their group (as GRPO first did), which favours problems that are nearly always or never solved."""
+    """Measure advantages in deviations of their group, as GRPO first did: it favours problems that are nearly always or never solved."""
 
     def validate(self) -> None:
         """Raise `UserError` on the first option that cannot work."""
@@ -146,8 +146,13 @@ class GRPOCommand:
     policy: Annotated[PolicyOptions, tyro.conf.arg(name="")] = field(default_factory=PolicyOptions)
     folder: Annotated[RunFolderOptions, tyro.conf.arg(name="")] = field(default_factory=RunFolderOptions)
     machine: Annotated[MachineOptions, tyro.conf.arg(name="")] = field(default_factory=MachineOptions)
-    tasks: tuple[str, ...] = ("countdown",)
-    """Built-in environments (NAME or NAME:DIFFICULTY or NAME:FROM-TO)."""
+    tasks: tuple[str, ...] = ()
+    """arithmetic, countdown, sorting, strings (also NAME:DIFFICULTY or NAME:FROM-TO), gsm8k=FILE, humaneval=FILE."""
+    data: str | None = None
+    """A JSON Lines or Parquet file of problems with `prompt` (or `question`) and `answer`; one in eight is held out."""
+    rewards: tuple[str, ...] = ("exact",)
+    """What replies to --data are worth: exact, numeric, form, pattern, brevity, code, or a function of your own as FILE.py:NAME or
+    MODULE:NAME, called with (prompt, reply, answer) in a sandbox; each with *WEIGHT if it is not 1. They are added."""
     steps: int = 100
     prompts: int = 32
     """Problems of one step."""
@@ -181,8 +186,8 @@ class GRPOCommand:
             raise UserError(f"--group is {self.group}: a reply is judged against others, so it must be at least 2")
         if self.prompts % self.updates:
             raise UserError(f"--updates {self.updates} does not divide --prompts {self.prompts}: choose a divisor")
-        if not self.tasks:
-            raise UserError("there is nothing to learn: give --tasks NAME...")
+        if not self.tasks and self.data is None:
+            raise UserError("there is nothing to learn: give --tasks NAME... or --data FILE")
         for name in ("eval_every", "save_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be 0 or more")

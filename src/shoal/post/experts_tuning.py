@@ -22,7 +22,7 @@ class Kept:
 
 
 def train_only_used_experts(model: Transformer, rows: Sequence[Row], share: float, machine: Machine) -> Kept:
-    """Leave trainable, in every MoE layer, the fewest experts that together get `share` of the tokens of `rows` (ESFT-Token, section 3.3)."""
+    """Leave trainable only the fewest experts of every MoE layer that together get `share` of the tokens of `rows` (section 3.3)."""
     load: Tensor | None = None
     with inference(machine):
         for row in rows:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import UserError
 from ..data.readers import read_rows
-from .problems import Problem, Split
+from .problems import HELD_OUT, Problem, Split
 from .rewards import CODE_LIMITS, Judge, code_in, numeric
 from .rollouts import Sample
 from .sandbox import runs_to_end
@@ -85,6 +85,18 @@ class Rewarded(FileTask):
     def __init__(self, name: str, path: str, judge: Judge) -> None:
         super().__init__(name, path)
         self.judge = judge
+
+    def problems(self, split: Split, seed: int) -> Iterator[Problem]:
+        """One row in `HELD_OUT` is kept for tests, the first among them."""
+        rows = [row for index, row in enumerate(self.rows) if (index % HELD_OUT == 0) == (split == "test")]
+        if not rows:
+            raise UserError(f"{self.name} holds a single problem: give at least two")
+        if split == "test":
+            yield from rows
+            return
+        rng = random.Random(f"{self.name} {seed}")
+        while True:
+            yield from rng.sample(rows, len(rows))
 
     def problem(self, row: Any, place: str) -> Problem:
         name = "question" if isinstance(row, dict) and "question" in row else "prompt"

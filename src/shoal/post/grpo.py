@@ -7,10 +7,12 @@ the engine's weights.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,13 +25,16 @@ from ..kernels.reference import IGNORED
 from ..model import Transformer
 from ..runtime import Machine, inference, peak_memory
 from ..train.metrics import MetricsLog
+from ..train.run_folder import RunFolder
 from ..train.signals import StopRequest
+from .file_tasks import Rewarded
 from .losses import row_logprobs
 from .packing import Row, Text, best_fit, make_row
 from .policy_loss import advantages, policy_loss
 from .problems import Problem
 from .progress import Progress
 from .reference import Reference
+from .rewards import Judge
 from .rollouts import Sample, Sampler
 from .tasks import Score, Task, examine, mean, parse_task, prompt_of
 from .tuning import Tuner, finish, load_trainable, open_run, save
@@ -47,12 +52,19 @@ def run_grpo(command: GRPOCommand) -> dict[str, Any]:
     """Train as asked; figures go to the run folder, progress to stderr. Returns the summary."""
     command.validate()
     tasks = [parse_task(text) for text in command.tasks]
+    judge = Judge(command.rewards)
+    if command.data is not None:
+        tasks.append(Rewarded(Path(command.data).name, command.data, judge))
     plain = load_trainable(command.model, command.machine, command.tune)
     if plain.tokenizer.chat_template is None:
         raise UserError(f"{command.model} is a base model without a chat template: fine-tune it with shoal sft first")
     folder = open_run(command.folder, "grpo")
     folder.write_json("run.json", {"requested": dataclasses.asdict(command), "precision": plain.machine.precision})
-    return Run(command, tasks, plain.model, plain.tokenizer, plain.machine).train(folder.path, folder)
+    with judge:
+        summary = Run(command, tasks, plain.model, plain.tokenizer, plain.machine).train(folder)
+    for reason, count in judge.failures.items():
+        print(f"{count:,} rewards were lost: {reason}", file=sys.stderr)
+    return summary
 
 
 class Run:
@@ -67,14 +79,14 @@ class Run:
         self._problems = [task.problems("train", command.tune.seed) for task in tasks]
         self._updates = 0
 
-    def train(self, path: Any, folder: Any) -> dict[str, Any]:
+    def train(self, folder: RunFolder) -> dict[str, Any]:
         """Take all steps, evaluate, save; returns the summary."""
         command = self.command
         before = self.evaluate()
         scores = before
         began = time.perf_counter()
         done = 0
-        with MetricsLog(path, False) as log, Progress(command.steps) as progress, StopRequest() as stop:
+        with MetricsLog(folder.path, False) as log, Progress(command.steps) as progress, StopRequest() as stop:
             log.write({"step": 0, "scores": [score.row() for score in before]})
             for step in range(1, command.steps + 1):
                 row = {"step": step} | self.step(step) | {"seconds": round(time.perf_counter() - began, 2)}
@@ -94,7 +106,7 @@ class Run:
         finish(self.model, command.tune)
         save(folder, done, self.model, self.tokenizer)
         summary = {
-            "steps": done, "seconds": round(time.perf_counter() - began, 2), "folder": str(path),
+            "steps": done, "seconds": round(time.perf_counter() - began, 2), "folder": str(folder.path),
             "before": [score.row() for score in before], "after": [score.row() for score in scores],
             "peak_memory": peak_memory(self.machine.device),
         }  # fmt: skip

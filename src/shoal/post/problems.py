@@ -80,7 +80,7 @@ def problems(environment: Environment, split: Split, seed: int, difficulties: ra
 
 def answer_of(reply: str) -> str | None:
     """What a reply says after its thought; None where the thought does not end."""
-    thought, end, answer = reply.rpartition("</think>")
+    _, end, answer = reply.rpartition("</think>")
     if not end and "<think>" in reply:
         return None
     return answer.strip()

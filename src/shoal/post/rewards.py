@@ -1,7 +1,7 @@
 """Rewards: how much a reply is worth, as plain functions `(prompt, reply, answer) -> float`.
 
-`prompt` is the question, `reply` all that the model wrote, its thought included, `answer` the reference that came with the question. A user's own
-function has the same three arguments and is named as `FILE.py:NAME` or `MODULE:NAME`; see `Judge`.
+`prompt` is the question, `reply` all that the model wrote, its thought included, `answer` the reference that came with the
+question. A user's own function has the same three arguments and is named as `FILE.py:NAME` or `MODULE:NAME`; see `Judge`.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def form(prompt: str, reply: str, answer: str) -> float:
 
 
 def pattern(prompt: str, reply: str, answer: str) -> float:
-    """1 where the regular expression `answer` matches the whole answer after the thought. Expressions that explode hang: name them in data only."""
+    """1 where the regular expression `answer` matches the whole answer after the thought.
+
+    It is tried in the sandbox: some expressions take for ever.
+    """
     said = answer_of(reply)
-    try:
-        return float(said is not None and re.fullmatch(answer, said, re.DOTALL) is not None)
-    except re.error:
-        return 0.0
+    return 0.0 if said is None else float(runs_to_end(f"import re\nassert re.fullmatch({answer!r}, {said!r}, re.DOTALL)", CODE_LIMITS))
 
 
 def brevity(prompt: str, reply: str, answer: str) -> float:

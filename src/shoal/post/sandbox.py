@@ -1,4 +1,4 @@
-"""Runs code that nobody has vouched for: in a process of its own, without network, files to write, or children; with limits of time and memory."""
+"""Runs code that nobody has vouched for: in a process of its own, without network, children or files to write, within limits."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class EnvironmentTask:
 
 
 def parse_task(text: str) -> Task:
-    """`NAME`, `NAME:DIFFICULTY`, `NAME:FROM-TO` of an environment, `gsm8k=FILE` or `humaneval=FILE`. Raises `UserError` for anything else."""
+    """`NAME`, `NAME:DIFFICULTY` or `NAME:FROM-TO` of an environment, `gsm8k=FILE` or `humaneval=FILE`; else `UserError`."""
     name, is_file, path = text.partition("=")
     if is_file and name in FILES:
         return FILES[name](name, path)

@@ -1,0 +1,144 @@
+"""Which tokens of a conversation carry loss: exactly what the assistant wrote, behind the very prompt that the server makes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.config import UserError
+from shoal.data import Tokenizer, train_tokenizer
+from shoal.data.chat_template import BUILT_IN, built_in_template, render_chat, render_turns
+from shoal.data.conversations import Conversation, conversation_of, read_conversations, tokenize
+from shoal.data.tokenizer import EOS
+from shoal.formats.export import chat_template
+
+PLAIN = train_tokenizer(["the reef and the fish swim over 12 + 30 = 42, été 😀 call(x)\n" * 20], 400)
+TEMPLATES = {"plain": chat_template(), **{name: built_in_template(name) for name in BUILT_IN}}
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}]
+said = st.text(alphabet="abc é😀1+\n.{}", min_size=1, max_size=12)
+
+
+def with_template(name: str) -> Tokenizer:
+    return Tokenizer(PLAIN.json, PLAIN.config, TEMPLATES[name])
+
+
+def call(arguments: str) -> dict[str, Any]:
+    return {"id": "1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+
+
+@st.composite
+def conversations(draw: st.DrawFn, template: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Messages of any shape a template allows, and what the assistant wrote in each of its turns, as that template writes it."""
+    messages: list[dict[str, Any]] = [{"role": "system", "content": draw(said)}] if draw(st.booleans()) else []
+    written: list[str] = []
+    turns = draw(st.integers(1, 3))
+    for turn in range(turns):
+        messages.append({"role": "user", "content": draw(said | st.just("<think> not mine </think>"))})
+        if template != "plain" and draw(st.booleans()):
+            arguments = json.dumps({"a": draw(st.integers(0, 99))})
+            messages.append({"role": "assistant", "content": "", "tool_calls": [call(arguments)]})
+            if template == "r1":
+                inside = f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{arguments}\n```<｜tool▁call▁end｜>"
+            else:
+                inside = f"<｜tool▁call▁begin｜>add<｜tool▁sep｜>{arguments}<｜tool▁call▁end｜>"
+            written.append(f"<｜tool▁calls▁begin｜>{inside}<｜tool▁calls▁end｜>{EOS}")
+            messages.append({"role": "tool", "content": draw(said)})
+        content, last = draw(said), turn == turns - 1
+        thought = draw(st.none() | said)
+        if thought is None:
+            messages.append({"role": "assistant", "content": content})
+            written.append(content + EOS)
+            continue
+        whole = f"<think>\n{thought}\n</think>\n{content}"
+        messages.append({"role": "assistant", "content": whole})
+        after_tool = messages[-2]["role"] == "tool"
+        if template == "plain":
+            written.append((whole if last else content.lstrip()) + EOS)
+        elif last and not after_tool:  # the tag itself stands in the prompt
+            written.append(whole.removeprefix("<think>" if template == "v3.1" else "<think>\n") + EOS)
+        else:
+            written.append(f"\n{content}{EOS}")
+    return messages, written
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_exactly_what_the_assistant_wrote_carries_loss(template: str, data: st.DataObject) -> None:
+    tokenizer = with_template(template)
+    messages, written = data.draw(conversations(template))
+    example = tokenize(tokenizer, Conversation(messages, TOOLS if template != "plain" else None))
+    learnt = example.ids[example.written].tolist()
+    assert tokenizer.decode(learnt, skip_special=False) == "".join(written)
+    assert learnt.count(tokenizer.eos_id) == len(written)
+    others = example.ids[~example.written].tolist()
+    whole = render_chat(tokenizer, messages, TOOLS if template != "plain" else None, add_generation_prompt=False)
+    pieces = render_turns(tokenizer, messages, TOOLS if template != "plain" else None)
+    assert "".join(text for text, _ in pieces) == whole
+    assert tokenizer.decode(others, skip_special=False) == "".join(text for text, is_written in pieces if not is_written)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("thinks", [True, False])
+def test_an_answer_stands_behind_the_prompt_that_the_server_makes(template: str, thinks: bool) -> None:
+    if template == "r1" and not thinks:
+        pytest.skip("R1 always thinks: its server's prompt opens a thought")
+    tokenizer = with_template(template)
+    asked = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "12 + 30?"},
+        {"role": "assistant", "content": "42"},
+        {"role": "user", "content": "the reef?"},
+    ]
+    answer = "<think>\nfish\n</think>\nthe fish" if thinks else "the fish"
+    example = tokenize(tokenizer, Conversation([*asked, {"role": "assistant", "content": answer}]))
+    prompt = tokenizer.encode(render_chat(tokenizer, asked, thinking=thinks), special=True)
+    assert example.ids[: len(prompt)].tolist() == prompt
+    assert example.written[len(prompt) :].all()
+    assert not example.written[len(prompt) - 1]
+
+
+def test_a_template_without_marks_is_refused() -> None:
+    bare = Tokenizer(PLAIN.json, PLAIN.config, "{% for m in messages %}{{ m.content }}{% endfor %}")
+    with pytest.raises(UserError, match="generation"):
+        tokenize(bare, Conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]))
+
+
+def test_the_usual_forms_become_the_same_messages(tmp_path: Path) -> None:
+    question, answer = {"role": "user", "content": "red?"}, {"role": "assistant", "content": "green"}
+    rows = [
+        {"messages": [question, answer]},
+        {"conversations": [{"from": "human", "value": "red?"}, {"from": "gpt", "value": "green"}]},
+        {"instruction": "red?", "input": "", "output": "green"},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pa.Table.from_pylist(rows[:1]), tmp_path / "b.parquet")
+    found = [conversation.messages for _, conversation in read_conversations([str(tmp_path)])]
+    assert found == [[question, answer]] * 4
+
+
+def test_thoughts_and_parts_are_folded_into_the_content() -> None:
+    row = {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "red?"}]},
+            {"role": "assistant", "reasoning_content": "hm", "content": "green", "tool_calls": None},
+        ]
+    }
+    messages = conversation_of(row, "here").messages
+    assert messages[0]["content"] == "red?"
+    assert messages[1] == {"role": "assistant", "content": "<think>\nhm\n</think>\ngreen"}
+
+
+@pytest.mark.parametrize(
+    "row", ["text", {"text": "a"}, {"messages": ["a"]}, {"messages": [{"role": "user", "content": 1}]}, {"conversations": [{"from": "x"}]}]
+)
+def test_rows_that_are_no_conversations_are_refused_with_their_place(row: Any) -> None:
+    with pytest.raises(UserError, match=r"file:3"):
+        conversation_of(row, "file:3")

@@ -1,0 +1,69 @@
+"""Tasks from files: GSM8K, HumanEval, multiple choice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shoal.cli import main
+from shoal.config import UserError
+from shoal.post.choices import Choices
+from shoal.post.rollouts import Sample
+from shoal.post.tasks import parse_task
+
+
+def sample(text: str, finished: bool = True) -> Sample:
+    return Sample([0], [1], np.zeros(1, np.float32), None, text, finished)
+
+
+def test_gsm8k_grades_the_number_and_nothing_that_was_cut_off(tmp_path: Path) -> None:
+    row = {"question": "How many?", "answer": "2 + 2 = <<2+2=4>>4\n#### 1,004"}
+    (tmp_path / "g.jsonl").write_text(json.dumps(row) + "\n")
+    task = parse_task(f"gsm8k={tmp_path / 'g.jsonl'}")
+    [problem] = task.problems("test", 0)
+    assert task.grade(problem, sample("<think>3</think>So it is 1004.")) == 1
+    assert task.grade(problem, sample("<think>1004</think>So it is 3.")) == 0
+    assert task.grade(problem, sample("1004", finished=False)) == 0
+
+
+def test_humaneval_runs_the_function_in_both_styles(tmp_path: Path) -> None:
+    row = {
+        "prompt": "from typing import List\n\ndef total(xs: List[int]) -> int:\n    '''Sum.'''\n",
+        "test": "def check(candidate):\n    assert candidate([1, 2]) == 3\n",
+        "entry_point": "total",
+    }
+    (tmp_path / "h.jsonl").write_text(json.dumps(row) + "\n")
+    task = parse_task(f"humaneval={tmp_path / 'h.jsonl'}")
+    [problem] = task.problems("test", 0)
+    assert task.grade(problem, sample("    return sum(xs)\n")) == 1
+    assert task.grade(problem, sample("    return 0\n")) == 0
+    assert task.grade(problem, sample("Sure:\n```python\ndef total(xs: List[int]) -> int:\n    return sum(xs)\n```")) == 1
+    assert task.grade(problem, sample("    import sys; sys.exit(0)\n")) == 0
+
+
+def test_choices_are_scored_and_reported(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"question": "red", "choices": ["fish", "over"], "answer": "B"}, {"question": "blue", "choices": ["the", "reef"], "answer": 0}]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["eval", str(trained), "--tasks", f"choice={tmp_path / 'c.jsonl'}", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["tasks"]["choice=c.jsonl"]["problems"] == 2
+    assert result["tasks"]["choice=c.jsonl"]["accuracy"] in (0, 0.5, 1)
+
+
+@pytest.mark.parametrize(
+    "row", [{"question": "a"}, {"question": "a", "choices": ["b"], "answer": 1}, {"question": 1, "choices": [], "answer": 0}]
+)
+def test_rows_that_are_no_questions_are_refused(tmp_path: Path, row: dict) -> None:
+    (tmp_path / "c.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError):
+        Choices(str(tmp_path / "c.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "args", [[], ["--tasks", "strings", "--data", "x"], ["--tasks", "chess"], ["--tasks", "strings", "--samples", "0"]]
+)
+def test_bad_input_is_refused(trained: Path, args: list[str]) -> None:
+    assert main(["eval", str(trained), *args]) == 2

@@ -1,0 +1,140 @@
+"""Reinforcement: engine and trainer agree to the bit that matters, and what is rewarded becomes likely."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.engine.small_models import make_model
+
+from shoal.cli import main
+from shoal.config import EngineOptions, GRPOCommand, MachineOptions, TuneOptions, UserError
+from shoal.data import Tokenizer
+from shoal.engine import load_plain
+from shoal.kernels.selection import BACKEND
+from shoal.post.grpo import Run
+from shoal.post.losses import row_logprobs
+from shoal.post.packing import make_rows
+from shoal.post.problems import Problem, Split
+from shoal.post.rollouts import Sample, Sampler
+from shoal.post.tuning import with_chat_template
+from shoal.runtime import Machine
+
+PROMPTS = [[1, 2, 3, 4, 5] * 8, [9, 8, 7], [11] * 33]
+OPTIONS = EngineOptions(max_running=16, step_tokens=64)
+
+
+@pytest.mark.parametrize("kind", ["v3", "v2", "llama"])
+@pytest.mark.parametrize(("precision", "most"), [("fp32", 1e-3), ("bf16", 1e-2)])
+def test_engine_and_trainer_agree_and_use_the_same_experts(kind: str, precision: str, most: float, tokenizer: Tokenizer) -> None:
+    if precision == "bf16" and BACKEND.cpu is None:
+        pytest.skip("the engine computes in bf16 with C++ kernels only")
+    machine = Machine(torch.device("cpu"), precision, 1, 1.0, "")
+    # Weights as a trained model has them: with the large ones of the other tests, bf16 itself is the difference.
+    model = make_model(kind, initializer_range=0.05)
+    sampler = Sampler(model, tokenizer, machine, OPTIONS)
+    samples = [sample for group in sampler.sample(PROMPTS, 6, 24, seed=0) for sample in group]
+    if model.moe_layers:
+        assert all(s.experts is not None and s.experts.shape[1] == len(s.prompt) + len(s.ids) - 1 for s in samples)
+    difference, count = 0.0, 0
+    for sample in samples:
+        [row] = make_rows([sample.to_text(replay=True)], 4096)
+        with torch.no_grad(), machine.autocast():
+            logprobs = row_logprobs(model, row)[0].numpy()
+            if row.experts is not None:
+                output = model(row.ids, documents=row.documents, chosen=row.experts)
+                assert all(torch.equal(stats.indices, chosen) for stats, chosen in zip(output.routing, row.experts, strict=True))
+        difference += float(np.abs(logprobs - sample.logprobs).sum())
+        count += len(sample.ids)
+    assert difference / count < most
+
+
+def test_samples_follow_the_weights_as_they_change(tokenizer: Tokenizer) -> None:
+    machine = Machine(torch.device("cpu"), "fp32", 1, 1.0, "")
+    model = make_model("v3")
+    sampler = Sampler(model, tokenizer, machine, OPTIONS)
+    sampler.sample(PROMPTS, 2, 8, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    sampler.refresh()
+    fresh = Sampler(model, tokenizer, machine, OPTIONS)
+    for one, other in zip(sampler.sample(PROMPTS, 2, 8, seed=1), fresh.sample(PROMPTS, 2, 8, seed=1), strict=True):
+        assert [s.ids for s in one] == [s.ids for s in other]
+
+
+class LikesOneToken:
+    """Rewards replies by the share of one letter in them."""
+
+    name, continues, stops = "likes", False, ()
+
+    def problems(self, split: Split, seed: int):
+        while True:
+            yield Problem("red fish?", "", "")
+
+    def grade(self, problem: Problem, sample: Sample) -> float:
+        return sample.text.count("e") / max(len(sample.text), 1)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 4}])
+def test_what_is_rewarded_becomes_more_likely(trained: Path, changes: dict[str, int]) -> None:
+    plain = load_plain(str(trained), MachineOptions("cpu", "fp32", 1))
+    tokenizer = with_chat_template(plain.tokenizer, None)
+    tune = TuneOptions(lr=3e-2 if changes else 5e-3, warmup=0, **changes)
+    command = GRPOCommand("", tune=tune, tasks=("likes",), steps=12, prompts=4, group=8, max_tokens=12, overlong="keep", max_running=32)
+    if changes:
+        from shoal.post.adapters import adapt
+
+        adapt(plain.model, 4, 8)
+    run = Run(command, [LikesOneToken()], plain.model, tokenizer, plain.machine)  # type: ignore[list-item]
+    rows = [run.step(step) for step in range(1, 13)]
+    assert np.mean([row["reward"] for row in rows[-3:]]) > np.mean([row["reward"] for row in rows[:3]]) + 0.05
+    assert max(row["mismatch"] for row in rows) < 1e-3
+
+
+def test_cut_off_replies_teach_nothing_when_masked(trained: Path) -> None:
+    plain = load_plain(str(trained), MachineOptions("cpu", "fp32", 1))
+    before = {name: p.clone() for name, p in plain.model.named_parameters()}
+    command = GRPOCommand("", tasks=("likes",), steps=1, prompts=2, group=4, max_tokens=2, max_running=8)
+    run = Run(command, [LikesOneToken()], plain.model, with_chat_template(plain.tokenizer, None), plain.machine)  # type: ignore[list-item]
+    row = run.step(1)
+    if row["finished"] == 0:
+        assert all(torch.equal(p, before[name]) for name, p in plain.model.named_parameters())
+
+
+def test_the_command_trains_evaluates_and_saves(chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    args = ["--steps", "2", "--prompts", "2", "--group", "2", "--max-tokens", "8", "--eval-problems", "4", "--eval-every", "1"]
+    assert main(["grpo", str(chat_model), "--tasks", "strings", "--out", str(out), "--json", *args, "--kl", "0.01"]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["steps"] == 2
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert {"reward", "length", "entropy", "mismatch", "kl", "scores"} <= rows[2].keys()
+    assert (
+        main(["eval", str(out), "--tasks", "strings", "sorting:3", "--problems", "3", "--max-tokens", "8", "--samples", "2", "--json"]) == 0
+    )
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["tasks"]["sorting:3"]["problems"] == 3
+    assert "2" in result["tasks"]["strings"]["pass_at"]
+
+
+def test_users_problems_and_rewards(chat_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"red {i}", "answer": "blue"}) + "\n" for i in range(9)))
+    (tmp_path / "mine.py").write_text("def reward(prompt, reply, answer):\n    return len(reply) / 100\n")
+    command = ["grpo", str(chat_model), "--data", str(tmp_path / "p.jsonl"), "--rewards", "exact", f"{tmp_path / 'mine.py'}:reward*0.5"]
+    small = ["--steps", "1", "--prompts", "2", "--group", "2", "--max-tokens", "8", "--eval-problems", "2", "--out", str(tmp_path / "run")]
+    assert main([*command, *small]) == 0
+
+
+def test_a_base_model_is_refused(trained: Path) -> None:
+    assert main(["grpo", str(trained), "--tasks", "strings"]) == 2
+
+
+@pytest.mark.parametrize("changes", [{"group": 1}, {"prompts": 3, "updates": 2}, {"tasks": ()}, {"tune": TuneOptions(lr=-1)}])
+def test_options_that_cannot_work_are_refused(changes: dict) -> None:
+    with pytest.raises(UserError):
+        GRPOCommand("m", **{"tasks": ("strings",), **changes}).validate()

@@ -1,0 +1,85 @@
+"""Fine-tuning: what is learnt, what stays, what is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoal.cli import main
+from shoal.data import Tokenizer
+from shoal.formats import load_model, locate_model
+
+OPTIONS = ["--steps", "12", "--batch-tokens", "512", "--lr", "0.003", "--threads", "1", "--precision", "fp32", "--json"]
+
+
+def tuned(model: Path, data: Path, out: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict:
+    assert main(["sft", str(model), "--data", str(data), "--out", str(out), *OPTIONS, *more]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    """Names of the tensors that are not what they were."""
+    one, other = (load_model(locate_model(path)).state_dict() for path in (before, after))
+    assert one.keys() == other.keys()
+    return {name for name in one if not torch.equal(one[name], other[name])}
+
+
+def test_everything_is_trained_the_loss_falls_and_the_template_is_saved(
+    trained: Path, conversations_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = tuned(trained, conversations_file, tmp_path / "run", capsys)
+    assert summary["val_loss"] < summary["val_loss_before"] - 0.1
+    names = changed(trained, tmp_path / "run")
+    for part in ("lm_head", "embed_tokens", "self_attn.q_proj", "mlp.experts.up_proj", "e_score_correction_bias", "eh_proj", "shared_head"):
+        assert any(part in name for name in names), part
+    assert any(name.startswith("model.layers.2.mlp.experts") for name in names), "the MTP module learns"
+    template = Tokenizer.load(locate_model(tmp_path / "run")).chat_template
+    assert template is not None
+    assert "generation" in template
+
+
+def test_adapters_leave_embedding_and_head_and_are_merged(
+    trained: Path, conversations_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = tuned(trained, conversations_file, tmp_path / "run", capsys, "--lora-rank", "4", "--lr", "0.02")
+    assert summary["val_loss"] < summary["val_loss_before"]
+    names = changed(trained, tmp_path / "run")
+    assert not any("embed_tokens" in name or "lm_head" in name for name in names)
+    assert any("experts.down_proj" in name for name in names)
+
+
+def test_esft_trains_experts_alone(trained: Path, conversations_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tuned(trained, conversations_file, tmp_path / "run", capsys, "--esft-share", "0.5")
+    names = changed(trained, tmp_path / "run")
+    assert names
+    assert all(".mlp.experts." in name for name in names)
+
+
+def test_preview_marks_what_is_learnt(trained: Path, conversations_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sft", str(trained), "--data", str(conversations_file), "--preview", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    learnt = "".join(eval(line.split("[", 1)[1][:-1]) for line in lines if line.endswith("]"))
+    assert learnt == "over the reef 0<｜end▁of▁sentence｜>"
+    assert any("<｜User｜>" in line and not line.endswith("]") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ([], "nothing to learn"),
+        (["--data", "nowhere.jsonl"], "does not exist"),
+        (["--data", "DATA", "--max-length", "2"], "no conversation fits"),
+        (["--data", "DATA", "--esft-share", "0.5", "--lora-rank", "2"], "contradict"),
+        (["--data", "DATA", "--chat-template", "nowhere.jinja"], "no file"),
+    ],
+)
+def test_bad_input_is_one_line(
+    more: list[str], says: str, trained: Path, conversations_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [str(conversations_file) if arg == "DATA" else arg for arg in more]
+    assert main(["sft", str(trained), *args]) == 2
+    error = capsys.readouterr().err
+    assert says in error.splitlines()[-1]

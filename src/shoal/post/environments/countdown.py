@@ -33,17 +33,17 @@ class Countdown:
         return Problem(question, render(solution), f"{sorted(given)} {target}", (int(target), *given))
 
     def think(self, problem: Problem, rng: random.Random) -> str:
-        """Attempts, one a line, until one is right: the one that `problem.answer` gives."""
+        """Attempts, one a line, with a verdict on each, until one is right: the one that `problem.answer` gives."""
         target, *given = map(int, problem.facts)
         lines: list[str] = []
         for _ in range(rng.randint(0, MOST_FAILURES)):
             wrong = attempt(given, rng)
-            line = "=".join(work_out(wrong))
+            line = f"{'='.join(work_out(wrong))} no\n"
             if value(wrong) != target and line not in lines:
                 lines.append(line)
         right = parse(problem.answer)
         assert right is not None
-        return "".join(f"{line}\n" for line in [*lines, "=".join(work_out(right))])
+        return "".join([*lines, f"{'='.join(work_out(right))} yes\n"])
 
     def grade(self, problem: Problem, answer: str) -> float:
         """1 for an expression of the right value that uses every number once; its value may follow it after "="."""

@@ -1,0 +1,59 @@
+"""The adapter for lm-evaluation-harness says what transformers says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from shoal.evaluate.harness import HarnessModel, register
+from shoal.formats import load_model, locate_model
+
+
+def ask(*args: Any) -> SimpleNamespace:
+    return SimpleNamespace(args=args)
+
+
+@pytest.fixture(scope="module")
+def model(trained: Path) -> HarnessModel:
+    return HarnessModel(str(trained), device="cpu", precision="fp32", threads=1)
+
+
+def test_likelihoods_are_those_of_the_model(model: HarnessModel, trained: Path) -> None:
+    plain = load_model(locate_model(trained), dtype=torch.float32)
+    tokenizer = model.tokenizer
+    for context, text in (("red fish", " swims over"), ("", "the reef"), ("red fish ", "swims")):
+        [(logprob, greedy)] = model.loglikelihood([ask(context, text)])
+        whole = tokenizer.encode(context + text, bos=True)
+        start = len(tokenizer.encode(context.rstrip(), bos=True))
+        with torch.no_grad():
+            logprobs = plain.logits(plain(torch.tensor([whole])).hidden)[0].log_softmax(-1)
+        wanted = sum(float(logprobs[i - 1, whole[i]]) for i in range(start, len(whole)))
+        assert logprob == pytest.approx(wanted, abs=1e-3)
+        assert greedy == all(int(logprobs[i - 1].argmax()) == whole[i] for i in range(start, len(whole)))
+
+
+def test_long_texts_count_every_token_once(model: HarnessModel) -> None:
+    text = "red fish swims over the reef " * 30
+    [total] = model.loglikelihood_rolling([ask(text)])
+    count = len(model.tokenizer.encode(text))
+    assert count > model.engine.context
+    assert 0.1 < -total / count < 12
+
+
+def test_generation_stops_where_it_is_told(model: HarnessModel) -> None:
+    [whole] = model.generate_until([ask("red fish", {"until": [], "max_gen_toks": 12})])
+    assert whole
+    [cut] = model.generate_until([ask("red fish", {"until": [whole[3:6]], "max_gen_toks": 12})])
+    assert cut == whole[: whole.index(whole[3:6])]
+
+
+def test_it_registers_with_the_harness() -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.registry import get_model
+
+    register()
+    assert issubclass(get_model("shoal"), HarnessModel)

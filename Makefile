@@ -1,4 +1,5 @@
 # make demo      set up and train a small MLA + MoE + MTP model on Python's own source (5 minutes), then show what it learnt
+# make reasoning a small model learns to think: pretraining, fine-tuning, reinforcement (20 minutes on two quiet cores)
 # make test      set up and run the tests
 # make test-all  the slow ones too
 # make lint      ruff and mypy
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard CMakeLists.txt csrc/*)
 
-.PHONY: demo test test-all lint sanitize setup clean
+.PHONY: demo reasoning test test-all lint sanitize setup clean
 
 setup: $(STAMP)
 
@@ -23,6 +24,9 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 
 demo: $(STAMP)
 	$(BIN)/shoal train demo --out runs/demo --overwrite
+
+reasoning: $(STAMP)
+	$(BIN)/shoal recipe reasoning --out runs/reasoning --overwrite
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m 'not slow and not gpu'

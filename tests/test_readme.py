@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shlex
 import shutil
@@ -12,6 +13,8 @@ import pytest
 
 from shoal.cli import main
 from shoal.config import UserError
+from shoal.formats import locate_model
+from shoal.formats.export import chat_template
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
@@ -21,16 +24,36 @@ SHOAL = [command[1:] for command in COMMANDS if command[0] == "shoal"]
 
 @pytest.fixture
 def folder(tmp_path: Path, trained: Path, workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory in which `runs/demo` and `PATH` of the README exist."""
+    """A working directory in which the models and data of the README exist."""
     shutil.copytree(trained, tmp_path / "runs" / "demo")
+    shutil.copytree(trained, tmp_path / "runs" / "chat")
+    (locate_model(tmp_path / "runs" / "chat") / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
     shutil.copy(workshop / "text.txt", tmp_path / "PATH")
+    for name, row in ROWS.items():
+        (tmp_path / name).write_text(f"{json.dumps(row)}\n" * 4, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"def f(\n/quit\n")))
     return tmp_path
 
 
+ROWS = {
+    "CHATS.jsonl": {"messages": [{"role": "user", "content": "red?"}, {"role": "assistant", "content": "fish"}]},
+    "PAIRS.jsonl": {"prompt": "red?", "chosen": "fish", "rejected": "reef"},
+    "PROBLEMS.jsonl": {"prompt": "red?", "answer": "fish"},
+}
+FEW = {
+    "sft": ["--overwrite", "--steps", "1"],
+    "dpo": ["--steps", "1"],
+    "grpo": ["--steps", "1", "--prompts", "2", "--group", "2", "--max-tokens", "4", "--eval-problems", "1"],
+    "eval": ["--problems", "2", "--max-tokens", "8"],
+}
+"""What keeps a command of the README short."""
+
+
 def small(command: list[str], recipe: Path, cache: Path) -> list[str]:
     """A training command of the README at the size of a test: same options, a tiny model, a few steps."""
+    if command[0] in FEW and (command[0] != "eval" or "--tasks" in command):
+        return command + FEW[command[0]]
     if command[0] != "train" or "--resume" in command:
         return command
     rest = command[2:] if command[1] == "demo" else command[1:]
@@ -41,7 +64,7 @@ def small(command: list[str], recipe: Path, cache: Path) -> list[str]:
     return ["train", str(recipe), *rest, "--corpus.cache", str(cache)]
 
 
-@pytest.mark.parametrize("command", [c for c in SHOAL if c[0] not in ("bench", "serve")], ids=" ".join)
+@pytest.mark.parametrize("command", [c for c in SHOAL if c[0] not in ("bench", "serve", "recipe")], ids=" ".join)
 def test_command_works(command: list[str], folder: Path, workshop: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(small(command, workshop / "recipe.toml", workshop / "cache")) == 0, capsys.readouterr().err
 

@@ -26,6 +26,7 @@ HEAVY = {
     "uvicorn",
     "zstandard",
     "llguidance",
+    "lm_eval",
 }
 HEAVY |= {"pydantic", "starlette", "prometheus_client"}
 SERVER = {"pydantic", "starlette", "prometheus_client", "llguidance"}
@@ -135,7 +136,7 @@ def modules_loaded_by(code: str) -> set[str]:
 def test_help_answers_without_loading_torch() -> None:
     code = """
 from shoal.cli import main
-verbs = ('train', 'generate', 'chat', 'serve', 'eval', 'quantize', 'export', 'doctor')
+verbs = ('train', 'sft', 'dpo', 'grpo', 'recipe', 'generate', 'chat', 'serve', 'eval', 'quantize', 'export', 'doctor')
 for args in (['--help'], ['--version'], *([verb, '--help'] for verb in verbs)):
     try:
         assert main(args) == 0

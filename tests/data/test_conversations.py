@@ -52,7 +52,8 @@ def conversations(draw: st.DrawFn, template: str) -> tuple[list[dict[str, Any]],
         thought = draw(st.none() | said)
         if thought is None:
             messages.append({"role": "assistant", "content": content})
-            written.append(content + EOS)
+            stripped = template == "plain" and not last  # that template takes space off earlier answers
+            written.append((content.lstrip() if stripped else content) + EOS)
             continue
         whole = f"<think>\n{thought}\n</think>\n{content}"
         messages.append({"role": "assistant", "content": whole})

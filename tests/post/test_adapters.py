@@ -137,7 +137,7 @@ def test_only_the_experts_that_the_data_uses_are_trained() -> None:
     ids = IDS[0].numpy()
     row = make_row([Text(ids, ids >= 0)])
     kept = train_only_used_experts(model, [row], 0.5, MACHINE)
-    assert 0 < kept.trained < kept.experts == 8 * len(model.moe_layers)
+    assert 0 < kept.trained < kept.experts == 16 * len(model.moe_layers)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.0)
     for _ in range(3):

@@ -83,14 +83,14 @@ class LikesOneToken:
 def test_what_is_rewarded_becomes_more_likely(trained: Path, changes: dict[str, int]) -> None:
     plain = load_plain(str(trained), MachineOptions("cpu", "fp32", 1))
     tokenizer = with_chat_template(plain.tokenizer, None)
-    tune = TuneOptions(lr=3e-2 if changes else 5e-3, warmup=0, **changes)
-    command = GRPOCommand("", tune=tune, tasks=("likes",), steps=12, prompts=4, group=8, max_tokens=12, overlong="keep", max_running=32)
+    tune = TuneOptions(lr=5e-2 if changes else 1e-2, warmup=0, **changes)
+    command = GRPOCommand("", tune=tune, tasks=("likes",), steps=20, prompts=2, group=16, max_tokens=12, overlong="keep", max_running=32)
     if changes:
         from shoal.post.adapters import adapt
 
         adapt(plain.model, 4, 8)
     run = Run(command, [LikesOneToken()], plain.model, tokenizer, plain.machine)  # type: ignore[list-item]
-    rows = [run.step(step) for step in range(1, 13)]
+    rows = [run.step(step) for step in range(1, 21)]
     assert np.mean([row["reward"] for row in rows[-3:]]) > np.mean([row["reward"] for row in rows[:3]]) + 0.05
     assert max(row["mismatch"] for row in rows) < 1e-3
 

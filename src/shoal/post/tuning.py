@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -62,22 +61,18 @@ class Tuner:
 
     def step(self, step: int) -> float:
         """One update, gradients cleared; the norm that they had. Nothing changes where they are not finite."""
-        norm = global_norm(self.parameters)
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        if not grads:  # every reply was left out
+            return 0.0
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         if torch.isfinite(norm):
             if self._options.clip:
-                scale = (self._options.clip / (norm + 1e-6)).clamp(max=1.0)
-                torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], scale)
+                torch._foreach_mul_(grads, (self._options.clip / (norm + 1e-6)).clamp(max=1.0))
             for group in self._adam.param_groups:
                 group["lr"] = self.rate(step)
             self._adam.step()
         self._adam.zero_grad(set_to_none=True)
         return float(norm)
-
-
-def global_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
-    """Norm of all gradients together; a scalar, 0 where there are none."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) if grads else torch.zeros(())
 
 
 def open_run(options: RunFolderOptions, name: str) -> RunFolder:

@@ -17,6 +17,7 @@ from . import __version__
 from .config import (
     BenchEngineCommand,
     BenchQuantizationCommand,
+    BenchRolloutsCommand,
     BenchServeCommand,
     BenchTrainCommand,
     ChatCommand,
@@ -203,7 +204,13 @@ def _measurements() -> Measurements:
 
 def bench(args: list[str]) -> None:
     """Measure Shoal beside its peers: shoal bench train --vs transformers"""
-    benches = {"train": _bench_train, "engine": _bench_engine, "quantization": _bench_quantization, "serve": _bench_serve}
+    benches = {
+        "train": _bench_train,
+        "engine": _bench_engine,
+        "quantization": _bench_quantization,
+        "rollouts": _bench_rollouts,
+        "serve": _bench_serve,
+    }
     if args[:1] in (["-h"], ["--help"]):
         print(f"shoal bench NAME [OPTIONS]; NAME is one of: {', '.join(benches)}")
         return
@@ -232,6 +239,14 @@ def _bench_quantization(args: list[str]) -> None:
     command = parse(BenchQuantizationCommand, args, "bench quantization")
 
     from .bench.quantization import run_bench
+
+    finish(run_bench(command), as_json=True)
+
+
+def _bench_rollouts(args: list[str]) -> None:
+    command = parse(BenchRolloutsCommand, args, "bench rollouts")
+
+    from .bench.rollouts import run_bench
 
     finish(run_bench(command), as_json=True)
 

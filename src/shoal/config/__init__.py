@@ -3,6 +3,7 @@
 from .bench import CASES as CASES
 from .bench import BenchEngineCommand as BenchEngineCommand
 from .bench import BenchQuantizationCommand as BenchQuantizationCommand
+from .bench import BenchRolloutsCommand as BenchRolloutsCommand
 from .bench import BenchServeCommand as BenchServeCommand
 from .bench import Case as Case
 from .commands import BenchTrainCommand as BenchTrainCommand

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from .commands import Model
+from .commands import MachineOptions, Model
 from .errors import UserError
 
 Case = Literal["prefill", "decode", "batch", "long", "mtp"]
@@ -135,3 +135,32 @@ class BenchServeCommand:
             raise UserError(f"--seconds is {self.seconds}: it must be more than 0")
         if not 0 <= self.hang_up < 1:
             raise UserError(f"--hang-up is {self.hang_up}: it must be 0 or more and less than 1")
+
+
+@dataclass
+class BenchRolloutsCommand:
+    """Replies as reinforcement draws them: many at once, several to every prompt, with log-probabilities and experts.
+
+    Both sides hold the weights in fp32 and write the same number of tokens.
+    """
+
+    model: Model
+    machine: Annotated[MachineOptions, tyro.conf.arg(name="")]
+    vs: Literal["transformers"] | None = None
+    """Peer to run in the same call, in turns: `generate`, with all replies in one batch."""
+    prompts: int = 16
+    group: int = 8
+    prompt_tokens: int = 32
+    tokens: int = 96
+    """Of every reply."""
+    max_running: int = 128
+    rounds: int = 3
+    """Turns of every side, after one to warm up; the median counts."""
+    json: bool = False
+    """A benchmark always ends with its JSON object; accepted for the sake of scripts."""
+
+    def validate(self) -> None:
+        """Raise `UserError` on the first option that cannot work."""
+        for name in ("prompts", "group", "prompt_tokens", "tokens", "max_running", "rounds"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")

@@ -23,7 +23,7 @@ from ..config import EngineOptions, GRPOCommand, UserError
 from ..data import Tokenizer
 from ..kernels.reference import IGNORED
 from ..model import Transformer
-from ..runtime import Machine, inference, peak_memory
+from ..runtime import Machine, peak_memory
 from ..train.metrics import MetricsLog
 from ..train.run_folder import RunFolder
 from ..train.signals import StopRequest
@@ -199,8 +199,8 @@ class Run:
         advantage = torch.tensor([e.advantage for e in members], device=device)[sequence]
         reference = None
         if self.reference is not None:
-            with inference(self.machine), self.reference:
-                reference = row_logprobs(self.model, row)[0].clone()
+            with torch.no_grad(), self.machine.autocast(), self.reference:
+                reference = row_logprobs(self.model, row)[0]
         with self.machine.autocast():
             logprobs, entropy = row_logprobs(self.model, row)
         loss = policy_loss(logprobs, sampled, advantage, sequence, self.command.policy, reference)

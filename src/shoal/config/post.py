@@ -235,8 +235,10 @@ class ReasoningCommand:
 
     folder: Annotated[RunFolderOptions, tyro.conf.arg(name="")] = field(default_factory=RunFolderOptions)
     machine: Annotated[MachineOptions, tyro.conf.arg(name="")] = field(default_factory=MachineOptions)
-    pretrain_tokens: int = 8_000_000
-    demonstrations: int = 12_000
+    base: str | None = None
+    """A pretrained model to begin with, such as the folder `base` of an earlier run, instead of pretraining one."""
+    pretrain_tokens: int = 9_000_000
+    demonstrations: int = 20_000
     """Conversations to fine-tune on."""
     openness: float = 0.4
     """Share of them that shows its work."""

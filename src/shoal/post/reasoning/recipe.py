@@ -52,16 +52,17 @@ def run_recipe(command: ReasoningCommand) -> dict[str, Any]:
     data = folder.path / "data"
     data.mkdir()
 
-    say("1/4 pretraining on worked problems")
-    count = 2 * command.pretrain_tokens // TOKENS_PER_DOCUMENT
-    write_rows(data / "pretrain.jsonl", ({"text": text} for text in documents(READS, count, command.seed)))
-    base = folder.path / "base"
-    train(pretraining(command, data / "pretrain.jsonl", base))
+    base = command.base or str(folder.path / "base")
+    if command.base is None:
+        say("1/4 pretraining on worked problems")
+        count = 2 * command.pretrain_tokens // TOKENS_PER_DOCUMENT
+        write_rows(data / "pretrain.jsonl", ({"text": text} for text in documents(READS, count, command.seed)))
+        train(pretraining(command, data / "pretrain.jsonl", Path(base)))
 
     say("2/4 fine-tuning on right answers, few of which show their work")
     write_rows(data / "sft.jsonl", demonstrations(TASKS, command.demonstrations, command.seed, command.openness))
     tuned = folder.path / "sft"
-    run_sft(fine_tuning(command, str(base), data / "sft.jsonl", tuned))
+    run_sft(fine_tuning(command, base, data / "sft.jsonl", tuned))
 
     say("3/4 reinforcement")
     improved = folder.path / "grpo"

@@ -238,9 +238,9 @@ class ReasoningCommand:
     base: str | None = None
     """A pretrained model to begin with, such as the folder `base` of an earlier run, instead of pretraining one."""
     pretrain_tokens: int = 9_000_000
-    demonstrations: int = 20_000
+    demonstrations: int = 24_000
     """Conversations to fine-tune on."""
-    openness: float = 0.4
+    openness: float = 0.25
     """Share of them that shows its work."""
     steps: int = 80
     """Of reinforcement."""

@@ -33,17 +33,23 @@ class Countdown:
         return Problem(question, render(solution), f"{sorted(given)} {target}", (int(target), *given))
 
     def think(self, problem: Problem, rng: random.Random) -> str:
-        """Attempts, one a line, with a verdict on each, until one is right: the one that `problem.answer` gives."""
+        """Attempts, one a line, each with its distance from the target, until that is 0: the answer is then `problem.answer`."""
         target, *given = map(int, problem.facts)
         lines: list[str] = []
         for _ in range(rng.randint(0, MOST_FAILURES)):
             wrong = attempt(given, rng)
-            line = f"{'='.join(work_out(wrong))} no\n"
+            line = self._line(wrong, target)
             if value(wrong) != target and line not in lines:
                 lines.append(line)
         right = parse(problem.answer)
         assert right is not None
-        return "".join([*lines, f"{'='.join(work_out(right))} yes\n"])
+        return "".join([*lines, self._line(right, target)])
+
+    @staticmethod
+    def _line(expression: Expression, target: int) -> str:
+        *_, result = steps = work_out(expression)
+        high, low = max(int(result), target), min(int(result), target)
+        return f"{'='.join(steps)} {high}-{low}={high - low}\n"
 
     def grade(self, problem: Problem, answer: str) -> float:
         """1 for an expression of the right value that uses every number once; its value may follow it after "="."""

@@ -146,7 +146,7 @@ def fine_tuning(command: ReasoningCommand, model: str, data: Path, out: Path) ->
 def reinforcement(command: ReasoningCommand, model: str, out: Path) -> GRPOCommand:
     return GRPOCommand(
         model,
-        tune=TuneOptions(lr=1e-3, seed=command.seed),
+        tune=TuneOptions(lr=5e-4, seed=command.seed),
         folder=RunFolderOptions(out=str(out)),
         machine=command.machine,
         tasks=TASKS,

@@ -246,7 +246,7 @@ class ReasoningCommand:
     """Of reinforcement."""
     prompts: int = 32
     group: int = 8
-    max_tokens: int = 192
+    max_tokens: int = 256
     eval_problems: int = 200
     """Held-out problems of each task."""
     seed: int = 0

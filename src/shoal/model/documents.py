@@ -37,7 +37,7 @@ class Documents:
     """`[R, 1]` bool."""
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Documents:
+    def of(cls, lengths: Sequence[int]) -> Documents:
         """Documents of so many tokens, at least one each, in the order in which they are packed."""
         sizes = torch.tensor(lengths)
         starts = sizes.cumsum(0) - sizes
@@ -59,9 +59,13 @@ class Documents:
         place = torch.empty(int(sizes.sum()), dtype=torch.long)
         place[all_rows[~is_padding]] = (~is_padding).nonzero().flatten()
         positions = torch.arange(len(place)) - starts.repeat_interleave(sizes)
-        parts = (tensor.to(device) for tensor in (positions.unsqueeze(0), all_rows, place, is_padding.unsqueeze(1)))
-        moved_positions, moved_rows, moved_place, moved_padding = parts
-        return cls(moved_positions, groups, moved_rows, moved_place, moved_padding)
+        return cls(positions.unsqueeze(0), groups, all_rows, place, is_padding.unsqueeze(1))
+
+    def to(self, device: torch.device) -> Documents:
+        """The same on another device."""
+        moved = (tensor.to(device) for tensor in (self.positions, self.rows, self.place, self.is_padding))
+        positions, rows, place, is_padding = moved
+        return Documents(positions, self.groups, rows, place, is_padding)
 
     def causal_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """`kernels.causal_attention` within every document; tensors are `[1, N, heads, width]`."""
@@ -69,8 +73,8 @@ class Documents:
         gathered = [_Gather.apply(x.flatten(0, 1), self.rows, self.place).split(sizes) for x in (q, k, v)]
         mixed = []
         for (count, length), *parts in zip(self.groups, *gathered, strict=True):
-            batch = (part.unflatten(0, (count, length)) for part in parts)
-            mixed.append(kernels.causal_attention(*batch, scale).flatten(0, 1))
+            q, k, v = (part.unflatten(0, (count, length)) for part in parts)
+            mixed.append(kernels.causal_attention(q, k, v, scale).flatten(0, 1))
         return _PutBack.apply(torch.cat(mixed), self).unsqueeze(0)
 
 

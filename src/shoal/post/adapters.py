@@ -61,7 +61,7 @@ def adapt(model: Transformer, rank: int, alpha: float, seed: int = 0) -> None:
                 if isinstance(linear, nn.Linear):
                     linear.__class__ = AdaptedLinear
                     linear.adapter_scale = alpha / rank  # type: ignore[assignment]
-                    linear.adapter_a, linear.adapter_b = _pair(linear.weight, rank, generator)  # type: ignore[assignment]
+                    linear.adapter_a, linear.adapter_b = _pair(linear.weight, rank, generator)
 
 
 def _pair(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[nn.Parameter, nn.Parameter]:
@@ -89,9 +89,9 @@ def merge(model: Transformer) -> None:
                 getattr(module, part).copy_(merged_weight(module, part))
                 delattr(module, f"{part}_a")
                 delattr(module, f"{part}_b")
-            module.__class__ = Experts
+            module.__class__ = Experts  # type: ignore[assignment]
         elif isinstance(module, AdaptedLinear):
             module.weight.copy_(merged_weight(module, "weight"))
             del module.adapter_a, module.adapter_b
-            module.__class__ = nn.Linear
+            module.__class__ = nn.Linear  # type: ignore[assignment]
     model.requires_grad_(True)

@@ -78,15 +78,13 @@ class Row:
         return int((self.targets != IGNORED).sum())
 
     def to(self, device: torch.device) -> Row:
-        documents = self.documents
-        moved = Documents(*(part.to(device) if isinstance(part, Tensor) else part for part in vars(documents).values()))
         return replace(
             self,
             ids=self.ids.to(device),
             targets=self.targets.to(device),
             mtp_ids=[ids.to(device) for ids in self.mtp_ids],
             mtp_targets=[targets.to(device) for targets in self.mtp_targets],
-            documents=moved,
+            documents=self.documents.to(device),
             experts=None if self.experts is None else [chosen.to(device) for chosen in self.experts],
         )
 

@@ -30,7 +30,7 @@ class Reference:
 
     def _change_places(self) -> None:
         for module, scale in zip(self._adapted, self._scales, strict=True):
-            module.adapter_scale = 0.0 if module.adapter_scale else scale  # type: ignore[assignment]
+            module.adapter_scale = 0.0 if module.adapter_scale else scale
         with torch.no_grad():
             for parameter, other in self._weights:
                 present = parameter.clone()

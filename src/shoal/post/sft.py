@@ -151,10 +151,10 @@ def train_step(model: Transformer, machine: Machine, tuner: Tuner, batch: Sequen
     norm = tuner.step(step)
     if not command.esft_share:  # there the router stays as it is
         update_biases(model, routing, command.balance_speed)
-    row = {"loss": nats / max(learnt, 1), "grad_norm": norm, "lr": tuner.rate(step), "learnt": learnt}
+    figures = {"loss": nats / max(learnt, 1), "grad_norm": norm, "lr": tuner.rate(step), "learnt": learnt}
     if mtp_weight:
-        row["mtp_loss"] = mtp / max(learnt, 1)
-    return row
+        figures["mtp_loss"] = mtp / max(learnt, 1)
+    return figures
 
 
 def held_out_loss(model: Transformer, machine: Machine, texts: Sequence[Text], command: SFTCommand) -> float | None:

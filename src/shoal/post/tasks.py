@@ -38,7 +38,7 @@ class Task(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class EnvironmentTask:
     """A built-in environment at some difficulties."""
 

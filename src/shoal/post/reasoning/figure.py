@@ -27,7 +27,8 @@ def draw(metrics: Path, path: Path) -> str | None:
         print("no figure: matplotlib is missing (pip install 'shoal[report]')", file=sys.stderr)
         return None
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    with matplotlib.rc_context(STYLE):
+    style: Any = STYLE
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(10.4, 6.4), layout="constrained")
         panels = figure.subplots(2, 2).flatten()
         _accuracy(panels[0], rows)

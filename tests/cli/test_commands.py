@@ -32,7 +32,7 @@ def test_usage_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"shoal {__version__}\n"
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "bench"])
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("bench", "recipe")])
 def test_every_verb_explains_its_options(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])
@@ -43,6 +43,15 @@ def test_every_verb_explains_its_options(verb: str, capsys: pytest.CaptureFixtur
 def test_bench_names_its_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--help"]) == 0
     assert "train" in capsys.readouterr().out
+
+
+def test_recipe_names_its_demonstrations(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe", "--help"]) == 0
+    assert "reasoning" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["recipe", "reasoning", "--help"])
+    assert "--openness" in capsys.readouterr().out
+    assert main(["recipe", "unknown"]) == 2
 
 
 def test_train_ends_with_its_summary(train_args: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,8 +114,14 @@ def register() -> None:
             HarnessModel.__init__(self, path, **{name: value for name, value in options.items() if name in known and value is not None})
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """`lm_eval`'s own command line."""
+    register()
+
     from lm_eval.__main__ import cli_evaluate
 
-    register()
     cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..engine import Request, load_plain
 from ..formats.huggingface import save_model
 from ..model import Transformer
 from ..post.rollouts import Sampler
+from ..post.tasks import parse_task, prompt_of
 
 
 def run_bench(command: BenchRolloutsCommand) -> dict[str, Any]:
@@ -27,7 +29,12 @@ def run_bench(command: BenchRolloutsCommand) -> dict[str, Any]:
             f"--prompt-tokens and --tokens together exceed the {plain.model.config.max_position_embeddings} that the model sees"
         )
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(plain.tokenizer.vocab_size, (command.prompts, command.prompt_tokens), generator=generator)
+    if command.task is None:
+        prompts = torch.randint(plain.tokenizer.vocab_size, (command.prompts, command.prompt_tokens), generator=generator).tolist()
+    else:
+        task = parse_task(command.task)
+        asked = islice(task.problems("train", 0), command.prompts)
+        prompts = [prompt_of(plain.tokenizer, task, problem) for problem in asked]
     sides: dict[str, Callable[[int], int]] = {}
     options = EngineOptions(max_running=command.max_running, step_tokens=max(512, 4 * command.max_running))
     sampler = Sampler(plain.model, plain.tokenizer, plain.machine, options)
@@ -38,33 +45,38 @@ def run_bench(command: BenchRolloutsCommand) -> dict[str, Any]:
             Request(
                 prompt,
                 SamplingOptions(
-                    max_tokens=command.tokens, temperature=1.0, logprobs=0, ignore_eos=True, seed=seed * 10**6 + i * command.group + j
+                    max_tokens=command.tokens,
+                    temperature=1.0,
+                    logprobs=0,
+                    ignore_eos=command.task is None,
+                    seed=seed * 10**6 + i * command.group + j,
                 ),
                 experts=True,
                 prompt_experts=j == 0,
             )
-            for i, prompt in enumerate(prompts.tolist())
+            for i, prompt in enumerate(prompts)
             for j in range(command.group)
         ]
         return sum(len(result.tokens) for result in sampler.engine.run(requests))
 
     sides["shoal"] = shoal
     if command.vs is not None:
-        sides["transformers"] = _transformers(plain.model, prompts, command)
+        sides["transformers"] = _transformers(plain.model, prompts, command, plain.tokenizer.eos_id)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    tokens = 0
+    made: dict[str, list[int]] = {name: [] for name in sides}
     for turn in range(command.rounds + 1):
         for name, draw in sides.items():
             began = time.perf_counter()
             tokens = draw(turn)
             if turn:  # the first one warms up
                 seconds[name].append(time.perf_counter() - began)
-    rates = {name: tokens / statistics.median(times) for name, times in seconds.items()}
+                made[name].append(tokens)
+    rates = {name: statistics.median(n / s for n, s in zip(made[name], times, strict=True)) for name, times in seconds.items()}
     for name, rate in rates.items():
         print(f"{name:<14}{rate:>10,.0f} tokens/s")
     result: dict[str, Any] = {
         "tokens_per_second": rates,
-        "tokens": tokens,
+        "tokens": {name: sum(counts) for name, counts in made.items()},
         "precision": plain.machine.precision,
         "threads": plain.machine.threads,
     }
@@ -74,8 +86,8 @@ def run_bench(command: BenchRolloutsCommand) -> dict[str, Any]:
     return result
 
 
-def _transformers(model: Transformer, prompts: torch.Tensor, command: BenchRolloutsCommand) -> Callable[[int], int]:
-    """`generate` with the cache on, all replies in one batch, in Shoal's precision for weights: fp32."""
+def _transformers(model: Transformer, prompts: list[list[int]], command: BenchRolloutsCommand, eos: int) -> Callable[[int], int]:
+    """`generate` with the cache on, all replies in one batch, prompts padded on the left; returns the tokens before padding."""
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
@@ -84,20 +96,26 @@ def _transformers(model: Transformer, prompts: torch.Tensor, command: BenchRollo
         save_model(model, Path(folder) / "model", dtype=torch.float32)
         peer = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32).eval()
 
+    longest = max(map(len, prompts))
+    padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+
     def draw(seed: int) -> int:
         torch.manual_seed(seed)
         with torch.inference_mode():
             whole = peer.generate(
-                prompts,
-                attention_mask=torch.ones_like(prompts),
+                padded,
+                attention_mask=mask,
                 do_sample=True,
                 temperature=1.0,
                 top_k=0,
                 num_return_sequences=command.group,
-                min_new_tokens=command.tokens,
+                min_new_tokens=command.tokens if command.task is None else 1,
                 max_new_tokens=command.tokens,
+                eos_token_id=eos,
                 pad_token_id=0,
             )
-        return int(whole.shape[0] * (whole.shape[1] - prompts.shape[1]))
+        ends = (whole[:, longest:] == eos).int()
+        return int((ends.cumsum(1) == ends).sum())  # up to the first end, and with it
 
     return draw

@@ -141,18 +141,21 @@ class BenchServeCommand:
 class BenchRolloutsCommand:
     """Replies as reinforcement draws them: many at once, several to every prompt, with log-probabilities and experts.
 
-    Both sides hold the weights in fp32 and write the same number of tokens.
+    Both sides hold the weights in fp32. Without --task they write the same number of tokens after random prompts; with it, replies to its
+    problems, which end by themselves.
     """
 
     model: Model
     machine: Annotated[MachineOptions, tyro.conf.arg(name="")]
     vs: Literal["transformers"] | None = None
     """Peer to run in the same call, in turns: `generate`, with all replies in one batch."""
+    task: str | None = None
+    """A built-in task whose training problems are the prompts, as for `shoal grpo`."""
     prompts: int = 16
     group: int = 8
     prompt_tokens: int = 32
     tokens: int = 96
-    """Of every reply."""
+    """Of every reply; with --task, at most."""
     max_running: int = 128
     rounds: int = 3
     """Turns of every side, after one to warm up; the median counts."""

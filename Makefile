@@ -1,5 +1,5 @@
 # make demo      set up and train a small MLA + MoE + MTP model on Python's own source (5 minutes), then show what it learnt
-# make reasoning a small model learns to think: pretraining, fine-tuning, reinforcement (20 minutes on two quiet cores)
+# make reasoning a small model learns to think: pretraining, fine-tuning, reinforcement
 # make test      set up and run the tests
 # make test-all  the slow ones too
 # make lint      ruff and mypy

@@ -231,7 +231,7 @@ class DPOCommand:
 @dataclass
 class ReasoningCommand:
     """Teach a small model to think: pretrain it on worked problems, fine-tune it on answers of which few show their work, then
-    let it find out by reinforcement what helps. Ends with a plot and a summary. Some 20 minutes on two cores."""
+    let it find out by reinforcement what helps. Ends with a plot and a summary."""
 
     folder: Annotated[RunFolderOptions, tyro.conf.arg(name="")] = field(default_factory=RunFolderOptions)
     machine: Annotated[MachineOptions, tyro.conf.arg(name="")] = field(default_factory=MachineOptions)

@@ -163,6 +163,18 @@ class Tokenizer:
             return bytes(_BYTES[character] for character in piece)
         return self.decode([token], skip_special=False).encode()
 
+    @cached_property
+    def writes_bytes(self) -> bool:
+        """Whether decoding a text is nothing but joining what `written` gives for its tokens."""
+        return (json.loads(self.json).get("decoder") or {}).get("type") == "ByteLevel"
+
+    def written(self, token: int) -> bytes:
+        """What one token adds to a decoded text: its bytes; nothing where it is marked special."""
+        known = self._written.get(token)
+        if known is None:
+            known = self._written[token] = b"" if token in self._hidden else self.token_bytes(token)
+        return known
+
     def token_id(self, content: str) -> int | None:
         """Id of the added token with this text; None if there is none."""
         token = self._with_special.token_to_id(content)
@@ -171,6 +183,14 @@ class Tokenizer:
     @cached_property
     def _added(self) -> frozenset[int]:
         return frozenset(token["id"] for token in json.loads(self.json).get("added_tokens", []))
+
+    @cached_property
+    def _hidden(self) -> frozenset[int]:
+        return frozenset(token["id"] for token in json.loads(self.json).get("added_tokens", []) if token["special"])
+
+    @cached_property
+    def _written(self) -> dict[int, bytes]:
+        return {}
 
     @cached_property
     def _is_byte_level(self) -> bool:

@@ -247,6 +247,7 @@ class Engine:
         """Move every sequence on, choosing tokens for those that are computed to their end; number of tokens chosen."""
         choosing: list[tuple[Work, int]] = []
         rows: list[int] = []
+        places: list[tuple[Sampler, int]] = []
         for share, start in zip(work, starts, strict=False):
             sequence = share.sequence
             if sequence.computed + share.length < len(sequence.tokens):
@@ -260,9 +261,10 @@ class Engine:
                 continue
             choosing.append((share, start))
             rows.extend(range(start + share.length - 1 - share.drafts, start + share.length))
+            places.extend((answer.sampler, len(sequence.tokens) + ahead) for ahead in range(1 + share.drafts))
         if not choosing:
             return 0
-        logits = Rows(self.runner.logits(take_rows(forward.hidden, rows)))
+        logits = Rows(self.runner.logits(take_rows(forward.hidden, rows)), places)
         made = row = 0
         for share, start in choosing:
             chosen = self._extend(share, start, row, logits, forward)

@@ -70,7 +70,8 @@ class Drafter:
     def _guess(self, active: list[tuple[Sequence, Sampler]], hidden: torch.Tensor) -> None:
         """One guess for each of `active` from `hidden [len(active), D]`, then further ones."""
         for depth in range(1, self._depth + 1):
-            rows = Rows(self._runner.logits(hidden))
+            places = [(sampler, len(sequence.tokens) + depth - 1) for sequence, sampler in active]
+            rows = Rows(self._runner.logits(hidden), places)
             keep = []
             for i, (sequence, sampler) in enumerate(active):
                 place = len(sequence.tokens) + depth - 1

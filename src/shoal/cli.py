@@ -94,7 +94,7 @@ def chat(args: list[str]) -> None:
     """Talk to a model in the terminal"""
     command = parse(ChatCommand, args, "chat")
 
-    from .engine.chat import run_chat
+    from .serve.terminal import run_chat
 
     run_chat(command)
 

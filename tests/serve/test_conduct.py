@@ -172,6 +172,8 @@ def test_loading_is_told(serve: Serve, tokenizer: Tokenizer) -> None:
 
     with serving(slow, wait=False) as served:
         assert ask(f"{served.url}/health")[:2] == (503, {"status": "loading"})
+        status, models, _ = ask(f"{served.url}/v1/models")
+        assert (status, models["data"][0]["id"], models["data"][0]["shoal"]) == (200, "tiny", {"state": "loading"})
         status, body, head = ask(f"{served.url}/v1/completions", {"prompt": "the"})
         assert (status, body["error"]["code"]) == (503, "loading")
         assert "retry-after" in head

@@ -181,6 +181,11 @@ class Tokenizer:
         return token if token in self._added else None
 
     @cached_property
+    def control_texts(self) -> frozenset[str]:
+        """What spells a control token: text that only a chat template may turn into one."""
+        return frozenset(token["content"] for token in json.loads(self.json).get("added_tokens", []) if _is_control(token))
+
+    @cached_property
     def _added(self) -> frozenset[int]:
         return frozenset(token["id"] for token in json.loads(self.json).get("added_tokens", []))
 
@@ -205,9 +210,7 @@ class Tokenizer:
         """The backend that reads the strings of control tokens as ordinary text."""
         content = json.loads(self.json)
         for token in content.get("added_tokens", []):
-            # DeepSeek marks <｜User｜> and the like as not special. Added tokens of another form (runs of spaces, in
-            # GPT-NeoX) are ordinary text.
-            token["special"] = token["special"] or (token["content"][:1], token["content"][-1:]) == ("<", ">")
+            token["special"] = _is_control(token)
         backend = tokenizers.Tokenizer.from_str(json.dumps(content))
         backend.encode_special_tokens = True
         return backend
@@ -216,6 +219,12 @@ class Tokenizer:
         token = self.config.get(key)
         token = token["content"] if isinstance(token, dict) else token
         return self._with_special.token_to_id(token) if token else None
+
+
+def _is_control(token: dict[str, Any]) -> bool:
+    """Whether an added token is more than text. DeepSeek marks <｜User｜> and the like as not special; added tokens of another form (runs
+    of spaces, in GPT-NeoX) are ordinary text."""
+    return bool(token["special"]) or (token["content"][:1], token["content"][-1:]) == ("<", ">")
 
 
 def _byte_characters() -> dict[str, int]:

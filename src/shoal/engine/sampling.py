@@ -217,11 +217,14 @@ DRAWN_AT_ONCE = 1 << 15
 def draw(table: np.ndarray, places: Mapping[int, tuple[Sampler, int]]) -> dict[int, int]:
     """What `Sampler.choose` gives for these rows of `table [M, V]` (samplers that are `is_free`, and positions), all of them at once.
 
-    Many rows in one numpy call is faster, and leaves the interpreter to other threads meanwhile. Rows without a finite maximum are left out.
+    One numpy call for many rows is faster, and leaves the interpreter to other threads meanwhile. Rows without a finite maximum are
+    left out.
     """
     drawn: dict[int, int] = {}
+    if not places:
+        return drawn
     rows, many = list(places), max(DRAWN_AT_ONCE // table.shape[1], 1)
-    counters = np.arange(table.shape[1], dtype=np.uint64) * np.uint64(_GOLDEN) if rows else None
+    counters = np.arange(table.shape[1], dtype=np.uint64) * np.uint64(_GOLDEN)
     for first in range(0, len(rows), many):
         part = rows[first : first + many]
         scores = table[part]

@@ -115,7 +115,8 @@ class EmbeddingBody(Body):
 
     input: str | list[str] | TokenIds | list[TokenIds]
     model: str | None = None
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = None
+    """None: float."""
     dimensions: int | None = None
     user: str | None = None
 

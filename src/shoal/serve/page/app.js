@@ -27,6 +27,11 @@ async function connect() {
     setTimeout(connect, 3000);
     return;
   }
+  if (about().state === "loading") {
+    show("The model is being loaded ...");
+    setTimeout(connect, 1000);
+    return;
+  }
   const before = $("model").value;
   $("model").replaceChildren(...known.map((one) => new Option(one.id, one.id)));
   if (known.some((one) => one.id === before)) $("model").value = before;

@@ -84,7 +84,13 @@ def evaluate(lm_eval: Any, model: str, task: str, tmp_path: Path, arguments: dic
 def test_lm_evaluation_harness_scores_as_the_engine_does(lm_eval: Any, base: Served, tokenizer: Tokenizer, tmp_path: Path) -> None:
     write_task(tmp_path, "pick", "output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: answer\ntarget_delimiter: ''\n")
     place = write_model(tmp_path / "tiny", tokenizer)
-    arguments = {"model": "tiny", "base_url": f"{base.url}/v1/completions", "tokenizer": str(place), "num_concurrent": 2, "max_length": 512}
+    arguments = {
+        "model": "tiny",
+        "base_url": f"{base.url}/v1/completions",
+        "tokenizer": str(place),
+        "max_length": 512,
+        "add_bos_token": True,
+    }
     samples = evaluate(lm_eval, "local-completions", "pick", tmp_path, arguments)
     engine = Engine(base.load().runner, tokenizer)
     for sample, (question, choices, _) in zip(samples, QUESTIONS, strict=True):

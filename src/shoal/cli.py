@@ -102,6 +102,8 @@ def chat(args: list[str]) -> None:
 def serve(args: list[str]) -> None:
     """Serve a model: OpenAI and Anthropic APIs, and a chat page"""
     command = parse(ServeCommand, args, "serve")
+    # Read by OpenMP when torch brings it in: threads that wait for work leave their core to those that answer over HTTP.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
     from .serve.command import run_serve
 

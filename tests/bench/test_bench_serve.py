@@ -137,6 +137,8 @@ def test_a_real_server_under_load(trained: Path, capsys: pytest.CaptureFixture[s
     ours = report["shoal"]
     assert (ours["errors"], ours["pages_held_after"], ours["exit_code"]) == (0, 0, 0)
     assert ours["finished"] > 0
+    assert len(ours["memory"]) == 11
+    assert min(ours["memory"]) > 10**7
     assert ours["tokens"] >= 8 * ours["finished"]
     assert ours["first_token_p50"] <= ours["first_token_p99"]
     assert report["of_engine"] == pytest.approx(ours["tokens_per_second"] / report["engine_tokens_per_second"])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 SWITCH_SECONDS = 0.0001
 """How long the event loop may keep the interpreter from the engine's thread, and the other way round. Python's own 5 ms is as long as a
 step of a small model, which would halve its speed."""
+NICENESS = int(__import__("os").environ.get("SHOAL_NICE", "10"))
 CLOSING_SECONDS = 5
 """For connections to close once all answers are sent."""
 
@@ -136,6 +139,7 @@ async def _announce(host: Host, server: Any, sock: socket.socket) -> None:
     if host.state is not State.READY:
         server.should_exit = True
         return
+    _give_way()
     engine = host.engine.engine
     config, stats = engine.runner.config, engine.stats()
     _say(f"{host.name}: {config.num_hidden_layers} layers, context {engine.context}, cache {stats.pages * 32} tokens")
@@ -147,6 +151,12 @@ async def _announce(host: Host, server: Any, sock: socket.socket) -> None:
     if not command.is_local and not command.keys():
         _say("  anyone who reaches this address can use the model: set --api-key-file")
     _say("Ctrl-C to stop")
+
+
+def _give_way() -> None:
+    """Let this thread, which answers over HTTP, take what the engine's threads leave."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 def _say(line: str) -> None:

@@ -280,7 +280,7 @@ async function complete() {
 function layerOptions() {
   const layers = about().moe_layers || 0;
   $("experts").hidden = !layers;
-  $("layer").replaceChildren(new Option("All layers, as stripes", ALL), ...Array.from({ length: layers }, (_, i) => new Option(`MoE layer ${i + 1} of ${layers}`, i)));
+  $("layer").replaceChildren(new Option("All, in stripes", ALL), ...Array.from({ length: layers }, (_, i) => new Option(`MoE layer ${i + 1} of ${layers}`, i)));
   $("layer").value = layer;
 }
 

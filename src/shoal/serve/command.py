@@ -20,10 +20,11 @@ from .host import Host, State, with_template
 if TYPE_CHECKING:
     import uvicorn
 
+NICENESS = 10
+"""Of the thread that answers over HTTP. Where it pushes one of the engine's threads off its core in the middle of a step, all others wait."""
 SWITCH_SECONDS = 0.0001
 """How long the event loop may keep the interpreter from the engine's thread, and the other way round. Python's own 5 ms is as long as a
 step of a small model, which would halve its speed."""
-NICENESS = int(__import__("os").environ.get("SHOAL_NICE", "10"))
 CLOSING_SECONDS = 5
 """For connections to close once all answers are sent."""
 
@@ -154,7 +155,7 @@ async def _announce(host: Host, server: Any, sock: socket.socket) -> None:
 
 
 def _give_way() -> None:
-    """Let this thread, which answers over HTTP, take what the engine's threads leave."""
+    """Let this thread take the time that the engine's threads leave. Only Linux knows priorities of single threads."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 

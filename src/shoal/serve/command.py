@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import uvicorn
 
 NICENESS = 10
-"""Of the thread that answers over HTTP. Where it pushes one of the engine's threads off its core in the middle of a step, all others wait."""
+"""Of the thread that answers over HTTP. Where it pushes one of the engine's threads off its core within a step, the others wait for it."""
 SWITCH_SECONDS = 0.0001
 """How long the event loop may keep the interpreter from the engine's thread, and the other way round. Python's own 5 ms is as long as a
 step of a small model, which would halve its speed."""

@@ -159,14 +159,15 @@ def _start(seed: int, position: int) -> int:
     return _mixed((seed + (position + 1) * _GOLDEN) & _MASK)
 
 
-def _times(x: np.ndarray) -> np.ndarray:
-    """Turns counters (uint64, overwritten) into exponentially distributed numbers."""
-    shifted = np.empty_like(x)
+def _times(x: np.ndarray, shifted: np.ndarray | None = None) -> np.ndarray:
+    """Turns counters (uint64, overwritten with the result) into exponentially distributed numbers; `shifted` is room to work in."""
+    shifted = np.empty_like(x) if shifted is None else shifted
     for shift, factor in _ROUNDS:
         x ^= np.right_shift(x, np.uint64(shift), out=shifted)
         x *= np.uint64(factor)
     x ^= np.right_shift(x, np.uint64(31), out=shifted)
-    uniform = np.right_shift(x, np.uint64(12), out=shifted) + 0.5  # of 2^52: neither 0 nor 1 once scaled
+    np.right_shift(x, np.uint64(12), out=shifted)
+    uniform = np.add(shifted, 0.5, out=x.view(np.float64))  # of 2^52: neither 0 nor 1 once scaled
     uniform *= 2.0**-52
     np.log(uniform, out=uniform)
     return np.negative(uniform, out=uniform)
@@ -190,13 +191,13 @@ class SamplingError(Exception):
 class Rows:
     """Logits `[M, V]` of M places, brought to the host; the largest of each are found all at once.
 
-    `places`: the sampler and the position of every row, for drawing all at once as well.
+    `places`: the sampler and the position of every row, for drawing all at once as well, in `room`.
     """
 
-    def __init__(self, logits: Tensor, places: Sequence[tuple[Sampler, int]] = ()) -> None:
+    def __init__(self, logits: Tensor, places: Sequence[tuple[Sampler, int]] = (), room: Room | None = None) -> None:
         self.table = on_host(logits)
         self._best: list[int] = self.table.argmax(-1).tolist()
-        self._drawn = draw(self.table, {row: place for row, place in enumerate(places) if place[0].is_free})
+        self._drawn = draw(self.table, {row: place for row, place in enumerate(places) if place[0].is_free}, room or Room())
 
     def choose(self, row: int, sampler: Sampler, position: int) -> int:
         """See `Sampler.choose`."""
@@ -210,11 +211,26 @@ class Rows:
         return best
 
 
-DRAWN_AT_ONCE = 1 << 15
-"""Logits that `draw` works on at a time: few enough to stay in a cache."""
+DRAWN_AT_ONCE = 1 << 18
+"""Logits that `draw` works on at a time."""
 
 
-def draw(table: np.ndarray, places: Mapping[int, tuple[Sampler, int]]) -> dict[int, int]:
+class Room:
+    """Memory for `draw` to work in. It is kept, as the system would have to clear new pages for every step."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty((3, 0))
+
+    def take(self, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """One array of fp64 and two of uint64, all `[rows, columns]`, with whatever content."""
+        size = rows * columns
+        if self._memory.shape[1] < size:
+            self._memory = np.empty((3, size))
+        floats, counters, shifted = (part[:size].reshape(rows, columns) for part in self._memory)
+        return floats, counters.view(np.uint64), shifted.view(np.uint64)
+
+
+def draw(table: np.ndarray, places: Mapping[int, tuple[Sampler, int]], room: Room) -> dict[int, int]:
     """What `Sampler.choose` gives for these rows of `table [M, V]` (samplers that are `is_free`, and positions), all of them at once.
 
     One numpy call for many rows is faster, and leaves the interpreter to other threads meanwhile. Rows without a finite maximum are
@@ -224,20 +240,22 @@ def draw(table: np.ndarray, places: Mapping[int, tuple[Sampler, int]]) -> dict[i
     if not places:
         return drawn
     rows, many = list(places), max(DRAWN_AT_ONCE // table.shape[1], 1)
-    counters = np.arange(table.shape[1], dtype=np.uint64) * np.uint64(_GOLDEN)
+    steps = np.arange(table.shape[1], dtype=np.uint64) * np.uint64(_GOLDEN)
     for first in range(0, len(rows), many):
         part = rows[first : first + many]
-        scores = table[part]
+        weights, counters, shifted = room.take(len(part), table.shape[1])
+        scores = table if len(part) == len(table) else table[part]
         tops = scores.max(1, keepdims=True)
         temperatures = np.array([places[row][0].options.temperature for row in part])[:, None]
         with np.errstate(invalid="ignore"):
             never = scores < tops - (NEVER * temperatures).astype(np.float32)
-            weights = np.subtract(scores, tops, dtype=np.float64)
+            np.subtract(scores, tops, out=weights, dtype=np.float64)
             weights /= temperatures
             np.exp(weights, out=weights)
             weights[never] = 0.0
             starts = [_start(sampler.seed, position) for sampler, position in map(places.__getitem__, part)]
-            weights /= _times(counters + np.array(starts, np.uint64)[:, None])
+            np.add(steps, np.array(starts, np.uint64)[:, None], out=counters)
+            weights /= _times(counters, shifted)
         finite = np.isfinite(tops[:, 0])
         drawn |= {row: best for row, best, known in zip(part, weights.argmax(1).tolist(), finite.tolist(), strict=True) if known}
     return drawn

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import uvicorn
 
 NICENESS = 10
-"""Of the thread that answers over HTTP. Where it pushes one of the engine's threads off its core within a step, the others wait for it."""
+"""By which the thread that answers over HTTP stands back. Where it pushes one of the engine's threads off its core within a step, the others wait for it."""
 SWITCH_SECONDS = 0.0001
 """How long the event loop may keep the interpreter from the engine's thread, and the other way round. Python's own 5 ms is as long as a
 step of a small model, which would halve its speed."""
@@ -157,7 +157,8 @@ async def _announce(host: Host, server: Any, sock: socket.socket) -> None:
 def _give_way() -> None:
     """Let this thread take the time that the engine's threads leave. Only Linux knows priorities of single threads."""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, min(os.getpriority(os.PRIO_PROCESS, thread) + NICENESS, 19))
 
 
 def _say(line: str) -> None:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import uvicorn
 
 NICENESS = 10
-"""By which the thread that answers over HTTP stands back. Where it pushes one of the engine's threads off its core within a step, the others wait for it."""
+"""By which the thread that answers over HTTP stands back: where it pushes one of the engine's threads off its core within a step, the
+others wait for it."""
 SWITCH_SECONDS = 0.0001
 """How long the event loop may keep the interpreter from the engine's thread, and the other way round. Python's own 5 ms is as long as a
 step of a small model, which would halve its speed."""

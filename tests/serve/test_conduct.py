@@ -59,6 +59,7 @@ def test_tokens_there_and_back(base: Served) -> None:
     _, text, _ = ask(f"{base.url}/detokenize", {"tokens": found["tokens"][1:]})
     assert text["prompt"] == "the été 😀"
     assert ask(f"{base.url}/detokenize", {"tokens": [-1]})[0] == 400
+    assert ask(f"{base.url}/tokenize", {"messages": []})[0] == 400
 
 
 def test_health_version_and_metrics(base: Served) -> None:

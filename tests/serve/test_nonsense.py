@@ -94,7 +94,7 @@ def test_schemathesis_finds_no_failure_of_the_server(tokenizer: Tokenizer, tmp_p
         command = [sys.executable, "-m", "schemathesis.cli", "--no-color", "run", f"{url}/openapi.json", "--checks", "not_a_server_error"]
         command += ["--max-examples", "60", "--continue-on-failure", "--request-timeout", "30", "--generation-deterministic"]
         result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=900)
-        assert result.returncode == 0, result.stdout[-6000:]
+        assert result.returncode == 0, result.stdout
         assert ask(f"{url}/v1/completions", {"prompt": "the", "max_tokens": 1})[0] == 200
         server.terminate()
         assert server.wait(30) == 0

@@ -94,7 +94,7 @@ def chat(args: list[str]) -> None:
     """Talk to a model in the terminal"""
     command = parse(ChatCommand, args, "chat")
 
-    from .engine.chat import run_chat
+    from .serve.terminal import run_chat
 
     run_chat(command)
 
@@ -102,6 +102,7 @@ def chat(args: list[str]) -> None:
 def serve(args: list[str]) -> None:
     """Serve a model: OpenAI and Anthropic APIs, and a chat page"""
     command = parse(ServeCommand, args, "serve")
+    _wait_asleep()
 
     from .serve.command import run_serve
 
@@ -150,6 +151,11 @@ def _measurements() -> Measurements:
     return cases
 
 
+def _wait_asleep() -> None:
+    """Threads that wait for work leave their core to those that answer over HTTP. OpenMP reads this when torch brings it in."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def bench(args: list[str]) -> None:
     """Measure Shoal beside its peers: shoal bench train --vs transformers"""
     benches = {"train": _bench_train, "engine": _bench_engine, "quantization": _bench_quantization, "serve": _bench_serve}
@@ -187,6 +193,7 @@ def _bench_quantization(args: list[str]) -> None:
 
 def _bench_serve(args: list[str]) -> None:
     command = parse(BenchServeCommand, args, "bench serve")
+    _wait_asleep()
 
     from .bench.serve import run_bench
 

@@ -64,6 +64,7 @@ def train(args: list[str]) -> None:
     """Pretrain a model: shoal train [RECIPE] [--data PATH...] [--minutes 5] ..."""
     from .config.recipes import load_recipe, recipe_names, with_one_budget
 
+    given = list(args)
     named = bool(args) and not args[0].startswith("-")
     default = load_recipe(args.pop(0) if named else "default")
     if "--help" in args or "-h" in args:
@@ -78,7 +79,22 @@ def train(args: list[str]) -> None:
         default = find_run(config.out).settings()
         config = parse(TrainConfig, args, "train", default)
     config = with_one_budget(config, default)
-    finish(present(run(config), config), config.json)
+    if config.nproc > 1 and "RANK" not in os.environ:
+        _start_processes(config, ["train", *given])
+        return
+    trained = run(config)
+    if trained.reports:
+        finish(present(trained, config), config.json)
+
+
+def _start_processes(config: TrainConfig, args: list[str]) -> None:
+    """Refuse what cannot work, then run the same command in `config.nproc` processes."""
+    from .parallel.launch import launch
+    from .parallel.layout import layout_of
+
+    config.validate()
+    layout_of(config, config.nproc)
+    launch(args, config.nproc)
 
 
 def generate(args: list[str]) -> None:

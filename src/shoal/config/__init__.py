@@ -19,6 +19,7 @@ from .engine import RunOptions as RunOptions
 from .engine import SamplingOptions as SamplingOptions
 from .errors import UserError as UserError
 from .model import ModelConfig as ModelConfig
+from .parallel import ParallelConfig as ParallelConfig
 from .serve import ServeCommand as ServeCommand
 from .serve import serve_options as serve_options
 from .train import BalanceConfig as BalanceConfig

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..model import RoutingStats, Transformer
+from ..parallel import Team
 
 
 class StepRouting:
@@ -25,6 +26,13 @@ class StepRouting:
         # Late in training the MTP layers may no longer run; all micro-batches of a step run the same layers.
         self.load = load if self.load is None else self.load + load
         self._entropy.append(torch.stack([stats.entropy for stats in routing]))
+
+    def share(self, team: Team) -> None:
+        """From this process's sequences to those of all: `load` is summed, entropies are averaged."""
+        if team.is_alone or self.load is None:
+            return
+        self.load = team.sum(self.load)
+        self._entropy = [team.sum(torch.stack(self._entropy).mean(0)) / team.layout.data]
 
     def figures(self) -> Tensor:
         """MaxVio = (max - mean) / mean of the load (2408.15664, equation 4) of every layer, then its routing entropy: `[2 L]`."""

@@ -11,9 +11,11 @@ from ..data import Batches, PreparedData
 from ..formats import checkpoints
 from ..formats.huggingface import load_state
 from ..model import Transformer, init_weights
+from ..parallel import Shards, Team, divide, make_dispatcher
 from ..runtime import Machine
 from .optimizer import Optimizers
 from .run_folder import RunFolder
+from .whole import gather_model, gather_optimizers, scatter_optimizers
 
 
 @dataclass
@@ -43,40 +45,56 @@ class TrainState:
     model: Transformer
     optimizers: Optimizers
     batches: Batches
+    team: Team
+    shards: Shards
+    """Of the model, what this process holds."""
     counters: Counters = field(default_factory=Counters)
 
     @classmethod
-    def create(cls, config: TrainConfig, folder: RunFolder, data: PreparedData, batches: Batches, machine: Machine) -> TrainState:
+    def create(
+        cls, config: TrainConfig, folder: RunFolder, data: PreparedData, batches: Batches, machine: Machine, team: Team
+    ) -> TrainState:
         """Fresh from `config.seed`, or from the folder's last complete checkpoint where there is one."""
-        model = Transformer(config.model)
-        init_weights(model, config.seed)
+        if team.is_first:
+            checkpoints.clean_temporary(folder.path)
+        complete = team.agree(checkpoints.complete_checkpoints(folder.path))
+        model = Transformer(config.model, dispatcher=make_dispatcher(config.parallel, team, config.model.n_routed_experts or 0))
+        if complete:
+            load_state(model, complete[-1])
+        else:
+            init_weights(model, config.seed)
         model = model.to(machine.device)
-        state = cls(config, folder, data, model, Optimizers(model, config.optimizer), batches)
-        checkpoints.clean_temporary(folder.path)
-        complete = checkpoints.complete_checkpoints(folder.path)
+        shards = divide(model, config.parallel, team)
+        state = cls(config, folder, data, model, Optimizers(model, config.optimizer, shards), batches, team, shards)
         if complete:
             state._load(complete[-1])
         return state
 
     def _load(self, path: Path) -> None:
-        load_state(self.model, path)
+        """All but the weights."""
         saved = checkpoints.load_checkpoint_state(path)
-        self.optimizers.load_state_dict(saved["optimizers"])
+        scatter_optimizers(saved["optimizers"], self.optimizers, self.config.model, self.config.optimizer, self.shards)
         self.batches.load_state_dict(saved["batches"])
         self.counters = Counters(**saved["counters"])
 
     def save(self, bpb: float | None) -> None:
-        """Write a checkpoint, `bpb` being its bits per byte on held-out text where measured; let go of those no longer kept."""
+        """Write a checkpoint, `bpb` being its bits per byte on held-out text where measured; let go of those no longer kept.
+
+        All processes of a team call this; the first one writes.
+        """
         at = self.counters
         if bpb is not None and bpb < at.best_bpb:
             at.best_bpb, at.best_step = bpb, at.step
         saved: dict[str, Any] = {
-            "optimizers": self.optimizers.state_dict(),
+            "optimizers": gather_optimizers(self.optimizers, self.config.model, self.config.optimizer, self.shards),
             "batches": self.batches.state_dict(),
             "counters": vars(at),
         }
+        model = gather_model(self.model, self.shards)
+        if not self.team.is_first:
+            return
         keep = self.config.checkpoint
-        checkpoints.save_checkpoint(self.folder.path, at.step, self.model, self.data.tokenizer, saved)
+        checkpoints.save_checkpoint(self.folder.path, at.step, model, self.data.tokenizer, saved)
         if at.best_step >= 0:
             # Written every time: a run that was killed before it got here catches up.
             self.folder.write_json("best.json", {"step": at.step, "val_bpb": at.best_bpb})

@@ -13,6 +13,8 @@ QUICK: list[tuple[int, dict[str, Any]]] = [
     (2, {"dense": "replicate"}),
     (2, {"expert": 2}),
     (2, {"expert": 2, "dense": "replicate", "dispatch": "flat"}),
+    (2, {"pipeline": 2}),
+    (2, {"pipeline": 2, "schedule": "zbv"}),
 ]
 SLOW: list[tuple[int, dict[str, Any]]] = [
     (4, {}),
@@ -20,10 +22,21 @@ SLOW: list[tuple[int, dict[str, Any]]] = [
     (4, {"expert": 2}),  # FSDP2 x EP
     (4, {"expert": 4, "per_node": 2}),
     (4, {"expert": 4, "dispatch": "flat"}),
+    (2, {"pipeline": 2, "schedule": "interleaved"}),
+    (2, {"pipeline": 2, "schedule": "dualpipev"}),
+    (4, {"pipeline": 4}),
+    (4, {"pipeline": 2, "schedule": "interleaved"}),
+    (4, {"pipeline": 2, "schedule": "zbv"}),
+    (4, {"pipeline": 2, "schedule": "dualpipev"}),
+    (4, {"pipeline": 2, "expert": 2}),  # EP x PP
+    (4, {"pipeline": 2, "expert": 2, "schedule": "zbv"}),
+    (4, {"pipeline": 2, "expert": 2, "schedule": "dualpipev"}),
     (8, {}),
     (8, {"expert": 8, "per_node": 2}),
     (8, {"expert": 4, "per_node": 2}),
     (8, {"expert": 2}),
+    (8, {"pipeline": 4, "expert": 2}),
+    (8, {"pipeline": 2, "expert": 4, "per_node": 2, "schedule": "interleaved"}),
 ]
 
 

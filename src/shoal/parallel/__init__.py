@@ -5,6 +5,7 @@ from .layout import Layout as Layout
 from .layout import layout_of as layout_of
 from .layout import micro_batch as micro_batch
 from .matrices import SplitMatrices as SplitMatrices
+from .pipeline import Pipeline as Pipeline
 from .shards import Piece as Piece
 from .shards import Shards as Shards
 from .shards import divide as divide

@@ -88,13 +88,18 @@ def _travel(
     format = formats[0] if outward else formats[1]
 
     def exchange() -> tuple[Tensor, Tensor]:
-        payload = torch.cat([pack(x, format), extra.contiguous().view(torch.uint8).view(len(extra), -1)], dim=1)
+        payload = torch.cat([pack(x, format), _bytes(extra)], dim=1)
         arrived = route.exchange(payload, outward)
         size = row_bytes(x.shape[1], format, x.dtype)
         arrived_extra = arrived[:, size:].contiguous().view(extra.dtype).view(len(arrived), extra.shape[1])
         return unpack(arrived[:, :size], format, x.shape[1], x.dtype), arrived_extra
 
     return courier(exchange)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """`x [R, C]` as it lies in memory, `[R, bytes]`; R may be 0."""
+    return x.contiguous().view(torch.uint8).view(len(x), x.shape[1] * x.element_size())
 
 
 @dataclass
@@ -151,7 +156,7 @@ class TravellingDispatcher:
 def _announce(group: dist.ProcessGroup, rows: Tensor, receivers: Tensor, ids: Tensor) -> tuple[Route, Tensor]:
     """Plan a route and send ahead which experts its rows are for."""
     route = Route.plan(group, rows, receivers)
-    arrived = route.exchange(ids.to(torch.int16).contiguous().view(torch.uint8).view(len(ids), -1), outward=True)
+    arrived = route.exchange(_bytes(ids.to(torch.int16)), outward=True)
     return route, arrived.view(torch.int16).view(len(arrived), ids.shape[1])
 
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from ..config import ParallelConfig
 from ..model import MoE, Transformer
+from .pipeline import holds_embedding_twice, keep_stages
 from .team import Team
 
 
@@ -141,6 +142,7 @@ def divide(model: Transformer, config: ParallelConfig, team: Team) -> Shards:
     if team.is_alone:
         return Shards.whole(model)
     layout = team.layout
+    twice = holds_embedding_twice(model, layout)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     starts = dict.fromkeys(shapes, 0)
     expert_names = {f"{name}.experts.{part}" for name, moe in _mixtures(model) for part, _ in moe.experts.named_parameters()}
@@ -153,6 +155,8 @@ def divide(model: Transformer, config: ParallelConfig, team: Team) -> Shards:
                 setattr(moe.experts, part, nn.Parameter(mine))
     else:
         expert_names = set()
+    if layout.pipeline > 1:
+        keep_stages(model, team)
     if config.shards_dense:
         _fully_shard(model, team)
     pieces = []
@@ -166,7 +170,11 @@ def divide(model: Transformer, config: ParallelConfig, team: Team) -> Shards:
             pieces.append(Piece(name, parameter, local, start, shapes[name]))
         else:
             sum_over = (team.group(*group),) if size > 1 else ()
-            pieces.append(Piece(name, parameter, parameter, starts[name], shapes[name], size, sum_over))
+            on_ends = twice and parameter is getattr(model.model.embed_tokens, "weight", None)
+            if on_ends:
+                assert team.ends is not None
+                size, sum_over = 2 * size, (*sum_over, team.ends)
+            pieces.append(Piece(name, parameter, parameter, starts[name], shapes[name], size, sum_over, on_ends))
     return Shards(pieces, team)
 
 

@@ -30,6 +30,8 @@ class Team:
     rank: int = 0
     mesh: DeviceMesh | None = None
     """Dimensions pipeline, replica, node, local; None for a process by itself."""
+    ends: dist.ProcessGroup | None = None
+    """First and last process of a pipeline, in these two."""
 
     @property
     def is_first(self) -> bool:
@@ -168,4 +170,8 @@ def team_of(layout: Layout, device: str = "cpu") -> Team:
     """The team of an initialised default process group."""
     shape = (layout.pipeline, layout.replica, layout.nodes, layout.local)
     mesh = init_device_mesh(device, shape, mesh_dim_names=("pipeline", "replica", "node", "local"))
-    return Team(layout, dist.get_rank(), mesh)
+    ends = None
+    if layout.pipeline > 1:
+        last = (layout.pipeline - 1) * layout.data
+        ends, _ = dist.new_subgroups_by_enumeration([[place, last + place] for place in range(layout.data)])
+    return Team(layout, dist.get_rank(), mesh, ends)

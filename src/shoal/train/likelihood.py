@@ -70,11 +70,13 @@ def likelihood(
     batch_tokens: int = 8192,
     progress: Callable[[int], None] | None = None,
     team: Team | None = None,
+    hidden_of: Callable[[torch.Tensor], torch.Tensor | None] | None = None,
 ) -> Likelihood:
     """Score `documents`: how likely the model holds them.
 
     `overlap` defaults to half a window. Windows are sorted by length, so that batches waste little on padding.
-    `progress` is told the number of tokens scored by every batch. The processes of a `team` score a share each, all in the same call.
+    `progress` is told the number of tokens scored by every batch. The processes of a `team` score a share each, all in the same call;
+    `hidden_of` runs a model that is spread over several, and gives None where another process has the result.
     """
     team = team or Team()
     overlap = window // 2 if overlap is None else overlap
@@ -92,13 +94,15 @@ def likelihood(
             width = len(pieces[at][0])
             batch = pieces[at : at + max(1, batch_tokens // width)]
             ids, targets = _pad(_share(batch, team), width)
-            hidden = model(ids.to(machine.device)).hidden
+            hidden = hidden_of(ids.to(machine.device)) if hidden_of else model(ids.to(machine.device)).hidden
+            at += len(batch)
+            if hidden is None:
+                continue
             sum_nats, scored = kernels.linear_cross_entropy(
                 hidden.flatten(0, 1), model.lm_head.weight, targets.flatten().to(machine.device), model.config.logit_softcap
             )
             nats += float(sum_nats)
             count += int(scored)
-            at += len(batch)
             if progress is not None:
                 progress(int(scored))
     model.train(was_training)

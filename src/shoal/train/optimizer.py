@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import OptimizerConfig
 from ..model import Transformer
@@ -62,18 +62,16 @@ class Optimizers:
             optimizer.load_state_dict(state)
 
 
-def _partition(model: Transformer) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+def _partition(model: Transformer) -> tuple[list[nn.Parameter], ...]:
     """Hidden matrices, embedding, head, and the rest (routers, norms, biases)."""
-    embed, head = [model.model.embed_tokens.weight], [] if model.config.tie_word_embeddings else [model.lm_head.weight]
-    apart = {id(p) for p in embed + head} | {id(layer.gate.weight) for layer in model.moe_layers}
-    hidden: list[Tensor] = []
-    small: list[Tensor] = []
-    for p in model.parameters():
-        if id(p) in apart and p is not embed[0] and not any(p is h for h in head):
-            small.append(p)
-        elif id(p) not in apart:
-            (hidden if p.ndim >= 2 else small).append(p)
-    return hidden, list(embed), list(head), small
+    # A pipeline stage may have neither.
+    embed = list(model.model.embed_tokens.parameters())
+    head = [] if model.config.tie_word_embeddings else list(model.lm_head.parameters())
+    ends, routers = {id(p) for p in embed + head}, {id(layer.gate.weight) for layer in model.moe_layers}
+    rest = [p for p in model.parameters() if id(p) not in ends]
+    hidden = [p for p in rest if id(p) not in routers and p.ndim >= 2]
+    small = [p for p in rest if id(p) in routers or p.ndim < 2]
+    return hidden, embed, head, small
 
 
 def clip_gradients(shards: Shards, limit: float) -> Tensor:

@@ -7,10 +7,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..parallel import micro_batch
+from ..model import Output
+from ..parallel import Pipeline, micro_batch
 from ..runtime import Machine
 from .balance import StepRouting
-from .loss import Losses, compute_losses
+from .loss import Losses, compute_losses, losses_of
 from .state import TrainState
 
 
@@ -22,6 +23,10 @@ class Passes(Protocol):
 
         Returns the means `[4]` of total, main, MTP and balance loss over these rows, and their routing.
         """
+        ...
+
+    def hidden(self, ids: Tensor) -> Tensor | None:
+        """Last hidden states `[B, T, D]` of `ids [B, T]`, without gradients; None where another process has them."""
         ...
 
 
@@ -51,7 +56,51 @@ class PlainPasses:
         (losses.total / parts).backward()
         return losses
 
+    def hidden(self, ids: Tensor) -> Tensor | None:
+        return self.state.model(ids).hidden
+
+
+class PipelinePasses:
+    """All micro-batches of a step through the stages of a pipeline."""
+
+    def __init__(self, state: TrainState, machine: Machine) -> None:
+        self.state, self.config, self.device = state, state.config, machine.device
+        config, team = state.config, state.team
+        rows = micro_batch(config, team.layout.data)
+        self.count = config.batch_size // team.layout.data // rows
+        self.parts = self.count * team.layout.data
+        self.mtp_weight = 0.0
+        self.losses: list[Losses] = []
+        shape = (rows, config.sequence_length + 1 + config.model.num_nextn_predict_layers)
+        self.pipeline = Pipeline(state.model, team, self._finish, machine.autocast, shape, self.count)
+
+    def _finish(self, output: Output, rows: Tensor) -> Tensor:
+        losses = losses_of(output, self.state.model, rows, self.mtp_weight, self.config.balance.sequence_loss)
+        total = losses.total
+        losses.total = total.detach()
+        self.losses.append(losses)
+        return total / self.parts
+
+    def __call__(self, batch: Tensor, mtp_weight: float) -> tuple[Tensor, StepRouting]:
+        model, alpha = self.config.model, self.config.balance.sequence_loss
+        self.mtp_weight, self.losses = mtp_weight, []
+        depth = model.num_nextn_predict_layers if mtp_weight else 0
+        seen = self.pipeline.step(batch.to(self.device), depth, alpha / self.parts)
+        mixtures = [i for i in range(model.num_hidden_layers + depth) if model.is_moe_layer(i)]
+        passes = [([mixtures.index(i) for i in stage.layers], stage.routing) for stage in seen]
+        routing = StepRouting.of_stages(passes, (len(mixtures), model.n_routed_experts or 0), self.count)
+        balance = sum((stage.balance for stage in seen), torch.zeros(())) / self.count
+        main, mtp = (sum((getattr(loss, name) for loss in self.losses), torch.zeros(())) / self.count for name in ("main", "mtp"))
+        # Each process adds its part of the total: the balance losses of its layers, and the last stage the others.
+        total = main + mtp_weight * mtp + alpha * balance
+        return torch.stack([total, main, mtp, balance / max(len(mixtures), 1)]), routing
+
+    def hidden(self, ids: Tensor) -> Tensor | None:
+        return self.pipeline.hidden(ids)
+
 
 def make_passes(state: TrainState, machine: Machine) -> Passes:
     """What `state.config.parallel` asks for."""
+    if state.team.layout.pipeline > 1:
+        return PipelinePasses(state, machine)
     return PlainPasses(state, machine)

@@ -25,7 +25,7 @@ from .display import Display
 from .likelihood import held_out, likelihood
 from .metrics import MetricsLog
 from .optimizer import clip_gradients
-from .passes import make_passes
+from .passes import Passes, make_passes
 from .run_folder import RunFolder, find_run, holds_run, new_run, refuse_changes, run_facts
 from .schedule import learning_rate_share, mtp_weight
 from .signals import StopRequest
@@ -164,7 +164,7 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
             if budget.progress(at.step, at.seconds) < 1 and not stopping:
                 saving = state.save_is_due()
                 if saving or state.evaluation_is_due():
-                    bpb = evaluate(state, machine, log, display, config.eval_tokens)
+                    bpb = evaluate(state, passes, machine, log, display, config.eval_tokens)
                     at.last_eval = at.seconds = team.agree_on_time(time.perf_counter() - began)
                 if saving:
                     state.save(bpb)
@@ -174,10 +174,10 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
             state.save(None)
             display.message(f"stopped at step {at.step} and saved; go on with: shoal train --resume --out {state.folder.path}")
             return Trained(state.folder.path, {"step": at.step}, finished=False, reports=team.is_first)
-        state.save(evaluate(state, machine, log, display, config.eval_tokens))
+        state.save(evaluate(state, passes, machine, log, display, config.eval_tokens))
         display.message("scoring the held-out text")
         documents = held_out(state.data, 64 * config.eval_tokens)
-        final = likelihood(model, machine, documents, window=config.sequence_length, team=team)
+        final = likelihood(model, machine, documents, window=config.sequence_length, team=team, hidden_of=passes.hidden)
     if not team.is_first:
         return Trained(state.folder.path, {"step": at.step}, finished=True, reports=False)
     summary = summarize(state, machine, documents, final)
@@ -185,11 +185,11 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
     return Trained(state.folder.path, summary, finished=True)
 
 
-def evaluate(state: TrainState, machine: Machine, log: MetricsLog, display: Display, tokens: int) -> float:
+def evaluate(state: TrainState, passes: Passes, machine: Machine, log: MetricsLog, display: Display, tokens: int) -> float:
     """Bits per byte of about `tokens` tokens of held-out documents, the same ones every time."""
     at = state.counters
     documents = held_out(state.data, tokens)
-    result = likelihood(state.model, machine, documents, window=state.config.sequence_length, team=state.team)
+    result = likelihood(state.model, machine, documents, window=state.config.sequence_length, team=state.team, hidden_of=passes.hidden)
     row = {
         "step": at.step, "tokens": at.tokens, "flops": at.flops, "seconds": round(at.seconds, 3),
         "val_bpb": result.bits_per_byte, "val_loss": result.nats_per_token,

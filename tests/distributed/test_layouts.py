@@ -13,6 +13,7 @@ QUICK: list[tuple[int, dict[str, Any]]] = [
     (2, {"dense": "replicate"}),
     (2, {"expert": 2}),
     (2, {"expert": 2, "dense": "replicate", "dispatch": "flat"}),
+    (2, {"expert": 2, "overlap": True}),
     (2, {"pipeline": 2}),
     (2, {"pipeline": 2, "schedule": "zbv"}),
 ]
@@ -22,6 +23,7 @@ SLOW: list[tuple[int, dict[str, Any]]] = [
     (4, {"expert": 2}),  # FSDP2 x EP
     (4, {"expert": 4, "per_node": 2}),
     (4, {"expert": 4, "dispatch": "flat"}),
+    (4, {"expert": 4, "per_node": 2, "overlap": True}),
     (2, {"pipeline": 2, "schedule": "interleaved"}),
     (2, {"pipeline": 2, "schedule": "dualpipev"}),
     (4, {"pipeline": 4}),

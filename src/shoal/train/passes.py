@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..model import Output
-from ..parallel import Pipeline, micro_batch
+from ..parallel import Halves, Pipeline, TravellingDispatcher, micro_batch
 from ..runtime import Machine
 from .balance import StepRouting
 from .loss import Losses, compute_losses, losses_of
@@ -42,22 +43,36 @@ class PlainPasses:
         parts = len(micro_batches) * self.state.team.layout.data
         figures, routing = [], StepRouting()
         for rows in micro_batches:
-            losses = self.forward_backward(rows, mtp_weight, parts)
-            figures.append(torch.stack([losses.total.detach(), losses.main, losses.mtp, losses.balance]))
-            routing.add(losses.routing)
-            # What is left of its graph would lie between the large blocks that the next forward pass wants to use again.
-            del losses
+            for losses in self.forward_backward(rows, mtp_weight, parts):
+                figures.append(torch.stack([losses.total.detach(), losses.main, losses.mtp, losses.balance]))
+                routing.add(losses.routing)
+                # What is left of its graph would lie between the large blocks that the next forward pass wants to use again.
+                del losses
         return torch.stack(figures).mean(0), routing
 
-    def forward_backward(self, rows: Tensor, mtp_weight: float, parts: int) -> Losses:
+    def forward_backward(self, rows: Tensor, mtp_weight: float, parts: int) -> list[Losses]:
         """Losses of one of `parts` equal parts of a step."""
         with self.machine.autocast():
             losses = compute_losses(self.state.model, rows.to(self.machine.device), mtp_weight, self.config.balance.sequence_loss)
         (losses.total / parts).backward()
-        return losses
+        return [losses]
 
     def hidden(self, ids: Tensor) -> Tensor | None:
         return self.state.model(ids).hidden
+
+
+class HalvedPasses(PlainPasses):
+    """Two halves of every micro-batch in turns: one computes while the tokens of the other travel to experts."""
+
+    def __init__(self, state: TrainState, machine: Machine) -> None:
+        super().__init__(state, machine)
+        dispatcher = state.model.moe_layers[0].dispatcher
+        assert isinstance(dispatcher, TravellingDispatcher)
+        self.halves = dispatcher.courier = Halves()
+
+    def forward_backward(self, rows: Tensor, mtp_weight: float, parts: int) -> list[Losses]:
+        first, second = (partial(super(HalvedPasses, self).forward_backward, half, mtp_weight, 2 * parts) for half in rows.chunk(2))
+        return [losses for half in self.halves.run(first, second) for losses in half]
 
 
 class PipelinePasses:
@@ -103,4 +118,6 @@ def make_passes(state: TrainState, machine: Machine) -> Passes:
     """What `state.config.parallel` asks for."""
     if state.team.layout.pipeline > 1:
         return PipelinePasses(state, machine)
+    if state.config.parallel.overlap:
+        return HalvedPasses(state, machine)
     return PlainPasses(state, machine)

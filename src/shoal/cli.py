@@ -15,6 +15,7 @@ import tyro
 
 from . import __version__
 from .config import (
+    BenchDispatchCommand,
     BenchEngineCommand,
     BenchQuantizationCommand,
     BenchServeCommand,
@@ -168,7 +169,13 @@ def _measurements() -> Measurements:
 
 def bench(args: list[str]) -> None:
     """Measure Shoal beside its peers: shoal bench train --vs transformers"""
-    benches = {"train": _bench_train, "engine": _bench_engine, "quantization": _bench_quantization, "serve": _bench_serve}
+    benches = {
+        "train": _bench_train,
+        "engine": _bench_engine,
+        "quantization": _bench_quantization,
+        "serve": _bench_serve,
+        "dispatch": _bench_dispatch,
+    }
     if args[:1] in (["-h"], ["--help"]):
         print(f"shoal bench NAME [OPTIONS]; NAME is one of: {', '.join(benches)}")
         return
@@ -205,6 +212,14 @@ def _bench_serve(args: list[str]) -> None:
     command = parse(BenchServeCommand, args, "bench serve")
 
     from .bench.serve import run_bench
+
+    finish(run_bench(command), as_json=True)
+
+
+def _bench_dispatch(args: list[str]) -> None:
+    command = parse(BenchDispatchCommand, args, "bench dispatch")
+
+    from .bench.dispatch import run_bench
 
     finish(run_bench(command), as_json=True)
 

@@ -1,6 +1,7 @@
 """Settings: dataclasses with validation, TOML recipes, dotted overrides. Knows nothing else of Shoal."""
 
 from .bench import CASES as CASES
+from .bench import BenchDispatchCommand as BenchDispatchCommand
 from .bench import BenchEngineCommand as BenchEngineCommand
 from .bench import BenchQuantizationCommand as BenchQuantizationCommand
 from .bench import BenchServeCommand as BenchServeCommand

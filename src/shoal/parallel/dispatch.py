@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from ..config import ParallelConfig
 from .team import Team
-from .wire import Format, pack, row_bytes, unpack
+from .wire import Format, pack, read, row_bytes, unpack
 
 T = TypeVar("T")
 NOBODY = -1
@@ -91,7 +91,7 @@ def _travel(
         payload = torch.cat([pack(x, format), _bytes(extra)], dim=1)
         arrived = route.exchange(payload, outward)
         size = row_bytes(x.shape[1], format, x.dtype)
-        arrived_extra = arrived[:, size:].contiguous().view(extra.dtype).view(len(arrived), extra.shape[1])
+        arrived_extra = read(arrived[:, size:], extra.dtype)
         return unpack(arrived[:, :size], format, x.shape[1], x.dtype), arrived_extra
 
     return courier(exchange)
@@ -157,7 +157,7 @@ def _announce(group: dist.ProcessGroup, rows: Tensor, receivers: Tensor, ids: Te
     """Plan a route and send ahead which experts its rows are for."""
     route = Route.plan(group, rows, receivers)
     arrived = route.exchange(_bytes(ids.to(torch.int16)), outward=True)
-    return route, arrived.view(torch.int16).view(len(arrived), ids.shape[1])
+    return route, read(arrived, torch.int16)
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,18 @@ def unpack(packed: Tensor, format: Format, width: int, dtype: torch.dtype) -> Te
     """Inverse of `pack`, `[R, width]` in `dtype`, rounded as the format does."""
     if format == "fp8":
         scales_bytes = 4 * -(-width // TILE)
-        scales = packed[:, :scales_bytes].contiguous().view(torch.float32)
-        numbers = packed[:, scales_bytes:].contiguous().view(torch.float8_e4m3fn).float()
+        scales = read(packed[:, :scales_bytes], torch.float32)
+        numbers = read(packed[:, scales_bytes:], torch.float8_e4m3fn).float()
         return (numbers * scales.repeat_interleave(TILE, dim=1)[:, :width]).to(dtype)
-    return packed.contiguous().view(torch.bfloat16 if format == "bf16" else dtype).to(dtype)
+    return read(packed, torch.bfloat16 if format == "bf16" else dtype).to(dtype)
+
+
+def read(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers `[R, C]` that lie in bytes `[R, B]`."""
+    numbers = torch.empty(len(packed), packed.shape[1] // dtype.itemsize, dtype=dtype, device=packed.device)
+    if numbers.numel():  # what is empty may have strides that do not divide
+        numbers.view(torch.uint8).copy_(packed)
+    return numbers
 
 
 def row_bytes(width: int, format: Format, dtype: torch.dtype) -> int:

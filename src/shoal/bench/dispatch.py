@@ -41,9 +41,7 @@ def run_bench(command: BenchDispatchCommand) -> dict[str, Any]:
         mbit = command.link_mbit
         if mbit is None:
             mbit = _rate_for_half(network, task, command.nodes)
-            print(
-                f"links of {mbit:.0f} Mbit/s: at that rate the flat step takes twice as long as over links without a limit", file=sys.stderr
-            )
+            print(f"links of {mbit:.0f} Mbit/s: as busy as the processors in a flat step without overlap", file=sys.stderr)
         network.limit(mbit)
         measured = _measure(network, task, command.nodes)
     expected = predicted(task, command.nodes)
@@ -99,10 +97,10 @@ def _measure(network: Network, task: Task, nodes: int) -> Results:
             raise UserError(f"a process of the benchmark failed: {words[-1] if words else 'it was killed'}")
         return json.loads(said.splitlines()[-1])
     finally:
-        for process, errors in workers:
+        for process, complaints in workers:
             process.kill()
             process.wait()
-            errors.close()
+            complaints.close()
 
 
 def _print_table(measured: Results, expected: dict[str, float]) -> None:

@@ -19,9 +19,7 @@ class Network:
     def __init__(self, nodes: int) -> None:
         """Raises `UserError` where namespaces cannot be made."""
         if os.geteuid() != 0:
-            raise UserError(
-                "network namespaces need root: run as root, or in a container that has the NET_ADMIN and SYS_ADMIN capabilities"
-            )
+            raise UserError("network namespaces need root: run as root, in a container with the capabilities NET_ADMIN and SYS_ADMIN")
         for tool in ("ip", "tc"):
             if shutil.which(tool) is None:
                 raise UserError(f"the command {tool} is not installed: install iproute2")

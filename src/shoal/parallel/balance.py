@@ -59,7 +59,7 @@ def place_experts(load: list[float], places: int, groups: int, nodes: int, devic
 
 
 def pack(weights: list[float], packs: int) -> list[list[int]]:
-    """Items into packs of equal size: the heaviest first, each into the lightest pack with room. Returns the items of each in that order."""
+    """Items into packs of equal size: the heaviest first, each into the lightest pack with room. Returns each pack's items in order."""
     room = len(weights) // packs
     filled: list[list[int]] = [[] for _ in range(packs)]
     total = [0.0] * packs

@@ -35,7 +35,6 @@ def traced(config: TrainConfig, micro_batches: int, seconds: float) -> list[Inte
     pipeline = Pipeline(model, team, finish, contextlib.nullcontext, shape, micro_batches)
     batch = torch.randint(512, (micro_batches, shape[1]))
     pipeline.step(batch, 1, 0.0)  # warms up
-    pipeline.trace.clear()
     pipeline.pace.update(F=seconds, I=seconds, W=seconds, B=2 * seconds)
     torch.distributed.barrier()
     pipeline.step(batch, 1, 0.0)

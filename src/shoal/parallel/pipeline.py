@@ -211,6 +211,8 @@ class Pipeline:
         self.model, self.team = model, team
         layout, config = team.layout, model.config
         self.trace: list[Interval] = []
+        """Of the last step, and how long that took."""
+        self.seconds = 0.0
         self.pace: dict[str, float] = {}
         device = next(model.parameters()).device
         group = team.group("pipeline")
@@ -231,9 +233,12 @@ class Pipeline:
         """Forward and backward passes of `batch`, all micro-batches; what the stages of this process saw, stage by stage."""
         for stage in self.stages.values():
             stage.seen, stage.mtp_depth, stage.balance_share = [], mtp_depth, balance_share
+        self.trace.clear()
+        began = time.perf_counter()
         is_last = any(stage.is_last for stage in self.stages.values())
         args = (batch,) if 0 in self.stages else ()
         self.schedule.step(*args, rows=batch, return_outputs=False, **({"target": batch} if is_last else {}))
+        self.seconds = time.perf_counter() - began
         return [seen for stage in self.stages.values() for seen in stage.seen]
 
     def hidden(self, ids: Tensor) -> Tensor | None:

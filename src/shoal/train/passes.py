@@ -30,6 +30,10 @@ class Passes(Protocol):
         """Last hidden states `[B, T, D]` of `ids [B, T]`, without gradients; None where another process has them."""
         ...
 
+    def figures(self) -> dict[str, float]:
+        """What the last step showed of this process's waiting: `exposed_seconds` for tokens, `idle_share` of its place in a pipeline."""
+        ...
+
 
 class PlainPasses:
     """One micro-batch after the other, each forward and then backward."""
@@ -37,8 +41,13 @@ class PlainPasses:
     def __init__(self, state: TrainState, machine: Machine) -> None:
         self.state, self.machine, self.config = state, machine, state.config
         self.rows = micro_batch(state.config, state.team.layout.data)
+        self.halves = Halves()
+        for moe in state.model.moe_layers:
+            if isinstance(moe.dispatcher, TravellingDispatcher):
+                moe.dispatcher.courier = self.halves
 
     def __call__(self, batch: Tensor, mtp_weight: float) -> tuple[Tensor, StepRouting]:
+        self.halves.exposed_seconds = 0.0
         micro_batches = batch.split(self.rows)
         parts = len(micro_batches) * self.state.team.layout.data
         figures, routing = [], StepRouting()
@@ -60,15 +69,12 @@ class PlainPasses:
     def hidden(self, ids: Tensor) -> Tensor | None:
         return self.state.model(ids).hidden
 
+    def figures(self) -> dict[str, float]:
+        return {"exposed_seconds": self.halves.exposed_seconds} if self.state.team.layout.expert > 1 else {}
+
 
 class HalvedPasses(PlainPasses):
     """Two halves of every micro-batch in turns: one computes while the tokens of the other travel to experts."""
-
-    def __init__(self, state: TrainState, machine: Machine) -> None:
-        super().__init__(state, machine)
-        dispatcher = state.model.moe_layers[0].dispatcher
-        assert isinstance(dispatcher, TravellingDispatcher)
-        self.halves = dispatcher.courier = Halves()
 
     def forward_backward(self, rows: Tensor, mtp_weight: float, parts: int) -> list[Losses]:
         first, second = (partial(super(HalvedPasses, self).forward_backward, half, mtp_weight, 2 * parts) for half in rows.chunk(2))
@@ -112,6 +118,10 @@ class PipelinePasses:
 
     def hidden(self, ids: Tensor) -> Tensor | None:
         return self.pipeline.hidden(ids)
+
+    def figures(self) -> dict[str, float]:
+        trace = self.pipeline.trace
+        return {"idle_share": 1 - sum(i.end - i.start for i in trace) / self.pipeline.seconds}
 
 
 def make_passes(state: TrainState, machine: Machine) -> Passes:

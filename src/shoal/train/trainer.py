@@ -151,6 +151,7 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
             }  # fmt: skip
             if weight:
                 row["mtp_loss"] = mtp
+            row |= passes.figures()
             if routed:
                 row |= {"balance_loss": balance} | routing_row(routed)
                 if at.step % LOAD_EVERY == 1:

@@ -20,7 +20,7 @@ from shoal.data import Tokenizer, train_tokenizer
 from shoal.formats import complete_checkpoints, load_model
 from shoal.formats.checkpoints import checkpoint_step
 from shoal.model import Transformer
-from shoal.train import Trained, find_run, train
+from shoal.train import Trained, find_run, passes, train
 
 SUMMARY = {
     "val_bpb", "xz_bpb", "val_loss", "val_tokens", "val_bytes", "tokens", "steps", "skipped", "train_flops", "seconds",

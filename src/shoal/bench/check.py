@@ -37,13 +37,13 @@ from ..plan.scaling import scaled
 from ..plan.training import usable_memory
 from .check_runs import WARM_UP
 
-SECONDS = 12.0
+SECONDS = 18.0
 """About how long a training run is watched."""
 SCALES = (1, 4)
 """Times the parameters of the demo recipe."""
 LAYERS = 5
 """Of DeepSeek-V2-Lite, whose layers are decoded where no model is named: far more bytes a token than any cache holds."""
-CONTEXT, DECODED = 256, 64
+CONTEXT, DECODED = 256, 128
 """Tokens of the prompt, and tokens decoded after it."""
 
 NOTHING = ModelConfig(
@@ -81,7 +81,7 @@ class Training:
         title = f"train {name} ({count_parameters(shape).trained / 1e6:.1f}M, {precision})"
         missing = too_large(predicted, self.machine, self.assumptions)
         step = self.recipe.tokens_per_step / predicted.tokens_per_second
-        if not missing and 5 * step > 20 * SECONDS:
+        if not missing and 9 * step > 20 * SECONDS:
             missing = f"a step would take {step:.0f} s"
         return Case(title, predicted, None if missing else lambda: self.measure(shape, step), missing)
 
@@ -91,8 +91,8 @@ class Training:
         return self.machine.sustained.precision
 
     def measure(self, shape: ModelConfig, step: float) -> Prediction:
-        """Train `shape`, whose steps should take `step` seconds: median speed, and peak memory beyond that of next to nothing."""
-        steps = WARM_UP + min(max(5, math.ceil(SECONDS / step)), 40)
+        """Train `shape`, whose steps should take `step` seconds: speed, and peak memory beyond that of next to nothing."""
+        steps = WARM_UP + min(max(9, math.ceil(SECONDS / step)), 60)
         seen = self.run(replace(self.recipe, model=shape), steps)
         return replace(seen, memory_bytes=seen.memory_bytes - self.baseline)
 
@@ -105,7 +105,7 @@ class Training:
         return self.run(tiny, WARM_UP + 1).memory_bytes
 
     def run(self, recipe: TrainConfig, steps: int) -> Prediction:
-        """`shoal train` for so many steps, without evaluations on the way: median speed of a step, peak bytes of the process."""
+        """`shoal train` for so many steps, without evaluations on the way: speed of a step, peak bytes of the process."""
         with tempfile.TemporaryDirectory() as folder:
             settings = replace(
                 recipe, minutes=None, tokens=None, steps=steps, out=str(Path(folder) / "run"), precision=self.precision, eval_tokens=1,

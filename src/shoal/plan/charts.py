@@ -49,7 +49,7 @@ def draw_timeline(timeline: Timeline, out: str) -> None:
     axes.set_title(
         loc="left",
         label=f"{timeline.schedule.name}: {devices} devices, {timeline.schedule.microbatches} micro-batches, "
-        f"bubble {timeline.bubble:.3g} s of {timeline.makespan:.3g} s",
+        f"bubble of at most {timeline.bubble:.3g} s of {timeline.makespan:.3g} s",
     )
     kinds = {p.kind for row in timeline.compute for event in row for p in event.passes}
     axes.legend(

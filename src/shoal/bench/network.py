@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from types import TracebackType
 
 from ..config import UserError
@@ -27,6 +29,8 @@ class Network:
         self.nodes = [f"{self.switch}n{i}" for i in range(nodes)]
 
     def __enter__(self) -> Network:
+        # What asks us to stop must not leave namespaces behind.
+        self._before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
             self._ip("netns", "add", self.switch)
             self._ip("-n", self.switch, "link", "add", "bridge", "type", "bridge")
@@ -62,6 +66,7 @@ class Network:
         return ["ip", "netns", "exec", self.nodes[node], *command]
 
     def _remove(self) -> None:
+        signal.signal(signal.SIGTERM, self._before)
         for namespace in (*self.nodes, self.switch):
             subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
 

@@ -29,9 +29,16 @@ def unpack(packed: Tensor, format: Format, width: int, dtype: torch.dtype) -> Te
     if format == "fp8":
         scales_bytes = 4 * -(-width // TILE)
         scales = read(packed[:, :scales_bytes], torch.float32)
-        numbers = read(packed[:, scales_bytes:], torch.float8_e4m3fn).float()
-        return (numbers * scales.repeat_interleave(TILE, dim=1)[:, :width]).to(dtype)
+        numbers = torch.nn.functional.pad(from_fp8(packed[:, scales_bytes:]), (0, -width % TILE))
+        return (numbers.unflatten(1, (-1, TILE)) * scales.unsqueeze(-1)).flatten(1)[:, :width].to(dtype)
     return read(packed, torch.bfloat16 if format == "bf16" else dtype).to(dtype)
+
+
+def from_fp8(packed: Tensor) -> Tensor:
+    """Bytes that hold float8_e4m3fn (none of them NaN) as fp32; on a CPU several times as fast as torch's conversion."""
+    wide = packed.to(torch.int16)
+    # float16 has three mantissa bits at its top and an exponent whose bias is larger by 8.
+    return (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).view(torch.float16).float() * 2**8
 
 
 def read(packed: Tensor, dtype: torch.dtype) -> Tensor:

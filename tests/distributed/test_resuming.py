@@ -40,7 +40,7 @@ def assert_same_losses(rows: list[dict[str, Any]], expected: Learned) -> None:
             assert row[figure] == pytest.approx(expected.rows[row["step"] - 1][figure], abs=1e-5), (figure, row["step"])
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("optimizer", ["muon", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_a_checkpoint_of_two_processes_is_resumed_by_one_and_by_two(
     processes: Any, single: Callable[..., Learned], workshop: Path, tmp_path: Path, optimizer: str
 ) -> None:

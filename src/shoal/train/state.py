@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class TrainState:
     shards: Shards
     """Of the model, what this process holds."""
     counters: Counters = field(default_factory=Counters)
+    _saving: Future[None] | None = None
 
     @classmethod
     def create(
@@ -80,19 +82,33 @@ class TrainState:
     def save(self, bpb: float | None) -> None:
         """Write a checkpoint, `bpb` being its bits per byte on held-out text where measured; let go of those no longer kept.
 
-        All processes of a team call this; the first one writes.
+        All processes of a team call this; the first one gathers copies and writes them while training goes on. A process by itself has
+        no copies and waits.
         """
+        self.finish_saving()
         at = self.counters
         if bpb is not None and bpb < at.best_bpb:
             at.best_bpb, at.best_step = bpb, at.step
         saved: dict[str, Any] = {
             "optimizers": gather_optimizers(self.optimizers, self.config.model, self.config.optimizer, self.shards),
             "batches": self.batches.state_dict(),
-            "counters": vars(at),
+            "counters": dict(vars(at)),
         }
         model = gather_model(self.model, self.shards)
-        if not self.team.is_first:
-            return
+        if self.team.is_alone:
+            self._write(model, saved, replace(at))
+        elif self.team.is_first:
+            writer = ThreadPoolExecutor(1, "checkpoint")
+            self._saving = writer.submit(self._write, model, saved, replace(at))
+            writer.shutdown(wait=False)
+
+    def finish_saving(self) -> None:
+        """Wait until the last checkpoint is on disk; raises what its writing raised."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.result()
+
+    def _write(self, model: Transformer, saved: dict[str, Any], at: Counters) -> None:
         keep = self.config.checkpoint
         checkpoints.save_checkpoint(self.folder.path, at.step, model, self.data.tokenizer, saved)
         if at.best_step >= 0:

@@ -173,12 +173,14 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
 
         if stopping:
             state.save(None)
+            state.finish_saving()
             display.message(f"stopped at step {at.step} and saved; go on with: shoal train --resume --out {state.folder.path}")
             return Trained(state.folder.path, {"step": at.step}, finished=False, reports=team.is_first)
         state.save(evaluate(state, passes, machine, log, display, config.eval_tokens))
         display.message("scoring the held-out text")
         documents = held_out(state.data, 64 * config.eval_tokens)
         final = likelihood(model, machine, documents, window=config.sequence_length, team=team, hidden_of=passes.hidden)
+    state.finish_saving()
     if not team.is_first:
         return Trained(state.folder.path, {"step": at.step}, finished=True, reports=False)
     summary = summarize(state, machine, documents, final)

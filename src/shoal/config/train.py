@@ -122,7 +122,7 @@ class TrainConfig:
     batch_size: int = 16
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: int | None = None
-    """Sequences per forward pass; None: the whole batch (divided by the ranks)."""
+    """Sequences per forward pass; None: all that a process gets of a batch, or one in a pipeline."""
     eval_every_minutes: float = 1.0
     """Time between quick evaluations on held-out text during training; 0: only at the end."""
     eval_tokens: int = 32768

@@ -54,7 +54,7 @@ def summarize(state: TrainState, machine: Machine, scored: list[Document], final
         "train_flops": at.flops,
         "seconds": at.seconds,
         "tokens_per_second": at.tokens / training_seconds,
-        "peak_share": at.flops / training_seconds / machine.peak_flops,
+        "peak_share": at.flops / training_seconds / (machine.peak_flops * state.team.layout.world),
         "max_vio": sum(violations) / len(violations) if violations else None,
         "params_total": count.total,
         "params_active": count.active,

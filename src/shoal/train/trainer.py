@@ -146,7 +146,7 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
                 "loss": main, "bpb": main / math.log(2) / bytes_per_token, "lr": lr_share, "grad_norm": norm,
                 "tokens_per_second": config.tokens_per_step / (now - step_began),
                 "tflops": spent / (now - step_began) / 1e12,
-                "peak_share": spent / (now - step_began) / machine.peak_flops,
+                "peak_share": spent / (now - step_began) / (machine.peak_flops * team.layout.world),
                 "skipped": at.skipped,
             }  # fmt: skip
             if weight:

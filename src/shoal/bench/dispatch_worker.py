@@ -70,7 +70,7 @@ class Bench:
         self.machine = Machine(torch.device("cpu"), "fp32", 1, 1.0, "")
 
     def measure(self, changes: dict[str, Any]) -> dict[str, float]:
-        """Of one variant: bytes of a dispatch over all links, seconds of a step and of waiting in it, and the loss of the last step."""
+        """Of one variant: bytes of a dispatch over all links, seconds of a step and of waiting in it, and the mean loss of all steps."""
         self.model.load_state_dict(self.start)
         layout = ParallelConfig(**{**vars(self.config.parallel), **changes})
         dispatcher = make_dispatcher(layout, self.team, self.task.experts)
@@ -79,9 +79,11 @@ class Bench:
             moe.dispatcher = dispatcher
         state = cast(Any, SimpleNamespace(config=self.config, model=self.model, team=self.team, shards=self.shards))
         passes = (HalvedPasses if layout.overlap else PlainPasses)(state, self.machine)
-        optimizers = Optimizers(self.model, OptimizerConfig(name="adamw"), self.shards)
+        optimizers = Optimizers(self.model, OptimizerConfig(name="adamw", adam_eps=1e-8), self.shards)
+        bytes_of = {"dispatch_bytes": self._dispatch_bytes(dispatcher, even=True)}
+        bytes_of["router_bytes"] = self._dispatch_bytes(dispatcher, even=False)
         generator = torch.Generator().manual_seed(self.task.seed + 1)
-        seconds, waited, sent, loss = [], [], [], 0.0
+        seconds, waited, sent, losses = [], [], [], []
         for _ in range(self.task.steps + 1):  # the first one warms up
             shape = (self.team.layout.world * self.task.batch, self.task.sequence + 1)
             batch = torch.randint(self.config.model.vocab_size, shape, generator=generator)
@@ -93,7 +95,7 @@ class Bench:
             seconds.append(time.perf_counter() - began)
             waited.append(passes.halves.exposed_seconds)
             sent.append(self._sent() - before)
-            loss = float(self.team.sum(figures)[1] / self.team.layout.world)
+            losses.append(float(self.team.sum(figures)[1] / self.team.layout.world))
             self.shards.collect_gradients()
             optimizers.step(0.25)
             optimizers.zero_grad()
@@ -101,16 +103,27 @@ class Bench:
         share = self.team.sum(torch.tensor(waited, dtype=torch.float64)) / self.team.layout.world
         median = sorted(range(1, len(seconds)), key=seconds.__getitem__)[(len(seconds) - 1) // 2]
         return {
-            "dispatch_bytes": self._dispatch_bytes(dispatcher), "step_bytes": sent[-1], "step_seconds": seconds[median],
-            "exposed_seconds": share[median].item(), "loss": loss,
+            **bytes_of, "step_bytes": sent[-1], "step_seconds": seconds[median],
+            "exposed_seconds": share[median].item(), "loss": sum(losses) / len(losses),
         }  # fmt: skip
 
-    def _dispatch_bytes(self, dispatcher: TravellingDispatcher) -> float:
-        """What the links carry when tokens go to their experts once, without their way back."""
-        count = self.task.batch * self.task.sequence
-        x = torch.randn(count, self.task.hidden, generator=torch.Generator().manual_seed(self.team.rank))
+    def _dispatch_bytes(self, dispatcher: TravellingDispatcher, even: bool) -> float:
+        """What the links carry when tokens go to their experts once, without their way back.
+
+        `even`: every choice that the limit to groups admits is equally likely; otherwise the router, not yet trained, chooses.
+        """
+        count, config = self.task.batch * self.task.sequence, self.config.model
+        generator = torch.Generator().manual_seed(self.team.rank)
+        x = torch.randn(count, self.task.hidden, generator=generator)
         with torch.no_grad():
             weights, indices, _ = self.model.moe_layers[0].gate(x)
+            if even:
+                groups = torch.rand(count, config.n_group, generator=generator).topk(config.topk_group).indices
+                is_open = torch.zeros(count, config.n_group).scatter_(1, groups, 1.0)
+                draw = torch.rand(count, self.task.experts, generator=generator)
+                indices = (
+                    (draw + is_open.repeat_interleave(self.task.experts // config.n_group, 1)).topk(config.num_experts_per_tok).indices
+                )
             before = self._sent()
             dispatcher.dispatch(x, indices, weights, self.task.experts)
             return self._sent() - before

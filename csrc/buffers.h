@@ -53,15 +53,14 @@ struct Activations {
         a.columns = width, a.padded = group ? round_up(width, group) : width;
         return a;
     }
-    // Quantize columns [begin, end) of a row; begin is a multiple of the group.
-    SHOAL_INLINE_MEMBER void quantize(int64_t i, int64_t begin, int64_t end) const {
-        if (!group) return;
-        for (int64_t c = begin; c < end; c += group) {
-            const int64_t g = i * (padded / group) + c / group;
-            quantize_group(row(i) + c, smaller(group, columns - c), group, quants + i * padded + c, scales + g, sums + g);
-        }
+    // Quantize a row whose floats have been written.
+    SHOAL_INLINE_MEMBER void quantize(int64_t i) const { quantize(i, 0, columns, row(i)); }
+    // Columns [begin, end) of row i become x, in the forms that are kept; begin is a multiple of the group.
+    SHOAL_INLINE_MEMBER void set(int64_t i, int64_t begin, int64_t end, const float* x) const {
+        if (floats) memcpy(row(i) + begin, x, (end - begin) * 4);
+        quantize(i, begin, end, x);
     }
-    SHOAL_INLINE_MEMBER void quantize(int64_t i) const { quantize(i, 0, columns); }
+    SHOAL_INLINE_MEMBER void set(int64_t i, const float* x) const { set(i, 0, columns, x); }
     SHOAL_INLINE_MEMBER void copy(int64_t i, const Activations& other, int64_t j) const {
         if (floats) memcpy(row(i), other.row(j), columns * 4);
         if (!group) return;
@@ -69,6 +68,15 @@ struct Activations {
         memcpy(quants + i * padded, other.quants + j * padded, padded);
         memcpy(scales + i * groups, other.scales + j * groups, groups * 4);
         memcpy(sums + i * groups, other.sums + j * groups, groups * 4);
+    }
+
+  private:
+    SHOAL_INLINE_MEMBER void quantize(int64_t i, int64_t begin, int64_t end, const float* x) const {
+        if (!group) return;
+        for (int64_t c = begin; c < end; c += group) {
+            const int64_t g = i * (padded / group) + c / group;
+            quantize_group(x + c - begin, smaller(group, columns - c), group, quants + i * padded + c, scales + g, sums + g);
+        }
     }
 };
 
@@ -81,10 +89,11 @@ struct Buffers {
     Activations q_latent;  // [T, q_lora_rank]
     float* projected;      // [T, all of q, kv_a (or k, v)]
     int64_t projected_width;
-    Activations nope;    // [H, T, nope]
-    float* queries;      // [T, H, key width]
+    Activations nope;    // [H, T, nope], as the model's matrices read it
+    float* queries;      // [query_tokens, H, key width]
+    int64_t query_tokens;
     float* partials;
-    Activations mixed;    // [H, T, R] MLA: attention over the latent, divided by its weight
+    Activations mixed;    // [H, T, R] MLA: attention over the latent, divided by its weight; as the model's matrices read it
     Activations heads;    // [T, H * V]
     float* scores;        // [T, E]
     int32_t* chosen;      // [T, K]
@@ -93,7 +102,9 @@ struct Buffers {
     int32_t* token_of;    // [slots]
     Activations gathered;  // [slots, D]
     Activations wide;     // [slots, F] experts' inner activations
-    Activations dense;    // [T, dense or shared width]
+    Activations dense;    // [T, width] of a layer without experts
+    Activations shared;   // [T, width] of shared experts
+    float* inner;         // [threads, kSlice, columns of one item]
     float* results;       // [threads, slots + T, columns of one item]
     uint16_t* pairs;      // [threads, kBlock, value width in stripes]
     Queries* items;
@@ -102,11 +113,14 @@ struct Buffers {
 };
 
 constexpr int64_t kResultBytes = 1 << 18;
+constexpr int64_t kQueryTokens = 128;  // of a long prompt, whose absorbed queries (wider than the stream) exist at a time
+constexpr int64_t kItemTiles = 16;  // at most, in one work item
+constexpr int64_t kSlice = 64;      // tokens whose inner activations are in the making
 
 // Tiles of one work item: every thread gets some of them, and they stay in its cache while the tokens pass.
 SHOAL_INLINE int64_t tiles_per_item(const Matrix& w, int threads) {
     const int64_t fair = w.tiles() / (threads * 6), fitting = (int64_t{1} << 19) / larger(w.tile_bytes(), 1);
-    return larger(1, smaller(fair, smaller(fitting, 16)));
+    return larger(1, smaller(fair, smaller(fitting, kItemTiles)));
 }
 
 // Where the latent starts among the projections of a token: behind its queries, compressed or not.
@@ -142,35 +156,48 @@ static int64_t divide_queries(const Model& model, const Step& step, Queries* ite
 static Buffers take_buffers(Arena& arena, const Model& model, const Step& step, const Layer* layers, int64_t layer_count, int threads) {
     Buffers b = {};
     const int64_t T = step.tokens, H = model.heads, D = model.hidden, group = model.group;
-    int64_t wide = 0, dense = 0;
-    bool mixture = false, joins = false, plain = false;
+    int64_t wide = 0, dense = 0, shared = 0;
+    bool mixture = false, joins = false;
     for (const Layer* layer = layers; layer < layers + layer_count; ++layer) {
-        dense = larger(dense, layer->dense.gate.rows);
+        int64_t& width = layer->mixture >= 0 ? shared : dense;
+        width = larger(width, layer->dense.gate.rows);
         wide = larger(wide, layer->experts.gate.rows);
         mixture |= layer->mixture >= 0;
         joins |= bool(layer->join);
-        plain |= layer->mixture >= 0 && !layer->experts.gate.quantized();
     }
     const int64_t K = mixture ? model.per_token : 0, E = mixture ? model.experts : 0;
+    // Whether a matrix of some layer reads floats; where none does, only the quantized copy is kept.
+    auto plain = [&](auto matrix_of) {
+        for (const Layer* layer = layers; layer < layers + layer_count; ++layer)
+            if (const Matrix& w = matrix_of(*layer); w && !w.quantized()) return true;
+        return false;
+    };
+    const bool plain_experts = plain([](const Layer& l) -> const Matrix& { return l.experts.gate; });
+    const bool plain_inner = plain([](const Layer& l) -> const Matrix& { return l.experts.down; });
+    const bool plain_dense = plain([](const Layer& l) -> const Matrix& { return l.dense.down; });
     b.slots = T * K;
     b.x = Activations::make(arena, T, D, 0);
     b.normed = Activations::make(arena, T, D, group);
     b.joined = Activations::make(arena, joins ? T : 0, 2 * D, group);
     const int64_t half = arena.used();
 
-    // Attention.
+    // Attention. What it gives, `heads`, lies where its projections were.
+    b.heads = Activations::make(arena, T, H * head_width_of(model), group);
+    const int64_t heads = arena.used();
+    arena.resume(half);
     b.q_latent = Activations::make(arena, T, model.q_rank, group);
     b.projected_width = model.latent ? kv_column(model) + model.rank + model.rope : (H + 2 * model.kv_heads) * model.head;
     b.projected = arena.take<float>(T * b.projected_width);
-    b.nope = Activations::make(arena, model.latent ? H * T : 0, model.nope, group);
-    b.queries = arena.take<float>(T * H * key_width_of(model));
-    b.mixed = Activations::make(arena, model.latent ? H * T : 0, model.rank, group);
-    b.heads = Activations::make(arena, T, H * head_width_of(model), group);
-    b.pairs = arena.take<uint16_t>(threads * pairs_size(model));
+    b.nope = Activations::make(arena, model.latent ? H * T : 0, model.nope, group, plain([](const Layer& l) -> const Matrix& { return l.k_up; }));
+    arena.resume(larger(heads, arena.used()));
     b.item_count = divide_queries(model, step, nullptr, &b.partial_count);
     // Few items: their blocks are spread over the threads. Many: an item's blocks stay on one thread and need no memory of their own.
     b.divided = b.item_count < 4 * threads;
     if (!b.divided) b.partial_count = 2 * threads;
+    b.query_tokens = model.latent && !b.divided ? smaller(T, kQueryTokens) : T;
+    b.queries = arena.take<float>(b.query_tokens * H * key_width_of(model));
+    b.mixed = Activations::make(arena, model.latent ? H * T : 0, model.rank, group, plain([](const Layer& l) -> const Matrix& { return l.v_up; }));
+    b.pairs = arena.take<uint16_t>(threads * pairs_size(model));
     b.partials = arena.take<float>(b.partial_count * partial_size(value_width_of(model)));
     const int64_t attention = arena.used();
 
@@ -182,9 +209,15 @@ static Buffers take_buffers(Arena& arena, const Model& model, const Step& step, 
     b.expert_end = arena.take<int64_t>(E);
     b.slot_of = arena.take<int64_t>(b.slots);
     b.token_of = arena.take<int32_t>(b.slots);
-    b.gathered = Activations::make(arena, b.slots, D, group, plain);
-    b.wide = Activations::make(arena, b.slots, wide, group);
-    b.dense = Activations::make(arena, T, dense, group);
+    const int64_t experts = arena.used();
+    b.gathered = Activations::make(arena, b.slots, D, group, plain_experts);
+    b.wide = Activations::make(arena, b.slots, wide, group, plain_inner);
+    b.shared = Activations::make(arena, T, shared, group, plain_dense);
+    const int64_t mixtures = arena.used();
+    arena.resume(experts);
+    b.dense = Activations::make(arena, T, dense, group, plain_dense);
+    arena.resume(larger(mixtures, arena.used()));
+    b.inner = arena.take<float>(threads * kSlice * kItemTiles * kTile);
     b.results = arena.take<float>(threads * larger((b.slots + T) * kTile, kResultBytes / 4));
     arena.resume(larger(attention, arena.used()));
 

@@ -95,10 +95,10 @@ struct Walk {
         write_cached(step.cache, layer, table_of(token)[position / kPage], position % kPage, first, x, count);
     }
 
-    // MLA (2405.04434, section 2.1), absorbed: fills the cache and b.queries [T, H, R + P].
-    void latent_queries(Member& me, const Layer& layer, int64_t number) const {
+    // MLA (2405.04434, section 2.1): fills the cache, b.nope and, behind each head's `nope` columns of b.projected, its turned rope part.
+    void latent_projections(Member& me, const Layer& layer, int64_t number) const {
         const int64_t T = step.tokens, H = model.heads, N = model.nope, P = model.rope, R = model.rank, W = b.projected_width;
-        const int64_t kv = kv_column(model), key = R + P;
+        const int64_t kv = kv_column(model);
         if (layer.q_a) {
             const Product down[] = {{&layer.q_a, nullptr, 0}, {&layer.kv_a, nullptr, kv}};
             project(me, down, b.normed.from(0), T, b.projected, W);
@@ -117,27 +117,33 @@ struct Walk {
             const float *cos = step.cos + position * (P / 2), *sin = step.sin + position * (P / 2);
             float* row = b.projected + t * W;
             if (h < H) {
-                float *q = row + h * (N + P), *query = b.queries + (t * H + h) * key;
+                float* q = row + h * (N + P);
                 if (model.qk_norm_eps > 0) normalise(q, nullptr, model.qk_norm_eps, N + P, q);
                 turn(q + N, cos, sin, P, true);
-                memcpy(query + R, q + N, P * 4);
-                memcpy(b.nope.row(h * T + t), q, N * 4);
-                b.nope.quantize(h * T + t);
+                b.nope.set(h * T + t, q);
                 return;
             }
             float *latent = row + kv, *rotary = latent + R;
             normalise(latent, layer.kv_a_norm, model.latent_norm_eps, R, latent);
             if (model.qk_norm_eps > 0) normalise(rotary, nullptr, model.qk_norm_eps, P, rotary);
             turn(rotary, cos, sin, P, true);
-            cache(number, t, 0, latent, key);
+            cache(number, t, 0, latent, R + P);
         });
+    }
+
+    // The absorbed queries of tokens [begin, end): fills b.queries [end - begin, H, R + P].
+    void absorb(Member& me, const Layer& layer, int64_t begin, int64_t end) const {
+        const int64_t T = step.tokens, H = model.heads, N = model.nope, P = model.rope, R = model.rank, key = R + P;
         const int64_t tiles = layer.k_up.tiles(), taken = larger(1, smaller(tiles, H * tiles / (me.size() * 6))), parts = blocks_of(taken, tiles);
         me.each(H * parts, [&](int64_t item) {
             const int64_t h = item / parts, tile = item % parts * taken;
-            multiply_tiles(layer.k_up.at(h), tile, smaller(tile + taken, tiles), b.nope.from(h * T), T,
+            float* queries = b.queries + h * key;
+            multiply_tiles(layer.k_up.at(h), tile, smaller(tile + taken, tiles), b.nope.from(h * T + begin), end - begin,
                            [&](int64_t t, int64_t r, const float* from) {
-                               memcpy(b.queries + (t * H + h) * key + r, from, smaller(kTile, R - r) * 4);
+                               memcpy(queries + t * H * key + r, from, smaller(kTile, R - r) * 4);
                            });
+            for (int64_t t = begin; tile == 0 && t < end; ++t)
+                memcpy(queries + (t - begin) * H * key + R, b.projected + t * b.projected_width + h * (N + P) + N, P * 4);
         });
     }
 
@@ -165,11 +171,12 @@ struct Walk {
         return {item.kv_head * model.head, model.head, (model.kv_heads + item.kv_head) * model.head, model.head};
     }
 
-    void attend(const Member& me, const Queries& item, int64_t number, int64_t block, Partial out) const {
+    // One block of an item; b.queries start with those of token `first`.
+    void attend(const Member& me, const Queries& item, int64_t first, int64_t number, int64_t block, Partial out) const {
         const int64_t key = key_width_of(model), bytes = step.cache.format == Format::fp32 ? 4 : step.cache.format == Format::bf16 ? 2 : 1;
         const float* query[kRows];
         for (int64_t r = 0; r < item.rows(); ++r)
-            query[r] = b.queries + ((item.token + r / item.heads) * model.heads + item.head + r % item.heads) * key;
+            query[r] = b.queries + ((item.token - first + r / item.heads) * model.heads + item.head + r % item.heads) * key;
         const uint8_t* layer = step.cache.data + number * step.cache.pages * kPage * step.cache.width * bytes;
         attend_block(item, query, step.positions + item.token, step.cache, layer, slices(item), model.softmax_scale, block, out,
                      b.pairs + me.index() * pairs_size(model));
@@ -178,43 +185,54 @@ struct Walk {
     // The finished row r of an item, to where it is used next.
     void finish(const Queries& item, Partial sums, int64_t r) const {
         const int64_t width = value_width_of(model), t = item.token + r / item.heads, h = item.head + r % item.heads;
-        const int64_t mixed = h * step.tokens + t;
-        float* to = model.latent ? b.mixed.row(mixed) : b.heads.row(t) + h * width;
+        float *from = sums.values + r * width, *to = model.latent ? from : b.heads.row(t) + h * width;
         const float factor = 1.0f / sums.weight[r];
-        for (int64_t c = 0; c < width; c += kLanes) store_first(to + c, load_first(sums.values + r * width + c, width - c) * factor, width - c);
-        if (model.latent) b.mixed.quantize(mixed);
+        for (int64_t c = 0; c < width; c += kLanes) store_first(to + c, load_first(from + c, width - c) * factor, width - c);
+        if (model.latent) b.mixed.set(h * step.tokens + t, to);
     }
 
-    void attention(Member& me, const Layer& layer, int64_t number) const {
-        const int64_t T = step.tokens, H = model.heads, V = head_width_of(model), width = value_width_of(model);
-        if (model.latent)
-            latent_queries(me, layer, number);
-        else
-            grouped_queries(me, layer, number);
-        if (b.divided) {
-            me.each(b.partial_count, [&](int64_t i) {
-                int64_t n = 0;
-                while (n + 1 < b.item_count && i >= b.items[n + 1].first_partial) ++n;
-                attend(me, b.items[n], number, i - b.items[n].first_partial, partial_at(b.partials, width, i));
-            });
-            me.each(b.item_count * kRows, [&](int64_t i) {
-                const Queries& item = b.items[i / kRows];
-                const int64_t r = i % kRows;
-                if (r >= item.rows()) return;
-                Partial sums = partial_at(b.partials, width, item.first_partial);
-                for (int64_t n = 1; n < item.blocks; ++n) merge_row(sums, partial_at(b.partials, width, item.first_partial + n), r, width);
-                finish(item, sums, r);
-            });
-        } else {
-            me.each(b.item_count, [&](int64_t i) {
-                const Queries& item = b.items[i];
+    // Items [begin, end), whose queries are in b.queries.
+    void attend_all(Member& me, int64_t begin, int64_t end, int64_t number) const {
+        const int64_t width = value_width_of(model), first = b.items[begin].token;
+        if (!b.divided)
+            return me.each(end - begin, [&](int64_t i) {
+                const Queries& item = b.items[begin + i];
                 Partial sums = partial_at(b.partials, width, 2 * me.index()), next = partial_at(b.partials, width, 2 * me.index() + 1);
                 for (int64_t n = 0; n < item.blocks; ++n) {
-                    attend(me, item, number, n, n ? next : sums);
+                    attend(me, item, first, number, n, n ? next : sums);
                     for (int64_t r = 0; n && r < item.rows(); ++r) merge_row(sums, next, r, width);
                 }
                 for (int64_t r = 0; r < item.rows(); ++r) finish(item, sums, r);
             });
+        me.each(b.partial_count, [&](int64_t i) {
+            int64_t n = 0;
+            while (n + 1 < b.item_count && i >= b.items[n + 1].first_partial) ++n;
+            attend(me, b.items[n], first, number, i - b.items[n].first_partial, partial_at(b.partials, width, i));
+        });
+        me.each(b.item_count * kRows, [&](int64_t i) {
+            const Queries& item = b.items[i / kRows];
+            const int64_t r = i % kRows;
+            if (r >= item.rows()) return;
+            Partial sums = partial_at(b.partials, width, item.first_partial);
+            for (int64_t n = 1; n < item.blocks; ++n) merge_row(sums, partial_at(b.partials, width, item.first_partial + n), r, width);
+            finish(item, sums, r);
+        });
+    }
+
+    void attention(Member& me, const Layer& layer, int64_t number) const {
+        const int64_t T = step.tokens, H = model.heads, V = head_width_of(model);
+        if (model.latent)
+            latent_projections(me, layer, number);
+        else
+            grouped_queries(me, layer, number);
+        for (int64_t begin = 0; begin < b.item_count;) {
+            const int64_t first = b.items[begin].token;
+            int64_t end = begin, last = first;  // of items and of their tokens
+            for (; end < b.item_count && b.items[end].token + b.items[end].tokens - first <= b.query_tokens; ++end)
+                last = b.items[end].token + b.items[end].tokens;
+            if (model.latent) absorb(me, layer, first, last);
+            attend_all(me, begin, end, number);
+            begin = end;
         }
         if (model.latent) {
             const int64_t tiles = layer.v_up.tiles();

@@ -80,24 +80,23 @@ static void sort_slots(const Model& model, int64_t tokens, const Buffers& b) {
     }
 }
 
-// Rows [begin, end) of silu(gate x) * (up x), quantized where the next matrix wants it; x [tokens], out from row `first`.
+// Tiles [begin, end) of silu(gate x) * (up x) for x [tokens]: columns of `out`, from row `first`. `inner`: room for [kSlice, the tiles' rows].
 SHOAL_INLINE void gate_and_up(const FeedForward& f, int64_t begin, int64_t end, const Inputs& x, int64_t tokens, const Activations& out,
-                              int64_t first) {
-    const int64_t width = out.columns;
-    multiply_tiles(f.up, begin, end, x, tokens, [&](int64_t t, int64_t row, const float* p) {
-        float* to = out.row(first + t) + row;
-        for (int64_t i = 0; i < kTile; i += kLanes)
-            if (row + i < width) store_first(to + i, load(p + i), width - row - i);
-    });
-    multiply_tiles(f.gate, begin, end, x, tokens, [&](int64_t t, int64_t row, const float* p) {
-        float* to = out.row(first + t) + row;
-        for (int64_t i = 0; i < kTile; i += kLanes) {
-            if (row + i >= width) break;
-            Vec gate = load(p + i);
-            store_first(to + i, gate / (1.0f + exp(-gate)) * load_first(to + i, width - row - i), width - row - i);
-        }
-    });
-    for (int64_t t = 0; t < tokens; ++t) out.quantize(first + t, begin * kTile, smaller(end * kTile, width));
+                              int64_t first, float* inner) {
+    const int64_t start = begin * kTile, stop = smaller(end * kTile, out.columns), width = (end - begin) * kTile;
+    for (int64_t slice = 0; slice < tokens; slice += kSlice) {
+        const int64_t count = smaller(kSlice, tokens - slice);
+        multiply_tiles(f.up, begin, end, x.from(slice), count,
+                       [&](int64_t t, int64_t row, const float* p) { memcpy(inner + t * width + row - start, p, kTile * 4); });
+        multiply_tiles(f.gate, begin, end, x.from(slice), count, [&](int64_t t, int64_t row, const float* p) {
+            float* to = inner + t * width + row - start;
+            for (int64_t i = 0; i < kTile; i += kLanes) {
+                Vec gate = load(p + i);
+                store(to + i, gate / (1.0f + exp(-gate)) * load(to + i));
+            }
+        });
+        for (int64_t t = 0; t < count; ++t) out.set(first + slice + t, start, stop, inner + t * width);
+    }
 }
 
 // x += feed-forward(normed); on every thread of the team.
@@ -124,7 +123,7 @@ static void feed_forward(Member& me, const Model& model, const Layer& layer, con
     auto begin_of = [&](int64_t e) { return e ? b.expert_end[e - 1] : int64_t{0}; };
     auto inputs_of = [&](int64_t e) { return T > 1 ? b.gathered.from(begin_of(e)) : b.normed.from(0); };
 
-    const Activations dense = b.dense.narrowed(layer.dense.gate.rows);
+    const Activations dense = (E ? b.shared : b.dense).narrowed(layer.dense.gate.rows);
 
     // Items end at whole groups, so that each quantizes what it has computed.
     const int64_t unit = larger(model.group, kTile) / kTile;
@@ -133,16 +132,17 @@ static void feed_forward(Member& me, const Model& model, const Layer& layer, con
     const int64_t wide_items = E ? blocks_of(wide_item, wide_tiles) : 0;
     const int64_t dense_tiles = layer.dense.gate.tiles(), dense_item = item_tiles(layer.dense.gate);
     const int64_t dense_items = layer.dense.gate ? blocks_of(dense_item, dense_tiles) : 0;
+    float* inner = b.inner + me.index() * kSlice * kItemTiles * kTile;
     me.each(E * wide_items + dense_items, [&](int64_t item) {
         if (item < dense_items) {
             const int64_t tile = item * dense_item;
-            return gate_and_up(layer.dense, tile, smaller(tile + dense_item, dense_tiles), b.normed.from(0), T, dense, 0);
+            return gate_and_up(layer.dense, tile, smaller(tile + dense_item, dense_tiles), b.normed.from(0), T, dense, 0, inner);
         }
         const int64_t e = (item - dense_items) / wide_items, tile = (item - dense_items) % wide_items * wide_item;
         const int64_t begin = begin_of(e), tokens = b.expert_end[e] - begin;
         if (!tokens) return;
         const FeedForward expert = {layer.experts.gate.at(e), layer.experts.up.at(e), {}};
-        gate_and_up(expert, tile, smaller(tile + wide_item, wide_tiles), inputs_of(e), tokens, b.wide, begin);
+        gate_and_up(expert, tile, smaller(tile + wide_item, wide_tiles), inputs_of(e), tokens, b.wide, begin, inner);
     });
 
     const int64_t tiles = blocks_of(kTile, D), room = kResultBytes / 4 / ((slots + T) * kTile);

@@ -82,6 +82,7 @@ class NativeRunner:
         for name, weight in weights.items():
             if name.endswith("mlp.gate.weight") and isinstance(weight, Tensor):
                 mapped.forget(weight)
+        self._mapped, self._embedding = mapped, top["embedding"]
         self._decoder: Any = decoder(_shape(config), top, layers, config.num_hidden_layers)
         self._lock = threading.Lock()
         """Held while the decoder runs or a matrix moves."""
@@ -134,6 +135,8 @@ class NativeRunner:
         place = (batch.positions, batch.starts, batch.tables, *self._rotary(batch), self._cache)
         with self._lock:
             self._decoder.forward(batch.ids, *place, hidden, experts, self.threads)
+        if tokens > PAGE:  # a prompt's rows of the embedding: the system keeps the file's pages, this process need not
+            self._mapped.forget(self._embedding)
         return Forward(hidden, experts)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -89,11 +89,11 @@ class BenchDispatchCommand:
     """Megabits a second of every node's link, each way. None: what makes communication half of the flat step."""
     hidden: int = 2048
     expert_width: int = 32
-    layers: int = 2
-    sequence: int = 64
-    batch: int = 2
+    layers: int = 1
+    sequence: int = 128
+    batch: int = 4
     """Sequences of every process in a step; overlap computes them in two halves."""
-    steps: int = 5
+    steps: int = 3
     """Of every variant, after one that warms up."""
     picture: str | None = None
     """File to draw into, .png or .svg."""

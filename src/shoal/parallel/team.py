@@ -160,6 +160,11 @@ def join(config: TrainConfig) -> Team:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     options: dict[str, Any] = {"backend": "cpu:gloo,cuda:nccl" if on_gpu else "gloo", "timeout": TIMEOUT}
     try:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # The store outlives processes that are started again: what the dead ones wrote must not be taken for the living.
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=TIMEOUT)
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            options |= {"store": dist.PrefixStore(f"attempt {attempt}", store), "rank": rank, "world_size": world}
         dist.init_process_group(**options)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"process {rank} cannot reach the others ({error}): check MASTER_ADDR and MASTER_PORT") from None

@@ -77,9 +77,13 @@ def start(command: list[str], config: TrainConfig, folder: Path) -> subprocess.P
     recipe = folder / "recipe.toml"
     recipe.write_text(to_toml(replace(config, out=None)), encoding="utf-8")
     command = [sys.executable, *command, "train", str(recipe), "--out", str(folder / "run")]
-    return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    with said(folder).open("w") as file:  # not a pipe, which would be full before anyone reads it
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def said(folder: Path) -> Path:
+    """What a run that was started wrote to stderr."""
+    return folder / "stderr.txt"
 
 
 def steps_done(run: Path) -> int:
@@ -90,7 +94,7 @@ def steps_done(run: Path) -> int:
 def wait_for_step(run: Path, step: int, process: subprocess.Popen, seconds: float = 120) -> None:
     until = time.monotonic() + seconds
     while steps_done(run) < step:
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, said(run.parent).read_text()
         assert time.monotonic() < until, "no progress"
         time.sleep(0.02)
 
@@ -114,10 +118,10 @@ def test_a_process_that_is_killed_ends_the_run_at_once(workshop: Path, tmp_path:
     wait_for_step(tmp_path / "run", 9, process)
     os.kill(member(tmp_path / "run", 1), signal.SIGKILL)
     began = time.monotonic()
-    _, said = process.communicate(timeout=20)
+    process.wait(timeout=20)
     assert time.monotonic() - began < 5
     assert process.returncode == 2
-    assert "process 1 of 2 was killed by SIGKILL" in said.splitlines()[-1]
+    assert "process 1 of 2 was killed by SIGKILL" in said(tmp_path).read_text().splitlines()[-1]
     assert checkpoints.complete_checkpoints(tmp_path / "run")
 
 
@@ -131,8 +135,7 @@ def test_ten_kills_cost_only_the_steps_since_the_last_checkpoint(single: Callabl
     for kill in range(10):
         wait_for_step(run, 12 * (kill + 1), process)
         os.kill(member(run, draw.randrange(4)), signal.SIGKILL)
-    _, said = process.communicate(timeout=240)
-    assert process.returncode == 0, said
+    assert process.wait(timeout=240) == 0, said(tmp_path).read_text()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 151))

@@ -15,6 +15,7 @@ import tyro
 
 from . import __version__
 from .config import (
+    BenchDispatchCommand,
     BenchEngineCommand,
     BenchQuantizationCommand,
     BenchServeCommand,
@@ -64,6 +65,7 @@ def train(args: list[str]) -> None:
     """Pretrain a model: shoal train [RECIPE] [--data PATH...] [--minutes 5] ..."""
     from .config.recipes import load_recipe, recipe_names, with_one_budget
 
+    given = list(args)
     named = bool(args) and not args[0].startswith("-")
     default = load_recipe(args.pop(0) if named else "default")
     if "--help" in args or "-h" in args:
@@ -78,7 +80,22 @@ def train(args: list[str]) -> None:
         default = find_run(config.out).settings()
         config = parse(TrainConfig, args, "train", default)
     config = with_one_budget(config, default)
-    finish(present(run(config), config), config.json)
+    if config.nproc > 1 and "RANK" not in os.environ:
+        _start_processes(config, ["train", *given])
+        return
+    trained = run(config)
+    if trained.reports:
+        finish(present(trained, config), config.json)
+
+
+def _start_processes(config: TrainConfig, args: list[str]) -> None:
+    """Refuse what cannot work, then run the same command in `config.nproc` processes."""
+    from .parallel.launch import launch
+    from .parallel.layout import layout_of
+
+    config.validate()
+    layout_of(config, config.nproc)
+    launch(args, config.nproc)
 
 
 def generate(args: list[str]) -> None:
@@ -158,7 +175,13 @@ def _wait_asleep() -> None:
 
 def bench(args: list[str]) -> None:
     """Measure Shoal beside its peers: shoal bench train --vs transformers"""
-    benches = {"train": _bench_train, "engine": _bench_engine, "quantization": _bench_quantization, "serve": _bench_serve}
+    benches = {
+        "train": _bench_train,
+        "engine": _bench_engine,
+        "quantization": _bench_quantization,
+        "serve": _bench_serve,
+        "dispatch": _bench_dispatch,
+    }
     if args[:1] in (["-h"], ["--help"]):
         print(f"shoal bench NAME [OPTIONS]; NAME is one of: {', '.join(benches)}")
         return
@@ -196,6 +219,14 @@ def _bench_serve(args: list[str]) -> None:
     _wait_asleep()
 
     from .bench.serve import run_bench
+
+    finish(run_bench(command), as_json=True)
+
+
+def _bench_dispatch(args: list[str]) -> None:
+    command = parse(BenchDispatchCommand, args, "bench dispatch")
+
+    from .bench.dispatch import run_bench
 
     finish(run_bench(command), as_json=True)
 

@@ -3,7 +3,15 @@
 // Which thread takes which item never changes a result: an item is computed the same way by all.
 #pragma once
 #include <omp.h>
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <climits>
+#else
 #include <sched.h>
+#endif
 
 #include "vector.h"
 
@@ -16,7 +24,9 @@ struct alignas(64) Counter {
 struct Team {
     int size;
     Counter next[4];  // items handed out in this phase and the three after it
-    Counter arrived, phase;
+    Counter arrived;
+    alignas(64) int32_t phase = 0;
+    alignas(64) int32_t sleepers = 0;
 };
 
 // One thread of a team.
@@ -38,24 +48,43 @@ class Member {
   private:
     Team& team_;
     int index_;
-    int64_t phase_ = 0;
+    int32_t phase_ = 0;
 
     SHOAL_INLINE_MEMBER void barrier() {
         ++phase_;
         if (__atomic_add_fetch(&team_.arrived.value, 1, __ATOMIC_ACQ_REL) == team_.size) {
             team_.arrived.value = 0;
             team_.next[(phase_ + 1) & 3].value = 0;  // nobody hands out of it before the next barrier
-            __atomic_store_n(&team_.phase.value, phase_, __ATOMIC_RELEASE);
+            __atomic_store_n(&team_.phase, phase_, __ATOMIC_SEQ_CST);
+            if (__atomic_load_n(&team_.sleepers, __ATOMIC_SEQ_CST)) wake(team_);
             return;
         }
-        // Spinning is fastest while every thread has a core; when another program took one, give ours away.
-        const int patience = 1 << 14;
-        for (int spins = 0; __atomic_load_n(&team_.phase.value, __ATOMIC_ACQUIRE) != phase_; ++spins) {
+        // Spinning is fastest while every thread has a core. Where another program took one, the thread that we wait for may need ours:
+        // asleep we leave it, and get it back at once when woken, which cannot be said of sched_yield.
+        const int patience = 1 << 12;
+        for (int spins = 0; __atomic_load_n(&team_.phase, __ATOMIC_ACQUIRE) != phase_; ++spins) {
             if (spins > patience)
-                sched_yield();
+                sleep(team_, phase_ - 1);
             else
                 pause();
         }
+    }
+
+    // Until the phase is no longer `phase`, or for no reason.
+    static void sleep(Team& team, int32_t phase) {
+#if defined(__linux__)
+        __atomic_add_fetch(&team.sleepers, 1, __ATOMIC_SEQ_CST);
+        syscall(SYS_futex, &team.phase, FUTEX_WAIT_PRIVATE, phase, nullptr, nullptr, 0);
+        __atomic_sub_fetch(&team.sleepers, 1, __ATOMIC_SEQ_CST);
+#else
+        sched_yield();
+#endif
+    }
+
+    static void wake(Team& team) {
+#if defined(__linux__)
+        syscall(SYS_futex, &team.phase, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+#endif
     }
 
     SHOAL_INLINE_MEMBER static void pause() {

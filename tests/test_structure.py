@@ -147,7 +147,9 @@ for args in (['--help'], ['--version'], *([verb, '--help'] for verb in verbs)):
 
 
 def test_commands_load_no_optional_package_before_they_need_it() -> None:
-    loaded = modules_loaded_by("import shoal.showcase, shoal.evaluate, shoal.exporting, shoal.doctor, shoal.bench.train, shoal.engine.chat")
+    loaded = modules_loaded_by(
+        "import shoal.showcase, shoal.evaluate, shoal.exporting, shoal.doctor, shoal.bench.train, shoal.serve.terminal"
+    )
     assert "torch" in loaded
     # triton belongs to torch where that was built for GPUs
     assert not loaded & (HEAVY - {"triton"})

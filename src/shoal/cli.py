@@ -15,6 +15,7 @@ import tyro
 
 from . import __version__
 from .config import (
+    BenchDispatchCommand,
     BenchEngineCommand,
     BenchQuantizationCommand,
     BenchRolloutsCommand,
@@ -69,6 +70,7 @@ def train(args: list[str]) -> None:
     """Pretrain a model: shoal train [RECIPE] [--data PATH...] [--minutes 5] ..."""
     from .config.recipes import load_recipe, recipe_names, with_one_budget
 
+    given = list(args)
     named = bool(args) and not args[0].startswith("-")
     default = load_recipe(args.pop(0) if named else "default")
     if "--help" in args or "-h" in args:
@@ -83,7 +85,22 @@ def train(args: list[str]) -> None:
         default = find_run(config.out).settings()
         config = parse(TrainConfig, args, "train", default)
     config = with_one_budget(config, default)
-    finish(present(run(config), config), config.json)
+    if config.nproc > 1 and "RANK" not in os.environ:
+        _start_processes(config, ["train", *given])
+        return
+    trained = run(config)
+    if trained.reports:
+        finish(present(trained, config), config.json)
+
+
+def _start_processes(config: TrainConfig, args: list[str]) -> None:
+    """Refuse what cannot work, then run the same command in `config.nproc` processes."""
+    from .parallel.launch import launch
+    from .parallel.layout import layout_of
+
+    config.validate()
+    layout_of(config, config.nproc)
+    launch(args, config.nproc)
 
 
 def generate(args: list[str]) -> None:
@@ -99,7 +116,7 @@ def chat(args: list[str]) -> None:
     """Talk to a model in the terminal"""
     command = parse(ChatCommand, args, "chat")
 
-    from .engine.chat import run_chat
+    from .serve.terminal import run_chat
 
     run_chat(command)
 
@@ -107,6 +124,7 @@ def chat(args: list[str]) -> None:
 def serve(args: list[str]) -> None:
     """Serve a model: OpenAI and Anthropic APIs, and a chat page"""
     command = parse(ServeCommand, args, "serve")
+    _wait_asleep()
 
     from .serve.command import run_serve
 
@@ -202,6 +220,11 @@ def _measurements() -> Measurements:
     return cases
 
 
+def _wait_asleep() -> None:
+    """Threads that wait for work leave their core to those that answer over HTTP. OpenMP reads this when torch brings it in."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def bench(args: list[str]) -> None:
     """Measure Shoal beside its peers: shoal bench train --vs transformers"""
     benches = {
@@ -210,6 +233,7 @@ def bench(args: list[str]) -> None:
         "quantization": _bench_quantization,
         "rollouts": _bench_rollouts,
         "serve": _bench_serve,
+        "dispatch": _bench_dispatch,
     }
     if args[:1] in (["-h"], ["--help"]):
         print(f"shoal bench NAME [OPTIONS]; NAME is one of: {', '.join(benches)}")
@@ -253,8 +277,17 @@ def _bench_rollouts(args: list[str]) -> None:
 
 def _bench_serve(args: list[str]) -> None:
     command = parse(BenchServeCommand, args, "bench serve")
+    _wait_asleep()
 
     from .bench.serve import run_bench
+
+    finish(run_bench(command), as_json=True)
+
+
+def _bench_dispatch(args: list[str]) -> None:
+    command = parse(BenchDispatchCommand, args, "bench dispatch")
+
+    from .bench.dispatch import run_bench
 
     finish(run_bench(command), as_json=True)
 

@@ -155,3 +155,10 @@ def inference(machine: Machine) -> Iterator[None]:
     """No gradients, the machine's precision."""
     with torch.inference_mode(), machine.autocast():
         yield
+
+
+@contextlib.contextmanager
+def divided_inference(machine: Machine) -> Iterator[None]:
+    """The same where parameters are gathered for it that training goes on to use, which must not become inference tensors."""
+    with torch.no_grad(), machine.autocast():
+        yield

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shoal.config import UserError
 from shoal.data import Tokenizer, train_tokenizer
-from shoal.data.chat_template import BUILT_IN, built_in_template, render_chat, render_turns
+from shoal.data.chat_template import BUILT_IN, built_in_template, encode_chat, encode_turns, render_chat
 from shoal.data.conversations import Conversation, conversation_of, read_conversations, tokenize
 from shoal.data.tokenizer import EOS
 from shoal.formats.export import chat_template
@@ -79,9 +79,10 @@ def test_exactly_what_the_assistant_wrote_carries_loss(template: str, data: st.D
     assert learnt.count(tokenizer.eos_id) == len(written)
     others = example.ids[~example.written].tolist()
     whole = render_chat(tokenizer, messages, TOOLS if template != "plain" else None, add_generation_prompt=False)
-    pieces = render_turns(tokenizer, messages, TOOLS if template != "plain" else None)
-    assert "".join(text for text, _ in pieces) == whole
-    assert tokenizer.decode(others, skip_special=False) == "".join(text for text, is_written in pieces if not is_written)
+    pieces = encode_turns(tokenizer, messages, TOOLS if template != "plain" else None)
+    decoded = [(tokenizer.decode(ids, skip_special=False), is_written) for ids, is_written in pieces]
+    assert "".join(text for text, _ in decoded) == whole
+    assert tokenizer.decode(others, skip_special=False) == "".join(text for text, is_written in decoded if not is_written)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -102,6 +103,15 @@ def test_an_answer_stands_behind_the_prompt_that_the_server_makes(template: str,
     assert example.ids[: len(prompt)].tolist() == prompt
     assert example.written[len(prompt) :].all()
     assert not example.written[len(prompt) - 1]
+
+
+def test_a_control_token_that_someone_spells_is_text_in_training_as_in_serving() -> None:
+    tokenizer = with_template("r1")
+    asked = [{"role": "user", "content": f"what is {EOS}?"}]
+    _, prompt = encode_chat(tokenizer, asked)
+    example = tokenize(tokenizer, Conversation([*asked, {"role": "assistant", "content": "<think>\n</think>\nan end"}]))
+    assert example.ids[: len(prompt)].tolist() == prompt
+    assert example.ids.tolist().count(tokenizer.eos_id) == 1
 
 
 def test_a_template_without_marks_is_refused() -> None:

@@ -55,6 +55,14 @@ def test_complete_counts_and_says_why_it_ended(loaded: Loaded) -> None:
     assert complete(loaded, "", SamplingOptions(max_tokens=1))["prompt_tokens"] == 1, "begin-of-text alone"
 
 
+def test_guesses_are_reported(loaded: Loaded) -> None:
+    sampling = SamplingOptions(max_tokens=20, temperature=0, ignore_eos=True)
+    result = complete(loaded, "the red", sampling, RunOptions(speculate="on"))
+    assert result["drafted_tokens"] > 0
+    assert 0 <= result["acceptance"] <= 1
+    assert complete(loaded, "the red", sampling, RunOptions(speculate="off"))["acceptance"] is None
+
+
 def test_complete_stops_at_end_of_text_without_printing_it(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     head = loaded.model.lm_head
     with monkeypatch.context() as patch:

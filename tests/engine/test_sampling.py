@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.config import SamplingOptions, UserError
+from shoal.engine import sampling
 from shoal.engine.sampling import Rows, Sampler, SamplingError, log_probabilities, most_likely, race_times
 
 SIZE = 40
@@ -110,6 +111,32 @@ def test_a_mask_decides_until_it_lets_go(temperature: float) -> None:
         made.append(Rows(logits).choose(0, one, position))
         one.accept(made[-1])
     assert made == [3, 4, 20, 4]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 1000), st.lists(st.sampled_from([0.0, 0.05, 1.0, 2.5]), min_size=1, max_size=20), st.sampled_from([1, 3 * SIZE, 1 << 15])
+)
+def test_a_batch_drawn_at_once_is_each_drawn_by_itself(seed: int, temperatures: list[float], at_once: int) -> None:
+    logits = torch.randn(len(temperatures), SIZE, generator=torch.Generator().manual_seed(seed)) * 4
+    logits[:, seed % SIZE] = -math.inf
+    special: list[dict[str, Any]] = [{}, {"top_k": 3}, {"min_tokens": 2}, {"logit_bias": {3: 9.0}}]
+    places = [(sampler(temperature=t, seed=seed + i, **special[(seed + i) % 4]), 5 + i) for i, t in enumerate(temperatures)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "DRAWN_AT_ONCE", at_once)
+        rows = Rows(logits, places)
+    expected = [one.choose(logits[i].numpy(), position) for i, (one, position) in enumerate(places)]
+    assert [rows.choose(i, *place) for i, place in enumerate(places)] == expected
+
+
+def test_rows_that_are_not_numbers_do_not_disturb_the_others() -> None:
+    logits = torch.zeros(3, SIZE)
+    logits[1] = math.nan
+    places = [(sampler(temperature=1.0, seed=i), 5) for i in range(3)]
+    rows = Rows(logits, places)
+    assert [rows.choose(i, *places[i]) for i in (0, 2)] == [places[i][0].choose(logits[i].numpy(), 5) for i in (0, 2)]
+    with pytest.raises(SamplingError, match="not numbers"):
+        rows.choose(1, *places[1])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from served import Serve, Served, serving, tiny
+from served import Serve, Served, from_files, serving, tiny, write_model
 
 from shoal.config import EngineOptions
 from shoal.data import Tokenizer
@@ -25,10 +26,21 @@ def serve(tokenizer: Tokenizer) -> Serve:
     return lambda wait=True, **options: serving(lambda: tiny(tokenizer), wait, **options)
 
 
-@pytest.fixture(scope="module")
-def base(serve: Serve) -> Iterator[Served]:
-    """Of a base model."""
-    with serve(engine=EngineOptions(max_running=8)) as served:
+@pytest.fixture(scope="session")
+def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as files, with a longer context."""
+    return write_model(tmp_path_factory.mktemp("served") / "tiny", tokenizer, max_position_embeddings=8192)
+
+
+@pytest.fixture(scope="module", params=["torch", "native"])
+def base(tokenizer: Tokenizer, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Of a base model, run by plain torch and by the C++ kernels."""
+    loads = lambda: tiny(tokenizer)  # noqa: E731
+    if request.param == "native":
+        pytest.importorskip("shoal.kernels._cpu")
+        place = write_model(tmp_path_factory.mktemp("base") / "tiny", tokenizer)
+        loads = lambda: from_files(place)  # noqa: E731
+    with serving(loads, engine=EngineOptions(max_running=8)) as served:
         yield served
         assert served.is_idle()
 

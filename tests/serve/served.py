@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,9 +16,10 @@ from typing import Any
 
 import torch
 
-from shoal.config import ModelConfig, ServeCommand, serve_options
+from shoal.config import MachineOptions, ModelConfig, ServeCommand, serve_options
 from shoal.data import Tokenizer
-from shoal.engine import Loaded, TorchRunner
+from shoal.engine import Loaded, TorchRunner, load
+from shoal.formats.huggingface import save_model
 from shoal.model import Transformer, init_weights
 from shoal.runtime import Machine
 from shoal.serve.command import listen, make_server
@@ -35,11 +39,47 @@ def tiny(tokenizer: Tokenizer) -> Loaded:
     return Loaded(TorchRunner(model.eval(), machine), tokenizer, machine, Path("tiny"))
 
 
+def write_model(folder: Path, tokenizer: Tokenizer, **shape: Any) -> Path:
+    """The same model as files."""
+    model = Transformer(ModelConfig(vocab_size=400, **SHAPE | shape))
+    init_weights(model, 0)
+    save_model(model, folder)
+    tokenizer.save(folder)
+    return folder
+
+
+def from_files(folder: Path) -> Loaded:
+    """The model in `folder` as `shoal serve` runs it: by the C++ kernels, where there are some."""
+    return load(str(folder), MachineOptions(precision="fp32", threads=1))
+
+
+@contextlib.contextmanager
+def process(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`shoal serve` in a process of its own, and its address; it has to have ended at the end of the block."""
+    command = [sys.executable, "-m", "shoal", "serve", str(folder), "--port", "0", "--threads", "1", *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            told = ""
+            for line in server.stderr:
+                told += line
+                if found := re.search(r"API\s+(http://\S+)/v1", line):
+                    break
+            else:
+                raise AssertionError(told)
+            threading.Thread(target=server.stderr.read, daemon=True).start()  # so that it never waits for a reader
+            yield found[1], server
+            assert server.poll() is not None
+        finally:
+            server.kill()
+
+
 @dataclass
 class Served:
     """Where a server listens, and what is behind it."""
 
     url: str
+    load: Callable[[], Loaded]
     host: Host
     server: Any
     loop: asyncio.AbstractEventLoop
@@ -66,10 +106,10 @@ Serve = Callable[..., contextlib.AbstractContextManager[Served]]
 
 
 @contextlib.contextmanager
-def serving(load: Callable[[], Loaded], wait: bool = True, **options: Any) -> Iterator[Served]:
+def serving(loads: Callable[[], Loaded], wait: bool = True, **options: Any) -> Iterator[Served]:
     """A server on a free port, until the end of the block."""
     command: ServeCommand = serve_options("tiny", port=0, **options)
-    host = Host(command, "tiny", load)
+    host = Host(command, "tiny", loads)
     sock = listen(command)
     server = make_server(host)
     ready, loops = threading.Event(), []
@@ -90,7 +130,7 @@ def serving(load: Callable[[], Loaded], wait: bool = True, **options: Any) -> It
         assert time.time() < deadline
         time.sleep(0.005)
     try:
-        yield Served(f"http://127.0.0.1:{sock.getsockname()[1]}", host, server, loops[0])
+        yield Served(f"http://127.0.0.1:{sock.getsockname()[1]}", loads, host, server, loops[0])
     finally:
         server.should_exit = True
         thread.join(30)

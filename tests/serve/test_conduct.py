@@ -59,6 +59,7 @@ def test_tokens_there_and_back(base: Served) -> None:
     _, text, _ = ask(f"{base.url}/detokenize", {"tokens": found["tokens"][1:]})
     assert text["prompt"] == "the été 😀"
     assert ask(f"{base.url}/detokenize", {"tokens": [-1]})[0] == 400
+    assert ask(f"{base.url}/tokenize", {"messages": []})[0] == 400
 
 
 def test_health_version_and_metrics(base: Served) -> None:
@@ -172,6 +173,8 @@ def test_loading_is_told(serve: Serve, tokenizer: Tokenizer) -> None:
 
     with serving(slow, wait=False) as served:
         assert ask(f"{served.url}/health")[:2] == (503, {"status": "loading"})
+        status, models, _ = ask(f"{served.url}/v1/models")
+        assert (status, models["data"][0]["id"], models["data"][0]["shoal"]) == (200, "tiny", {"state": "loading"})
         status, body, head = ask(f"{served.url}/v1/completions", {"prompt": "the"})
         assert (status, body["error"]["code"]) == (503, "loading")
         assert "retry-after" in head

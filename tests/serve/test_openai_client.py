@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import openai
 import pytest
-from served import Served, tiny
+from served import Served
 
 from shoal.config import SamplingOptions
 from shoal.data import Tokenizer
@@ -32,8 +32,8 @@ def test_models(client: openai.OpenAI) -> None:
         client.models.retrieve("gpt-9")
 
 
-def test_completion_is_what_the_engine_says(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
-    engine = Engine(tiny(tokenizer).runner, tokenizer)
+def test_completion_is_what_the_engine_says(base: Served, client: openai.OpenAI, tokenizer: Tokenizer) -> None:
+    engine = Engine(base.load().runner, tokenizer)
     expected = engine.generate(["the red"], SamplingOptions(max_tokens=12, temperature=0))[0]
     answer = client.completions.create(model="tiny", prompt="the red", max_tokens=12, temperature=0)
     assert answer.choices[0].text == expected.text
@@ -67,12 +67,12 @@ def test_several_prompts_and_token_prompts(client: openai.OpenAI, tokenizer: Tok
     assert texts.usage.prompt_tokens == sum(map(len, ids))
 
 
-def test_echo_and_logprobs_score_a_text(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
+def test_echo_and_logprobs_score_a_text(base: Served, client: openai.OpenAI, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("the red fish swims", bos=True)
     answer = client.completions.create(model="tiny", prompt=ids, max_tokens=1, temperature=0, echo=True, logprobs=2)
     report = answer.choices[0].logprobs
     assert report is not None
-    scores = Engine(tiny(tokenizer).runner, tokenizer).score([ids])[0]
+    scores = Engine(base.load().runner, tokenizer).score([ids])[0]
     assert report.token_logprobs is not None
     assert report.token_logprobs[0] is None
     np.testing.assert_allclose(np.array(report.token_logprobs[1:-1], float), scores, atol=1e-4)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from shoal.config import ModelConfig, OptimizerConfig
 from shoal.model import Transformer, init_weights
+from shoal.parallel import Shards
 from shoal.train.muon import Muon
 from shoal.train.optimizer import Optimizers, clip_gradients
 
@@ -190,7 +191,7 @@ def test_clipping_equals_that_of_torch(scale: float, limit: float) -> None:
         set_gradients(list(model), 3)
         for p in model:
             p.grad *= scale
-    norm = clip_gradients(ours, limit)
+    norm = clip_gradients(Shards.whole(ours), limit)
     expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), limit or float("inf"))
     torch.testing.assert_close(norm, expected)
     for p, q in zip(ours, theirs, strict=True):

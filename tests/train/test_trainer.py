@@ -20,7 +20,7 @@ from shoal.data import Tokenizer, train_tokenizer
 from shoal.formats import complete_checkpoints, load_model
 from shoal.formats.checkpoints import checkpoint_step
 from shoal.model import Transformer
-from shoal.train import Trained, find_run, train, trainer
+from shoal.train import Trained, find_run, passes, train
 
 SUMMARY = {
     "val_bpb", "xz_bpb", "val_loss", "val_tokens", "val_bytes", "tokens", "steps", "skipped", "train_flops", "seconds",
@@ -169,8 +169,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], list[list[to
                     stats.entropy = stats.entropy * float("nan")
             return losses
 
-        original = trainer.compute_losses
-        monkeypatch.setattr(trainer, "compute_losses", compute)
+        original = passes.compute_losses
+        monkeypatch.setattr(passes, "compute_losses", compute)
         return seen
 
     return prepare

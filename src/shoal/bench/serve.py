@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -60,19 +61,25 @@ def _measure_shoal(command: BenchServeCommand, folder: Path, prompts: list[str])
     server = [sys.executable, "-m", "shoal", "serve", str(folder), "--port", str(port), "--max-waiting", str(command.clients)]
     with _running(server, port, "/health") as process:
         _load(command, port, prompts, WARM_UP_SECONDS)
-        before, memory = _metrics(port), memory_of(process.pid).resident
+        before, memory = _metrics(port), [memory_of(process.pid).resident]
+        watch = threading.Thread(target=_watch_memory, args=(process.pid, command.seconds, memory))
+        watch.start()
         seen = _load(command, port, prompts, command.seconds)
+        watch.join()
         _wait_until_idle(port)
         after = _metrics(port)
         figures = _figures(seen, after["shoal_generated_tokens_total"] - before["shoal_generated_tokens_total"], command.tokens)
-        figures |= {
-            "memory_before": memory,
-            "memory_after": memory_of(process.pid).resident,
-            "pages_held_after": after["shoal_cache_pages_in_use"],
-        }
+        figures |= {"memory": memory, "pages_held_after": after["shoal_cache_pages_in_use"]}
         process.send_signal(signal.SIGTERM)
         figures["exit_code"] = process.wait(STOP_SECONDS)
     return figures
+
+
+def _watch_memory(process: int, seconds: float, resident: list[int]) -> None:
+    """Add what the process holds after every tenth of the time."""
+    for _ in range(10):
+        time.sleep(seconds / 10)
+        resident.append(memory_of(process).resident)
 
 
 def _measure_engine(command: BenchServeCommand, folder: Path, prompts: list[str]) -> float:
@@ -195,6 +202,8 @@ def _print(result: dict[str, Any]) -> None:
         between = f"{1000 * row['between_pieces_p50']:.0f} / {1000 * row['between_pieces_p99']:.0f} ms"
         counts = f"{row['finished']:8}{row['hung_up']:8}{row['errors']:8}"
         print(f"{name.replace('_', '.'):14}{row['tokens_per_second']:10.0f}{first:>22}{each:>20}{between:>20}{counts}")
+    megabytes = [f"{held / 1e6:.0f}" for held in result["shoal"]["memory"]]
+    print(f"{'memory':14}{' '.join(megabytes)} MB, from the beginning to the end (pages of the cache take memory when they are first used)")
     print(f"{'engine alone':14}{result['engine_tokens_per_second']:10.0f}   the server reaches {100 * result['of_engine']:.0f}% of it")
     if "times_llama_cpp" in result:
         print(f"{result['times_llama_cpp']:.1f} times llama.cpp's server; times are p50 / p99")

@@ -12,6 +12,7 @@ import torch
 from ..config import BenchTrainCommand, ModelConfig, OptimizerConfig, UserError
 from ..config.huggingface import model_config_to_dict
 from ..model import Transformer, init_weights
+from ..parallel import Shards
 from ..plan.cost import flops_per_token, optimizer_flops
 from ..runtime import Machine, start
 from ..train.balance import StepRouting, update_biases
@@ -47,7 +48,8 @@ class Shoal(Contestant):
         self.machine, self.precision, self.optimizer = machine, machine.precision, optimizer.name
         self.model = Transformer(SHAPE)
         init_weights(self.model, 0)
-        self.optimizers, self.clip = Optimizers(self.model, optimizer), optimizer.clip
+        self.shards, self.clip = Shards.whole(self.model), optimizer.clip
+        self.optimizers = Optimizers(self.model, optimizer, self.shards)
 
     def step(self, rows: torch.Tensor) -> float:
         routing = StepRouting()
@@ -55,7 +57,7 @@ class Shoal(Contestant):
             losses = compute_losses(self.model, rows, 0.0, 1e-4)
         losses.total.backward()
         routing.add(losses.routing)
-        clip_gradients(self.model, self.clip)
+        clip_gradients(self.shards, self.clip)
         self.optimizers.step(0.1)
         update_biases(self.model, routing, 0.001)
         self.optimizers.zero_grad()

@@ -1,6 +1,7 @@
 """Settings: dataclasses with validation, TOML recipes, dotted overrides. Knows nothing else of Shoal."""
 
 from .bench import CASES as CASES
+from .bench import BenchDispatchCommand as BenchDispatchCommand
 from .bench import BenchEngineCommand as BenchEngineCommand
 from .bench import BenchQuantizationCommand as BenchQuantizationCommand
 from .bench import BenchRolloutsCommand as BenchRolloutsCommand
@@ -20,6 +21,7 @@ from .engine import RunOptions as RunOptions
 from .engine import SamplingOptions as SamplingOptions
 from .errors import UserError as UserError
 from .model import ModelConfig as ModelConfig
+from .parallel import ParallelConfig as ParallelConfig
 from .post import DPOCommand as DPOCommand
 from .post import GRPOCommand as GRPOCommand
 from .post import PolicyOptions as PolicyOptions

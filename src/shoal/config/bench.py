@@ -75,6 +75,46 @@ class BenchEngineCommand:
 
 
 @dataclass
+class BenchDispatchCommand:
+    """Tokens on their way to experts over slow links: every node is a network namespace, its link limited by the kernel. Needs root.
+
+    A model with DeepSeek-V3's routing (256 experts in 8 groups, 8 experts from at most 4 of them) takes the same steps with a flat
+    all-to-all and with two-hop node-limited dispatch, with and without overlap. Bytes are counted at the nodes' interfaces.
+    """
+
+    nodes: int = 8
+    per_node: int = 1
+    """Processes of every node."""
+    link_mbit: float | None = None
+    """Megabits a second of every node's link, each way. None: what makes communication half of the flat step."""
+    hidden: int = 2048
+    expert_width: int = 32
+    layers: int = 1
+    sequence: int = 128
+    batch: int = 4
+    """Sequences of every process in a step; overlap computes them in two halves."""
+    steps: int = 3
+    """Of every variant, after one that warms up."""
+    picture: str | None = None
+    """File to draw into, .png or .svg."""
+    json: bool = False
+    """A benchmark always ends with its JSON object; accepted for the sake of scripts."""
+
+    def validate(self) -> None:
+        """Raise `UserError` on the first option that cannot work."""
+        for name in ("nodes", "per_node", "hidden", "expert_width", "layers", "sequence", "steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+        world = self.nodes * self.per_node
+        if self.nodes < 2 or 256 % world:
+            raise UserError(f"{self.nodes} nodes of {self.per_node}: 256 experts need at least 2 nodes, and processes that divide them")
+        if self.link_mbit is not None and not self.link_mbit > 0:
+            raise UserError(f"--link-mbit is {self.link_mbit}: it must be more than 0")
+        if self.batch < 2 or self.batch % 2 or self.sequence % 2:
+            raise UserError("--batch and --sequence must be even: overlap computes a batch in two halves")
+
+
+@dataclass
 class BenchQuantizationCommand:
     """What small numbers cost: bits per byte of the same text under Shoal and llama.cpp, for the same weights in 16, 8 and 4 bits."""
 

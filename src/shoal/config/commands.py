@@ -43,7 +43,7 @@ class GenerateCommand:
     run: Annotated[RunOptions, tyro.conf.arg(name="")]
     machine: Annotated[MachineOptions, tyro.conf.arg(name="")]
     json: bool = False
-    """End with one JSON object: text, tokens, finish_reason, tokens_per_second."""
+    """End with one JSON object: text, tokens, finish_reason, tokens_per_second, acceptance of guessed tokens."""
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Literal
 
 from .errors import UserError
 from .model import ModelConfig
+from .parallel import ParallelConfig
 
 NOT_NEGATIVE = (
     "eval_every_minutes", "threads", "optimizer.muon_lr", "optimizer.adam_lr", "optimizer.embed_lr", "optimizer.head_lr",
@@ -121,7 +122,7 @@ class TrainConfig:
     batch_size: int = 16
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: int | None = None
-    """Sequences per forward pass; None: the whole batch (divided by the ranks)."""
+    """Sequences per forward pass; None: all that a process gets of a batch, or one in a pipeline."""
     eval_every_minutes: float = 1.0
     """Time between quick evaluations on held-out text during training; 0: only at the end."""
     eval_tokens: int = 32768
@@ -131,7 +132,9 @@ class TrainConfig:
     """`auto` takes the faster one that this machine supports."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0
-    """CPU threads; 0: one per core."""
+    """CPU threads; 0: one per core, divided among the processes on a machine."""
+    nproc: int = 1
+    """Processes to start on this machine; under torchrun that says how many there are."""
     tensorboard: bool = False
     """Also write TensorBoard event files into the run folder."""
     prompts: tuple[str, ...] = ()
@@ -144,6 +147,7 @@ class TrainConfig:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     mtp: MTPConfig = field(default_factory=MTPConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @property
     def tokens_per_step(self) -> int:
@@ -152,12 +156,13 @@ class TrainConfig:
     def validate(self) -> None:
         """Raise `UserError` on the first setting that cannot work."""
         self.model.validate()
+        self.parallel.validate()
         budgets = [name for name in ("minutes", "tokens", "steps") if getattr(self, name) is not None]
         if len(budgets) != 1:
             raise UserError(f"the budget is set {len(budgets)} times: give exactly one of --minutes, --tokens and --steps")
         if not 0 < getattr(self, budgets[0]) < math.inf:
             raise UserError(f"--{budgets[0]} is {getattr(self, budgets[0])}: it must be more than 0")
-        for name in ("sequence_length", "batch_size", "eval_tokens", "optimizer.muon_steps", "checkpoint.keep_last"):
+        for name in ("sequence_length", "batch_size", "eval_tokens", "nproc", "optimizer.muon_steps", "checkpoint.keep_last"):
             if (value := attrgetter(name)(self)) < 1:
                 raise UserError(f"{name} is {value}: it must be at least 1")
         for name in NOT_NEGATIVE:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import resources
@@ -19,6 +20,7 @@ from ..config import UserError
 from .tokenizer import Tokenizer
 
 BUILT_IN = ("r1", "v3.1")
+THOUGHT_MARKS = ("<think>", "</think>")
 
 
 def render_chat(
@@ -31,31 +33,9 @@ def render_chat(
     """The conversation as the tokenizer's chat template writes it, ready for the assistant's turn if `add_generation_prompt`.
 
     `messages` and `tools` have OpenAI's shape; `variables` are what the template knows besides (`thinking` in DeepSeek-V3.1's).
-    Encode the result with `special=True`. Raises `UserError` where there is no template or it refuses the conversation.
+    `encode_chat` gives its tokens as well. Raises `UserError` where there is no template or it refuses the conversation.
     """
     return _render(tokenizer, messages, tools, add_generation_prompt, Track(), variables).text
-
-
-def render_turns(
-    tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **variables: Any
-) -> list[tuple[str, bool]]:
-    """The same rendering of a finished conversation, cut where the model begins and ends to write: pieces, and whether it writes them.
-
-    Encode the pieces one by one: then the tokens before an answer are those of the prompt that asks for it. Raises `UserError`
-    also where the template does not mark what the model writes with `{% generation %}`.
-    """
-    track = _render(tokenizer, messages, tools, False, Track(), variables)
-    if not track.spans:
-        raise UserError(
-            "nothing in these conversations is marked as the model's: they need an answer, and the chat template "
-            f"{{% generation %}} around it; --chat-template {' or '.join(BUILT_IN)} has it"
-        )
-    pieces, at = [], 0
-    for start, end in track.spans:
-        pieces += [(track.text[at:start], False), (track.text[start:end], True)]
-        at = end
-    pieces.append((track.text[at:], False))
-    return [(text, written) for text, written in pieces if text]
 
 
 @dataclass
@@ -122,6 +102,90 @@ def _render(
     except (TypeError, ValueError, KeyError, AttributeError, RecursionError, OverflowError) as error:
         # Raised by an expression of the template that this conversation does not suit.
         raise UserError(f"the chat template cannot write this conversation: {error}") from None
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+    **variables: Any,
+) -> tuple[str, list[int]]:
+    """What `render_chat` gives, and its tokens. Control tokens come from the template alone: where a message spells one, it is text.
+
+    Of an assistant's message, `<think>` and `</think>` stay control tokens, as it may hold the thought.
+    """
+    messages, tools, mark = _broken_controls(tokenizer, messages, tools)
+    text = render_chat(tokenizer, messages, tools, add_generation_prompt, **variables)
+    return text.replace(mark, "") if mark else text, _encode(tokenizer, text, mark)
+
+
+def encode_turns(
+    tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **variables: Any
+) -> list[tuple[list[int], bool]]:
+    """The same tokens of a finished conversation, cut where the model begins and ends to write: pieces, and whether it writes them.
+
+    The pieces are encoded one by one: so the tokens before an answer are those of the prompt that asks for it. Raises `UserError`
+    also where the template does not mark what the model writes with `{% generation %}`.
+    """
+    messages, tools, mark = _broken_controls(tokenizer, messages, tools)
+    track = _render(tokenizer, messages, tools, False, Track(), variables)
+    if not track.spans:
+        raise UserError(
+            "nothing in these conversations is marked as the model's: they need an answer, and the chat template "
+            f"{{% generation %}} around it; --chat-template {' or '.join(BUILT_IN)} has it"
+        )
+    pieces, at = [], 0
+    for start, end in track.spans:
+        pieces += [(track.text[at:start], False), (track.text[start:end], True)]
+        at = end
+    pieces.append((track.text[at:], False))
+    return [(_encode(tokenizer, text, mark), written) for text, written in pieces if text]
+
+
+def _broken_controls(
+    tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None, str]:
+    """Messages and tools in which a character that nobody uses breaks up what looks like a control token until the template is done.
+
+    Also that character; none ("") where nothing looks like one.
+    """
+    controls = tokenizer.control_texts
+    said = json.dumps([messages, tools], ensure_ascii=False)
+    if not any(control in said for control in controls):
+        return messages, tools, ""
+    mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in said)
+    own = {control for control in controls if control not in THOUGHT_MARKS}
+    messages = [_broken_up(message, own if message.get("role") == "assistant" else controls, mark) for message in messages]
+    return messages, _broken_up(tools, controls, mark), mark
+
+
+def _encode(tokenizer: Tokenizer, text: str, mark: str) -> list[int]:
+    """The tokens of a rendered text: control tokens but for those that `mark` breaks up, which are text."""
+    if not mark:
+        return tokenizer.encode(text, special=True)
+    forged = "|".join(re.escape(_break(control, mark)) for control in sorted(tokenizer.control_texts, key=len, reverse=True))
+    ids: list[int] = []
+    for i, part in enumerate(re.split(f"({forged})", text)):
+        ids += tokenizer.encode(part.replace(mark, ""), special=i % 2 == 0)
+    return ids
+
+
+def _break(control: str, mark: str) -> str:
+    return control[:1] + mark + control[1:]
+
+
+def _broken_up(value: Any, controls: Collection[str], mark: str) -> Any:
+    """`value` with `mark` inside of every control token that its strings spell."""
+    if isinstance(value, str):
+        for control in controls:
+            value = value.replace(control, _break(control, mark))
+        return value
+    if isinstance(value, dict):
+        return {key: _broken_up(item, controls, mark) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_broken_up(item, controls, mark) for item in value]
+    return value
 
 
 def built_in_template(name: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..config import UserError
-from .chat_template import render_turns
+from .chat_template import encode_turns
 from .readers import JSON_SUFFIXES, data_suffix, read_rows
 from .tokenizer import Tokenizer
 
@@ -149,12 +149,11 @@ def _parsed(text: str, place: str) -> Any:
 def tokenize(tokenizer: Tokenizer, conversation: Conversation, **variables: Any) -> Example:
     """The tokens of a conversation, in which the prompt before every answer is the one that the server would make.
 
-    `variables` are what the chat template knows besides. Raises `UserError` as `render_turns` does.
+    `variables` are what the chat template knows besides. Raises `UserError` as `encode_turns` does.
     """
     ids: list[int] = []
     written: list[bool] = []
-    for text, is_written in render_turns(tokenizer, conversation.messages, conversation.tools, **variables):
-        piece = tokenizer.encode(text, special=True)
+    for piece, is_written in encode_turns(tokenizer, conversation.messages, conversation.tools, **variables):
         ids += piece
         written += [is_written] * len(piece)
     return Example(np.array(ids, np.int32), np.array(written, bool))

@@ -163,14 +163,39 @@ class Tokenizer:
             return bytes(_BYTES[character] for character in piece)
         return self.decode([token], skip_special=False).encode()
 
+    @cached_property
+    def writes_bytes(self) -> bool:
+        """Whether decoding a text is nothing but joining what `written` gives for its tokens."""
+        return (json.loads(self.json).get("decoder") or {}).get("type") == "ByteLevel"
+
+    def written(self, token: int) -> bytes:
+        """What one token adds to a decoded text: its bytes; nothing where it is marked special."""
+        known = self._written.get(token)
+        if known is None:
+            known = self._written[token] = b"" if token in self._hidden else self.token_bytes(token)
+        return known
+
     def token_id(self, content: str) -> int | None:
         """Id of the added token with this text; None if there is none."""
         token = self._with_special.token_to_id(content)
         return token if token in self._added else None
 
     @cached_property
+    def control_texts(self) -> frozenset[str]:
+        """What spells a control token: text that only a chat template may turn into one."""
+        return frozenset(token["content"] for token in json.loads(self.json).get("added_tokens", []) if _is_control(token))
+
+    @cached_property
     def _added(self) -> frozenset[int]:
         return frozenset(token["id"] for token in json.loads(self.json).get("added_tokens", []))
+
+    @cached_property
+    def _hidden(self) -> frozenset[int]:
+        return frozenset(token["id"] for token in json.loads(self.json).get("added_tokens", []) if token["special"])
+
+    @cached_property
+    def _written(self) -> dict[int, bytes]:
+        return {}
 
     @cached_property
     def _is_byte_level(self) -> bool:
@@ -185,9 +210,7 @@ class Tokenizer:
         """The backend that reads the strings of control tokens as ordinary text."""
         content = json.loads(self.json)
         for token in content.get("added_tokens", []):
-            # DeepSeek marks <｜User｜> and the like as not special. Added tokens of another form (runs of spaces, in
-            # GPT-NeoX) are ordinary text.
-            token["special"] = token["special"] or (token["content"][:1], token["content"][-1:]) == ("<", ">")
+            token["special"] = _is_control(token)
         backend = tokenizers.Tokenizer.from_str(json.dumps(content))
         backend.encode_special_tokens = True
         return backend
@@ -196,6 +219,12 @@ class Tokenizer:
         token = self.config.get(key)
         token = token["content"] if isinstance(token, dict) else token
         return self._with_special.token_to_id(token) if token else None
+
+
+def _is_control(token: dict[str, Any]) -> bool:
+    """Whether an added token is more than text. DeepSeek marks <｜User｜> and the like as not special; added tokens of another form (runs
+    of spaces, in GPT-NeoX) are ordinary text."""
+    return bool(token["special"]) or (token["content"][:1], token["content"][-1:]) == ("<", ">")
 
 
 def _byte_characters() -> dict[str, int]:

@@ -19,6 +19,11 @@ POLL_SECONDS = 0.01
 """How often draining looks whether the last request has ended."""
 DELIVERY_SECONDS = 0.01
 """Steps faster than this are delivered together: waking every reader for every token would cost a small model half its speed."""
+PROMPT_READERS = 8
+"""So many answers are delivered as fast as that."""
+GATHER_SECONDS, MOST_GATHER_SECONDS = 0.002, 0.15
+"""For every answer beyond those, tokens wait longer for each other: passing on a piece of text costs a server about as much as computing
+one token of a small model."""
 
 
 class EngineClosed(RuntimeError):
@@ -38,14 +43,16 @@ class Ticket:
         """Of the request in the engine."""
         self.cancelled = False
         self.ended = False
+        self.due = 0.0
+        """When its next increments are delivered (by the monotonic clock); the first and the last are at once."""
         self._arrived = asyncio.Event()
         self._increments: list[Increment] = []
         self._failure: BaseException | None = None
 
-    def put(self, increment: Increment) -> None:
+    def put(self, increments: list[Increment]) -> None:
         """Called in the event loop."""
-        self._increments.append(increment)
-        self.ended = increment.finish_reason is not None
+        self._increments += increments
+        self.ended = increments[-1].finish_reason is not None
         self._arrived.set()
 
     def fail(self, error: BaseException) -> None:
@@ -84,7 +91,7 @@ class AsyncEngine:
         self.engine = engine
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._tickets: dict[int, Ticket] = {}
-        self._mail: dict[int, Increment] = {}
+        self._mail: defaultdict[int, list[Increment]] = defaultdict(list)
         """What has to be delivered, by request."""
         self._delivered = 0.0
         """When that was done last."""
@@ -242,29 +249,36 @@ class AsyncEngine:
                 command.done.set_result(None)
 
     def _deliver(self, increments: dict[int, Increment], *, now: bool = False) -> None:
-        """Send increments to their readers, unless the last delivery was a moment ago and they can wait for the next step."""
+        """Send increments to their readers, unless those got some a moment ago and can wait for the next steps."""
         for number, increment in increments.items():
-            earlier = self._mail.get(number)
-            self._mail[number] = increment if earlier is None else earlier.then(increment)
+            self._mail[number].append(increment)
         clock = time.monotonic()
         if not now and self.engine.has_work and clock - self._delivered < DELIVERY_SECONDS:
             return
         self._delivered = clock
-        mail: defaultdict[asyncio.AbstractEventLoop, list[tuple[Ticket, Increment]]] = defaultdict(list)
-        for number, increment in self._mail.items():
-            ticket = self._tickets.get(number) if increment.finish_reason is None else self._tickets.pop(number, None)
-            if ticket is not None:
-                mail[ticket.loop].append((ticket, increment))
-        self._mail.clear()
-        for loop, letters in mail.items():
-            if not _call(loop, _put_all, letters):
-                for ticket, _ in letters:  # nobody is left to read them
+        gather = min(GATHER_SECONDS * max(len(self._tickets) - PROMPT_READERS, 0), MOST_GATHER_SECONDS)
+        post: defaultdict[asyncio.AbstractEventLoop, list[tuple[Ticket, list[Increment]]]] = defaultdict(list)
+        for number, letters in list(self._mail.items()):
+            ticket = self._tickets.get(number)
+            if ticket is None:
+                del self._mail[number]
+                continue
+            ends = letters[-1].finish_reason is not None
+            if ends:
+                del self._tickets[number]
+            elif clock < ticket.due:
+                continue
+            ticket.due = clock + gather
+            post[ticket.loop].append((ticket, self._mail.pop(number)))
+        for loop, bags in post.items():
+            if not _call(loop, _put_all, bags):
+                for ticket, _ in bags:  # nobody is left to read them
                     self.cancel(ticket)
 
 
-def _put_all(letters: list[tuple[Ticket, Increment]]) -> None:
-    for ticket, increment in letters:
-        ticket.put(increment)
+def _put_all(bags: list[tuple[Ticket, list[Increment]]]) -> None:
+    for ticket, letters in bags:
+        ticket.put(letters)
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> bool:

@@ -34,7 +34,8 @@ def _read_prompt() -> str:
 
 
 def complete(loaded: Loaded, prompt: str, sampling: SamplingOptions, run: RunOptions | None = None, stream: bool = False) -> dict[str, Any]:
-    """Continuation of `prompt`: `text`, `tokens` (their number), `finish_reason` (`stop` or `length`), `tokens_per_second`."""
+    """Continuation of `prompt`: `text`, `tokens` (their number), `finish_reason` (`stop` or `length`), `tokens_per_second`,
+    `drafted_tokens` (guesses of multi-token prediction) and `acceptance` (the share that was right, None without guesses)."""
     engine = engine_for_one(loaded, run or RunOptions())
     request = Request(engine.encode(prompt), sampling)
     result = Result(len(request.prompt))
@@ -48,12 +49,15 @@ def complete(loaded: Loaded, prompt: str, sampling: SamplingOptions, run: RunOpt
     seconds = time.perf_counter() - began
     if result.error is not None:
         raise UserError(result.error)
+    stats = engine.stats()
     return {
         "text": result.text,
         "tokens": len(result.tokens),
         "prompt_tokens": result.prompt_tokens,
         "finish_reason": result.finish_reason,
         "tokens_per_second": len(result.tokens) / seconds,
+        "drafted_tokens": stats.drafted_tokens,
+        "acceptance": stats.acceptance,
     }
 
 

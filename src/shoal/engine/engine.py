@@ -19,7 +19,7 @@ from .answer import Answer, stop_set
 from .pages import PagePool
 from .requests import Increment, Request, Result
 from .runner import PAGE, Batch, Forward, Runner, on_host, take_rows
-from .sampling import Rows, Sampler, SamplingError
+from .sampling import Room, Rows, Sampler, SamplingError
 from .scheduler import Limits, Scheduler, Sequence, Work
 from .speculate import Drafter, Switch, keep_behind
 
@@ -85,6 +85,7 @@ class Engine:
         speculates = options.speculate != "off" and runner.config.num_nextn_predict_layers > 0
         self._drafter = Drafter(runner, options.draft_tokens) if speculates else None
         self._switch = Switch(options.speculate)
+        self._room = Room()
         self.pool = PagePool(pages, prefix_cache=options.prefix_cache, ahead=int(speculates))
         self.scheduler = Scheduler(self.pool, Limits(options.step_tokens, options.max_running, speculates), runner.copy_page)
         self._answers: dict[int, Answer] = {}
@@ -247,6 +248,7 @@ class Engine:
         """Move every sequence on, choosing tokens for those that are computed to their end; number of tokens chosen."""
         choosing: list[tuple[Work, int]] = []
         rows: list[int] = []
+        places: list[tuple[Sampler, int]] = []
         for share, start in zip(work, starts, strict=False):
             sequence = share.sequence
             if sequence.computed + share.length < len(sequence.tokens):
@@ -260,9 +262,10 @@ class Engine:
                 continue
             choosing.append((share, start))
             rows.extend(range(start + share.length - 1 - share.drafts, start + share.length))
+            places.extend((answer.sampler, len(sequence.tokens) + ahead) for ahead in range(1 + share.drafts))
         if not choosing:
             return 0
-        logits = Rows(self.runner.logits(take_rows(forward.hidden, rows)))
+        logits = Rows(self.runner.logits(take_rows(forward.hidden, rows)), places, self._room)
         made = row = 0
         for share, start in choosing:
             chosen = self._extend(share, start, row, logits, forward)

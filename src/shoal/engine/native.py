@@ -82,7 +82,9 @@ class NativeRunner:
         for name, weight in weights.items():
             if name.endswith("mlp.gate.weight") and isinstance(weight, Tensor):
                 mapped.forget(weight)
-        self._mapped, self._embedding = mapped, top["embedding"]
+        embedding = weights["model.embed_tokens.weight"]
+        assert isinstance(embedding, Tensor)  # its rows are looked up: it is never packed
+        self._mapped, self._embedding = mapped, embedding
         self._decoder: Any = decoder(_shape(config), top, layers, config.num_hidden_layers)
         self._lock = threading.Lock()
         """Held while the decoder runs or a matrix moves."""

@@ -89,10 +89,6 @@ class Increment(NamedTuple):
     error: str | None = None
     """One line, where `finish_reason` is `error`."""
 
-    def then(self, later: Increment) -> Increment:
-        """Both as one."""
-        return later._replace(text=self.text + later.text, tokens=self.tokens + later.tokens, prompt=self.prompt or later.prompt)
-
 
 @dataclass
 class Result:

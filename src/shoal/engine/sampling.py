@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -42,8 +42,11 @@ class Sampler:
         self._answer: Counter[int] = Counter()
         self._seen = set(prompt) if self._repeats else set()
         self._length = 0
-        self.is_plain = not (options.temperature or self._counts_answer or self._repeats or options.logit_bias or mask)
+        changes = self._counts_answer or self._repeats or bool(options.logit_bias) or mask is not None
+        self.is_plain = not (options.temperature or changes)
         """Greedy without anything that changes logits: an argmax over a whole batch serves it (once `min_tokens` are there)."""
+        self.is_free = bool(options.temperature) and not (changes or options.top_k > 0 or options.top_p < 1 or options.min_p)
+        """Drawn from all tokens without anything that changes logits: `draw` serves a whole batch (once `min_tokens` are there)."""
 
     @property
     def holds_back_stops(self) -> bool:
@@ -146,16 +149,25 @@ def race_times(seed: int, position: int, ids: np.ndarray) -> np.ndarray:
 
     A counter-based generator: the id is the counter, and the mixing function that of SplitMix64 (Steele, Lea and Flood, 2014).
     """
-    start = _mixed((seed + (position + 1) * _GOLDEN) & _MASK)
     x = ids.astype(np.uint64)
     x *= np.uint64(_GOLDEN)
-    x += np.uint64(start)
-    shifted = np.empty_like(x)
+    x += np.uint64(_start(seed, position))
+    return _times(x)
+
+
+def _start(seed: int, position: int) -> int:
+    return _mixed((seed + (position + 1) * _GOLDEN) & _MASK)
+
+
+def _times(x: np.ndarray, shifted: np.ndarray | None = None) -> np.ndarray:
+    """Turns counters (uint64, overwritten with the result) into exponentially distributed numbers; `shifted` is room to work in."""
+    shifted = np.empty_like(x) if shifted is None else shifted
     for shift, factor in _ROUNDS:
         x ^= np.right_shift(x, np.uint64(shift), out=shifted)
         x *= np.uint64(factor)
     x ^= np.right_shift(x, np.uint64(31), out=shifted)
-    uniform = np.right_shift(x, np.uint64(12), out=shifted) + 0.5  # of 2^52: neither 0 nor 1 once scaled
+    np.right_shift(x, np.uint64(12), out=shifted)
+    uniform = np.add(shifted, 0.5, out=x.view(np.float64))  # of 2^52: neither 0 nor 1 once scaled
     uniform *= 2.0**-52
     np.log(uniform, out=uniform)
     return np.negative(uniform, out=uniform)
@@ -177,20 +189,76 @@ class SamplingError(Exception):
 
 
 class Rows:
-    """Logits `[M, V]` of M places, brought to the host; the largest of each are found all at once."""
+    """Logits `[M, V]` of M places, brought to the host; the largest of each are found all at once.
 
-    def __init__(self, logits: Tensor) -> None:
+    `places`: the sampler and the position of every row, for drawing all at once as well, in `room`.
+    """
+
+    def __init__(self, logits: Tensor, places: Sequence[tuple[Sampler, int]] = (), room: Room | None = None) -> None:
         self.table = on_host(logits)
         self._best: list[int] = self.table.argmax(-1).tolist()
+        self._drawn = draw(self.table, {row: place for row, place in enumerate(places) if place[0].is_free}, room or Room())
 
     def choose(self, row: int, sampler: Sampler, position: int) -> int:
         """See `Sampler.choose`."""
+        if row in self._drawn and not sampler.holds_back_stops:
+            return self._drawn[row]
         if not sampler.is_plain or sampler.holds_back_stops:
             return sampler.choose(self.table[row], position)
         best = self._best[row]
         if not math.isfinite(self.table[row, best]):
             raise SamplingError(_why_nothing(self.table[row, best]))
         return best
+
+
+DRAWN_AT_ONCE = 1 << 18
+"""Logits that `draw` works on at a time."""
+
+
+class Room:
+    """Memory for `draw` to work in. It is kept, as the system would have to clear new pages for every step."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty((3, 0))
+
+    def take(self, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """One array of fp64 and two of uint64, all `[rows, columns]`, with whatever content."""
+        size = rows * columns
+        if self._memory.shape[1] < size:
+            self._memory = np.empty((3, size))
+        floats, counters, shifted = (part[:size].reshape(rows, columns) for part in self._memory)
+        return floats, counters.view(np.uint64), shifted.view(np.uint64)
+
+
+def draw(table: np.ndarray, places: Mapping[int, tuple[Sampler, int]], room: Room) -> dict[int, int]:
+    """What `Sampler.choose` gives for these rows of `table [M, V]` (samplers that are `is_free`, and positions), all of them at once.
+
+    One numpy call for many rows is faster, and leaves the interpreter to other threads meanwhile. Rows without a finite maximum are
+    left out.
+    """
+    drawn: dict[int, int] = {}
+    if not places:
+        return drawn
+    rows, many = list(places), max(DRAWN_AT_ONCE // table.shape[1], 1)
+    steps = np.arange(table.shape[1], dtype=np.uint64) * np.uint64(_GOLDEN)
+    for first in range(0, len(rows), many):
+        part = rows[first : first + many]
+        weights, counters, shifted = room.take(len(part), table.shape[1])
+        scores = table if len(part) == len(table) else table[part]
+        tops = scores.max(1, keepdims=True)
+        temperatures = np.array([places[row][0].options.temperature for row in part])[:, None]
+        with np.errstate(invalid="ignore"):
+            never = scores < tops - (NEVER * temperatures).astype(np.float32)
+            np.subtract(scores, tops, out=weights, dtype=np.float64)
+            weights /= temperatures
+            np.exp(weights, out=weights)
+            weights[never] = 0.0
+            starts = [_start(sampler.seed, position) for sampler, position in map(places.__getitem__, part)]
+            np.add(steps, np.array(starts, np.uint64)[:, None], out=counters)
+            weights /= _times(counters, shifted)
+        finite = np.isfinite(tops[:, 0])
+        drawn |= {row: best for row, best, known in zip(part, weights.argmax(1).tolist(), finite.tolist(), strict=True) if known}
+    return drawn
 
 
 def _why_nothing(score: float) -> str:

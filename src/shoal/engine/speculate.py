@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from .runner import PAGE, Batch, Runner, take_rows
-from .sampling import Rows, Sampler, SamplingError
+from .sampling import Room, Rows, Sampler, SamplingError
 from .scheduler import Sequence
 
 MOST_BEHIND = 512
@@ -42,6 +42,7 @@ class Drafter:
 
     def __init__(self, runner: Runner, depth: int) -> None:
         self._runner, self._depth = runner, depth
+        self._room = Room()
 
     def run(self, sequences: Iterable[tuple[Sequence, Sampler]]) -> None:
         """Bring the MTP cache of all sequences up to date and guess for those whose next token is to be chosen next."""
@@ -70,7 +71,8 @@ class Drafter:
     def _guess(self, active: list[tuple[Sequence, Sampler]], hidden: torch.Tensor) -> None:
         """One guess for each of `active` from `hidden [len(active), D]`, then further ones."""
         for depth in range(1, self._depth + 1):
-            rows = Rows(self._runner.logits(hidden))
+            places = [(sampler, len(sequence.tokens) + depth - 1) for sequence, sampler in active]
+            rows = Rows(self._runner.logits(hidden), places, self._room)
             keep = []
             for i, (sequence, sampler) in enumerate(active):
                 place = len(sequence.tokens) + depth - 1

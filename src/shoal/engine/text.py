@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 
 from ..data import Tokenizer
@@ -10,9 +11,38 @@ from ..data import Tokenizer
 class TextStream:
     """Turns ids into text piece by piece, holding back bytes that do not yet make a whole character.
 
-    The pieces together are what the tokenizer makes of all ids at once. Some tokenizers decode a token differently at
-    the beginning of a text (they drop its space), so the tokens of the last piece are decoded again with what follows.
+    The pieces together are what the tokenizer makes of all ids at once.
     """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._text: _Bytes | _Pieces = _Bytes(tokenizer) if tokenizer.writes_bytes else _Pieces(tokenizer)
+
+    def push(self, token: int) -> str:
+        """Text that `token` completes; empty while a character is still open."""
+        return self._text.push(token)
+
+    def finish(self) -> str:
+        """What is still held back, at the end."""
+        return self._text.finish()
+
+
+class _Bytes:
+    """For tokenizers whose tokens are bytes: far cheaper than to ask the tokenizer for every token."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._written = tokenizer.written
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        return self._decoder.decode(self._written(token))
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class _Pieces:
+    """For all others. Some decode a token differently at the beginning of a text (they drop its space), so the tokens of the last
+    piece are decoded again with what follows."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -22,7 +52,6 @@ class TextStream:
         """Tokens since then."""
 
     def push(self, token: int) -> str:
-        """Text that `token` completes; empty while a character is still open."""
         self._open.append(token)
         piece = self._undecided()
         # A replacement character at the end may be the beginning of a character.
@@ -32,7 +61,6 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """What is still held back, at the end."""
         piece = self._undecided()
         self._shown, self._open = [], []
         return piece

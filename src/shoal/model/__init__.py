@@ -5,6 +5,7 @@ from .attention import LATENT_NORM_EPS as LATENT_NORM_EPS
 from .attention import MLA as MLA
 from .attention import Context as Context
 from .attention import LayerCache as LayerCache
+from .block import Block as Block
 from .documents import Documents as Documents
 from .init import init_weights as init_weights
 from .moe import Dispatcher as Dispatcher

@@ -111,24 +111,27 @@ def routing_stats(scores: Tensor, indices: Tensor) -> RoutingStats:
 class Dispatcher(Protocol):
     """Brings tokens to the experts that this process holds, and their results back."""
 
-    def dispatch(self, x: Tensor, indices: Tensor, experts: int) -> tuple[Tensor, Tensor, Any]:
-        """`x [N, D]`, `indices [N, K]` -> rows sorted by local expert `[R, D]`, their inclusive ends `[E_local]` (int32), a ticket."""
+    def dispatch(self, x: Tensor, indices: Tensor, weights: Tensor, experts: int) -> tuple[Tensor, Tensor, Any]:
+        """Tokens `x [N, D]` to the experts `indices [N, K]`, whose results will count with `weights [N, K]`.
+
+        Returns rows sorted by local expert `[R, D]`, their inclusive ends `[E_local]` (int32), and a ticket.
+        """
         ...
 
-    def combine(self, y: Tensor, weights: Tensor, ticket: Any) -> Tensor:
-        """Expert results `y [R, D]` and routing `weights [N, K]` -> weighted sums `[N, D]`."""
+    def combine(self, y: Tensor, ticket: Any) -> Tensor:
+        """Expert results `y [R, D]` -> weighted sums `[N, D]`."""
         ...
 
 
 class LocalDispatcher:
     """All experts are in this process: dispatch is a permutation."""
 
-    def dispatch(self, x: Tensor, indices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    def dispatch(self, x: Tensor, indices: Tensor, weights: Tensor, experts: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         order, inverse, offsets = kernels.sort_by_expert(indices, experts)
-        return kernels.permute_tokens(x, order, inverse), offsets, inverse
+        return kernels.permute_tokens(x, order, inverse), offsets, (weights, inverse)
 
-    def combine(self, y: Tensor, weights: Tensor, ticket: Tensor) -> Tensor:
-        return kernels.combine_tokens(y, weights, ticket)
+    def combine(self, y: Tensor, ticket: tuple[Tensor, Tensor]) -> Tensor:
+        return kernels.combine_tokens(y, *ticket)
 
 
 class Experts(nn.Module):
@@ -162,8 +165,8 @@ class MoE(nn.Module):
         """`x [B, T, D]` -> `[B, T, D]` and what the router did; see `Router` about `chosen`."""
         weights, indices, scores = self.gate(x, chosen)
         tokens = x.flatten(0, 1)
-        rows, offsets, ticket = self.dispatcher.dispatch(tokens, indices.flatten(0, 1), scores.shape[-1])
-        out = self.dispatcher.combine(self.experts(rows, offsets), weights.flatten(0, 1), ticket).view_as(x)
+        rows, offsets, ticket = self.dispatcher.dispatch(tokens, indices.flatten(0, 1), weights.flatten(0, 1), scores.shape[-1])
+        out = self.dispatcher.combine(self.experts(rows, offsets), ticket).view_as(x)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x)
         return out, routing_stats(scores, indices)

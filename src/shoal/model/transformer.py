@@ -102,8 +102,16 @@ class Transformer(nn.Module):
             x, stats = block(x, context, caches[i] if caches else None, next(replayed, None) if self.config.is_moe_layer(i) else None)
             if stats is not None:
                 routing.append(stats)
+        hidden, mtp_hidden, more = self.finish(x, context, mtp_ids, caches)
+        return Output(hidden, mtp_hidden, routing + more)
+
+    def finish(
+        self, x: Tensor, context: Context, mtp_ids: Sequence[Tensor], caches: Sequence[LayerCache] | None = None
+    ) -> tuple[Tensor, list[Tensor], list[RoutingStats]]:
+        """What follows the last decoder layer, whose output is `x [B, T, D]`: the three fields of `Output` that it makes."""
         hidden = self.model.norm(x)
         mtp_hidden: list[Tensor] = []
+        routing: list[RoutingStats] = []
         previous = hidden
         for depth, shifted in enumerate(mtp_ids, 1):
             cache = caches[self.config.num_hidden_layers + depth - 1] if caches else None
@@ -111,7 +119,7 @@ class Transformer(nn.Module):
             mtp_hidden.append(normed)
             if stats is not None:
                 routing.append(stats)
-        return Output(hidden, mtp_hidden, routing)
+        return hidden, mtp_hidden, routing
 
     def ahead(self, depth: int, previous: Tensor, shifted: Tensor, positions: Tensor, caches: Sequence[LayerCache]) -> Tensor:
         """MTP module `depth` (1, 2, ...) by itself, for drafting; `[B, T, D]` after its norm.

@@ -116,6 +116,8 @@ class Reach:
     """Copies over the inter-node link if each node is sent one, to the rank of the same place (V3 report, 3.2.2)."""
     two_hop_intra: float
     """Copies forwarded inside nodes."""
+    per_expert_inter: float = 0.0
+    """Copies over the inter-node link if every expert is sent its own, as a plain all-to-all of tokens does."""
 
 
 def reach(model: ModelConfig, expert_parallel: int, devices_per_node: int) -> Reach:
@@ -138,6 +140,7 @@ def reach(model: ModelConfig, expert_parallel: int, devices_per_node: int) -> Re
         flat_intra=ranks_reached * (local - 1) / expert_parallel,
         two_hop_inter=nodes_reached * elsewhere,
         two_hop_intra=ranks_reached * (local - 1) / local,
+        per_expert_inter=model.num_experts_per_tok * elsewhere,
     )
 
 

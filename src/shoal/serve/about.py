@@ -28,9 +28,13 @@ def models(host: Host) -> JSON:
 
 
 def describe(host: Host) -> dict[str, Any]:
-    """`shoal` holds what the page wants to know."""
+    """`shoal` holds what the page wants to know, from when the model is loaded."""
+    known = {"id": host.name, "object": "model", "created": host.created, "owned_by": "shoal"}
+    if host.state is not State.READY:
+        return known | {"shoal": {"state": host.state.value}}
     config, dialect = host.engine.engine.runner.config, Dialect(host.tokenizer)
     about = {
+        "state": host.state.value,
         "chat": dialect.has_chat,
         "thinks": dialect.thinks,
         "thinking_is_optional": dialect.think_is_optional,
@@ -40,14 +44,7 @@ def describe(host: Host) -> dict[str, Any]:
         "experts_per_token": config.num_experts_per_tok or 0,
         "mtp": config.num_nextn_predict_layers,
     }
-    return {
-        "id": host.name,
-        "object": "model",
-        "created": host.created,
-        "owned_by": "shoal",
-        "max_model_len": host.context,
-        "shoal": about,
-    }
+    return known | {"max_model_len": host.context, "shoal": about}
 
 
 def tokenize(host: Host, body: TokenizeBody) -> JSON:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from ..data import Tokenizer
-from ..data.chat_template import render_chat
+from ..data.chat_template import encode_chat
 from .errors import bad
 from .grammar import AnswerMask, Grammars, bounded
 from .protocol import ChatBody, Message, Tool
@@ -44,8 +44,7 @@ class Dialect:
                 variables[name] = value
         variables.setdefault("enable_thinking", variables["thinking"])
         messages = [written(message, index) for index, message in enumerate(body.messages)]
-        text = render_chat(self.tokenizer, messages, tools, body.add_generation_prompt, **variables)
-        return text, self.tokenizer.encode(text, special=True)
+        return encode_chat(self.tokenizer, messages, tools, body.add_generation_prompt, **variables)
 
     def reader(self, body: ChatBody, prompt: str) -> AnswerReader:
         """For one answer to the conversation that `prompt` writes."""

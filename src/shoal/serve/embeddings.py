@@ -45,7 +45,7 @@ async def create(host: Host, body: EmbeddingBody, http: HTTPRequest) -> Response
     return JSON({"object": "list", "data": data, "model": host.name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
 
 
-def _written(vector: np.ndarray, form: str) -> Any:
+def _written(vector: np.ndarray, form: str | None) -> Any:
     if form == "base64":
         return base64.b64encode(vector.astype("<f4").tobytes()).decode()
     return vector.astype(float).tolist()

@@ -21,10 +21,6 @@ from .grammar import Grammars
 from .metrics import Metrics
 
 LOG = logging.getLogger("shoal.serve")
-PROMPT_LISTENERS = 8
-"""So many answers are streamed token by token; with more, several tokens go into an event."""
-PAUSE_SECONDS = 0.002
-MOST_PAUSE_SECONDS = 0.15
 Load = Callable[[], Loaded]
 
 
@@ -159,12 +155,6 @@ class Host:
             for ticket in tickets:
                 engine.cancel(ticket)
 
-    @property
-    def _pause(self) -> float:
-        """Seconds in which tokens gather before they are sent. Writing one event takes about as long as computing one token of a
-        small model, so with many listeners at once, sending every token by itself would cost most of the machine."""
-        return min(PAUSE_SECONDS * max(self._in_flight - PROMPT_LISTENERS, 0), MOST_PAUSE_SECONDS)
-
     async def increments(self, tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, list[Increment]]]:
         """What arrives for any of the tickets, with its place among them, until all have ended; all that is there at once."""
         if len(tickets) == 1:
@@ -173,8 +163,6 @@ class Host:
                 increments = await tickets[0].take()
                 last = increments[-1].finish_reason
                 yield 0, increments
-                if last is None:
-                    await asyncio.sleep(self._pause)
             return
         waiting = {asyncio.ensure_future(ticket.take()): index for index, ticket in enumerate(tickets)}
         try:
@@ -186,7 +174,6 @@ class Host:
                     if increments[-1].finish_reason is None:
                         waiting[asyncio.ensure_future(tickets[index].take())] = index
                     yield index, increments
-                await asyncio.sleep(self._pause)
         finally:
             for task in waiting:
                 task.cancel()

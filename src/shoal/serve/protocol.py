@@ -115,7 +115,8 @@ class EmbeddingBody(Body):
 
     input: str | list[str] | TokenIds | list[TokenIds]
     model: str | None = None
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = None
+    """None: float."""
     dimensions: int | None = None
     user: str | None = None
 
@@ -125,7 +126,7 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
     add_special_tokens: bool = True
 
 

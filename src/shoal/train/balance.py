@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..model import RoutingStats, Transformer
+from ..model import Block, MoE, RoutingStats, Transformer
+from ..parallel import Team
 
 
 class StepRouting:
@@ -25,6 +27,27 @@ class StepRouting:
         # Late in training the MTP layers may no longer run; all micro-batches of a step run the same layers.
         self.load = load if self.load is None else self.load + load
         self._entropy.append(torch.stack([stats.entropy for stats in routing]))
+
+    @classmethod
+    def of_stages(cls, passes: Iterable[tuple[list[int], list[RoutingStats]]], shape: tuple[int, int], micro_batches: int) -> StepRouting:
+        """Of a process that has some of the MoE layers: the numbers of those in each pass, and their routing; `shape` is `[L, E]`."""
+        step = cls()
+        if not shape[0]:
+            return step
+        step.load, entropy = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape[0])
+        for layers, routing in passes:
+            for layer, stats in zip(layers, routing, strict=True):
+                step.load[layer] += stats.load.cpu()
+                entropy[layer] += stats.entropy.cpu() / micro_batches
+        step._entropy.append(entropy)
+        return step
+
+    def share(self, team: Team) -> None:
+        """From this process's sequences to those of all: `load` is summed, entropies are averaged."""
+        if team.is_alone or self.load is None:
+            return
+        self.load = team.sum(self.load)
+        self._entropy = [team.sum(torch.stack(self._entropy).mean(0)) / team.layout.data]
 
     def figures(self) -> Tensor:
         """MaxVio = (max - mean) / mean of the load (2408.15664, equation 4) of every layer, then its routing entropy: `[2 L]`."""
@@ -50,5 +73,7 @@ def update_biases(model: Transformer, routing: StepRouting, speed: float) -> Non
     """Auxiliary-loss-free balancing of every router that has a bias, from the load of the whole step."""
     if routing.load is None or not speed or model.config.topk_method != "noaux_tc":
         return
-    for layer, load in zip(model.moe_layers, routing.load, strict=False):
-        layer.gate.update_bias(load, speed)
+    mixtures = [layer for i, layer in enumerate(model.model.layers) if model.config.is_moe_layer(i)]
+    for layer, load in zip(mixtures, routing.load, strict=False):
+        if isinstance(layer, Block) and isinstance(layer.mlp, MoE):  # elsewhere another pipeline stage has it
+            layer.mlp.gate.update_bias(load, speed)

@@ -32,12 +32,12 @@ class Display:
     """Shows the rows of a run as they come. Use as a context manager around the training loop.
 
     `total` describes the budget ("5 minutes"), `model_line` the model. `plain` = None decides by whether stderr is a
-    terminal that can draw.
+    terminal that can draw. `quiet` shows nothing: one of many processes does.
     """
 
-    def __init__(self, total: str, model_line: str, plain: bool | None = None) -> None:
-        self.total, self.model_line = total, model_line
-        self.plain = not _can_draw() if plain is None else plain
+    def __init__(self, total: str, model_line: str, plain: bool | None = None, quiet: bool = False) -> None:
+        self.total, self.model_line, self.quiet = total, model_line, quiet
+        self.plain = quiet or (not _can_draw() if plain is None else plain)
         self.curve = Curve()
         self.row: dict[str, Any] = {}
         self.evaluated: dict[str, Any] = {}
@@ -107,7 +107,7 @@ class Display:
             from rich.text import Text
 
             self._console.print(Text(text), soft_wrap=True)
-        else:
+        elif not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
     def _line(self) -> str:

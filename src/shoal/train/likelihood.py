@@ -13,7 +13,8 @@ from .. import kernels
 from ..data import PreparedData
 from ..kernels.reference import IGNORED
 from ..model import Transformer
-from ..runtime import Machine, inference
+from ..parallel import Team
+from ..runtime import Machine, divided_inference, inference
 
 Document = tuple[np.ndarray, int]
 """Token ids from begin-of-text to end-of-text, and the length of the text in UTF-8 bytes."""
@@ -68,12 +69,16 @@ def likelihood(
     overlap: int | None = None,
     batch_tokens: int = 8192,
     progress: Callable[[int], None] | None = None,
+    team: Team | None = None,
+    hidden_of: Callable[[torch.Tensor], torch.Tensor | None] | None = None,
 ) -> Likelihood:
     """Score `documents`: how likely the model holds them.
 
     `overlap` defaults to half a window. Windows are sorted by length, so that batches waste little on padding.
-    `progress` is told the number of tokens scored by every batch.
+    `progress` is told the number of tokens scored by every batch. The processes of a `team` score a share each, all in the same call;
+    `hidden_of` runs a model that is spread over several, and gives None where another process has the result.
     """
+    team = team or Team()
     overlap = window // 2 if overlap is None else overlap
     pieces: list[tuple[np.ndarray, int]] = []
     total_bytes = 0
@@ -84,22 +89,33 @@ def likelihood(
     nats, count, at = 0.0, 0, 0
     was_training = model.training
     model.eval()
-    with inference(machine):
+    with inference(machine) if team.is_alone else divided_inference(machine):
         while at < len(pieces):
             width = len(pieces[at][0])
             batch = pieces[at : at + max(1, batch_tokens // width)]
-            ids, targets = _pad(batch, width)
-            hidden = model(ids.to(machine.device)).hidden
+            ids, targets = _pad(_share(batch, team), width)
+            hidden = hidden_of(ids.to(machine.device)) if hidden_of else model(ids.to(machine.device)).hidden
+            at += len(batch)
+            if hidden is None:
+                continue
             sum_nats, scored = kernels.linear_cross_entropy(
                 hidden.flatten(0, 1), model.lm_head.weight, targets.flatten().to(machine.device), model.config.logit_softcap
             )
             nats += float(sum_nats)
             count += int(scored)
-            at += len(batch)
             if progress is not None:
                 progress(int(scored))
     model.train(was_training)
-    return Likelihood(nats, count, total_bytes)
+    nats, total = team.sum(torch.tensor([nats, count], dtype=torch.float64)).tolist()
+    return Likelihood(nats, int(total), total_bytes)
+
+
+def _share(batch: list[tuple[np.ndarray, int]], team: Team) -> list[tuple[np.ndarray, int]]:
+    """This process's part of a batch; where it is too short for all, a row of which nothing is scored: all must take part."""
+    if team.is_alone:
+        return batch
+    window, _ = batch[0]
+    return batch[team.data_rank :: team.layout.data] or [(window, len(window))]
 
 
 def _pad(batch: list[tuple[np.ndarray, int]], width: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..model import RoutingStats, Transformer
+from ..model import Output, RoutingStats, Transformer
 
 
 @dataclass
@@ -34,7 +34,12 @@ def compute_losses(model: Transformer, rows: Tensor, mtp_weight: float, balance_
     depth = model.config.num_nextn_predict_layers
     length = rows.shape[1] - 1 - depth
     shifted = [rows[:, k : k + length] for k in range(1, depth + 1)] if mtp_weight else []
-    output = model(rows[:, :length], mtp_ids=shifted)
+    return losses_of(model(rows[:, :length], mtp_ids=shifted), model, rows, mtp_weight, balance_weight)
+
+
+def losses_of(output: Output, model: Transformer, rows: Tensor, mtp_weight: float, balance_weight: float) -> Losses:
+    """Losses of what the model made of `rows`."""
+    length = output.hidden.shape[1]
     cap = model.config.logit_softcap
 
     def cross_entropy(hidden: Tensor, offset: int) -> Tensor:

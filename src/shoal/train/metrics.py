@@ -14,13 +14,15 @@ from .tensorboard import TensorBoardLog
 class MetricsLog:
     """Appends rows; every line reaches the operating system at once, so that a killed run keeps what it did."""
 
-    def __init__(self, run: Path, tensorboard: bool) -> None:
-        self._path = run / "metrics.jsonl"
-        self._tensorboard = TensorBoardLog(run / "tensorboard") if tensorboard else None
+    def __init__(self, run: Path, tensorboard: bool, active: bool = True) -> None:
+        """Writes nothing unless `active`: one of many processes does."""
+        self._path, self._active = run / "metrics.jsonl", active
+        self._tensorboard = TensorBoardLog(run / "tensorboard") if tensorboard and active else None
         self._file: IO[str] | None = None
 
     def __enter__(self) -> MetricsLog:
-        self._file = self._path.open("a", encoding="utf-8", buffering=1)
+        if self._active:
+            self._file = self._path.open("a", encoding="utf-8", buffering=1)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -30,6 +32,8 @@ class MetricsLog:
             self._tensorboard.close()
 
     def write(self, row: dict[str, Any]) -> None:
+        if not self._active:
+            return
         assert self._file is not None
         safe = _finite(row)
         self._file.write(json.dumps(safe) + "\n")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import newton_schulz
+from ..parallel import SplitMatrices
 
 UPDATE_RMS = 0.2
 """Root mean square of an update at learning rate 1, about that of AdamW (Moonlight, section 2.2)."""
@@ -24,35 +25,75 @@ class Muon(torch.optim.Optimizer):
     Weight decay is decoupled. All matrices of one shape are processed in batches.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float, steps: int, weight_decay: float) -> None:
+    def __init__(
+        self, params: Iterable[Tensor], lr: float, momentum: float, steps: int, weight_decay: float, split: SplitMatrices | None = None
+    ) -> None:
+        """`split` knows which of `params` are some rows of a matrix, and where the others are."""
         super().__init__(params, {"lr": lr, "momentum": momentum, "steps": steps, "weight_decay": weight_decay})
+        self._split = split
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             by_shape: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
             for p in group["params"]:
-                if p.grad is not None:
+                if p.grad is not None and (self._split is None or self._split.shape(p) is None):
                     by_shape[tuple(p.shape[-2:])].append(p)
             for same in by_shape.values():
                 for batch in _batches(same):
                     self._update(batch, group)
+            if self._split is not None:
+                self._update_split(group, self._split)
 
     def _update(self, params: list[Tensor], group: dict) -> None:
         rows, columns = params[0].shape[-2:]
         counts = [p.numel() // (rows * columns) for p in params]
         directions = torch.empty(sum(counts), rows, columns, dtype=params[0].dtype, device=params[0].device)
-        grads = [p.grad for p in params if p.grad is not None]
-        for p, grad, direction in zip(params, grads, directions.split(counts), strict=True):
-            if not self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-            momentum = self.state[p]["momentum"]
-            momentum.lerp_(grad, 1 - group["momentum"])
-            torch.lerp(grad, momentum, group["momentum"], out=direction.view(p.shape))  # Nesterov's look ahead
+        for p, direction in zip(params, directions.split(counts), strict=True):
+            self._direction(p, group, direction.view(p.shape))
         updates = newton_schulz(directions.bfloat16() if directions.is_cuda else directions, group["steps"])
-        scale = -group["lr"] * UPDATE_RMS * max(rows, columns) ** 0.5
         for p, update in zip(params, updates.split(counts), strict=True):
-            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.reshape(p.shape), alpha=scale)
+            _apply(p, update, (rows, columns), group)
+
+    def _update_split(self, group: dict, split: SplitMatrices) -> None:
+        """The same for matrices of which every process holds some rows, perhaps none."""
+        params = [p for p in group["params"] if split.shape(p) is not None and p.grad is not None]
+        if not params:
+            return
+        directions = [torch.empty_like(p) for p in params]
+        for p, direction in zip(params, directions, strict=True):
+            self._direction(p, group, direction)
+        shapes = [shape for p in params if (shape := split.shape(p)) is not None]
+        for p, update, shape in zip(params, split.apply(directions, shapes, lambda m: _orthogonal(m, group["steps"])), shapes, strict=True):
+            _apply(p, update, shape, group)
+
+    def _direction(self, p: Tensor, group: dict, out: Tensor) -> None:
+        """Update the momentum of `p`; `out` becomes what is to be orthogonalised."""
+        assert p.grad is not None
+        if not self.state[p]:
+            self.state[p]["momentum"] = torch.zeros_like(p)
+        momentum = self.state[p]["momentum"]
+        momentum.lerp_(p.grad, 1 - group["momentum"])
+        torch.lerp(p.grad, momentum, group["momentum"], out=out)  # Nesterov's look ahead
+
+
+def _apply(p: Tensor, update: Tensor, shape: tuple[int, ...], group: dict) -> None:
+    """Decay and move `p`, which is, or is a part of, a matrix (or stack of matrices) of `shape`."""
+    scale = -group["lr"] * UPDATE_RMS * max(shape) ** 0.5
+    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.reshape(p.shape), alpha=scale)
+
+
+def _orthogonal(matrices: list[Tensor], steps: int) -> list[Tensor]:
+    """Newton-Schulz of each, those of one shape together."""
+    results = list(matrices)
+    by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for i, matrix in enumerate(matrices):
+        by_shape[tuple(matrix.shape)].append(i)
+    for same in by_shape.values():
+        stack = torch.stack([matrices[i] for i in same])
+        for i, update in zip(same, newton_schulz(stack.bfloat16() if stack.is_cuda else stack, steps), strict=True):
+            results[i] = update.to(matrices[i].dtype)
+    return results
 
 
 def _batches(params: list[Tensor]) -> Iterable[list[Tensor]]:

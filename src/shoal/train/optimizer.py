@@ -7,14 +7,21 @@ from torch import Tensor, nn
 
 from ..config import OptimizerConfig
 from ..model import Transformer
+from ..parallel import Piece, Shards, SplitMatrices
 from .muon import Muon
 
 
 class Optimizers:
     """Muon for hidden matrices and AdamW for embedding, head, router and norms, driven as one."""
 
-    def __init__(self, model: Transformer, config: OptimizerConfig) -> None:
-        hidden, embed, head, small = _partition(model)
+    def __init__(self, model: Transformer, config: OptimizerConfig, shards: Shards | None = None) -> None:
+        """For what this process holds of the model: `shards`, or all of it."""
+        shards = shards or Shards.whole(model)
+        pieces = [[shards.of(p) for p in part] for part in _partition(model)]
+        self.names = {id(piece.local): piece.name for part in pieces for piece in part}
+        # Of a matrix that is cut, processes without rows help to orthogonalise the others'.
+        muon = [piece.local for piece in pieces[0] if piece.local.numel() or piece.is_split_matrix]
+        hidden, embed, head, small = ([piece.local for piece in part if piece.local.numel()] for part in pieces)
         groups = [
             {"params": embed, "lr": config.embed_lr, "weight_decay": 0.0},
             {"params": head, "lr": config.head_lr, "weight_decay": 0.0},
@@ -22,7 +29,8 @@ class Optimizers:
         ]
         self.all: list[torch.optim.Optimizer] = []
         if config.name == "muon":
-            self.all.append(Muon(hidden, config.muon_lr, config.muon_momentum, config.muon_steps, config.weight_decay))
+            split = _split_matrices(pieces[0], shards)
+            self.all.append(Muon(muon, config.muon_lr, config.muon_momentum, config.muon_steps, config.weight_decay, split))
         else:
             groups.append({"params": hidden, "lr": config.adam_lr, "weight_decay": config.weight_decay})
         groups = [group for group in groups if group["params"]]
@@ -42,6 +50,10 @@ class Optimizers:
         for optimizer in self.all:
             optimizer.zero_grad(set_to_none=True)
 
+    def parameter_names(self) -> list[list[str]]:
+        """Names of the parameters of every optimizer, in the order in which its `state_dict` counts them."""
+        return [[self.names[id(p)] for group in optimizer.param_groups for p in group["params"]] for optimizer in self.all]
+
     def state_dict(self) -> list[dict]:
         return [optimizer.state_dict() for optimizer in self.all]
 
@@ -50,24 +62,26 @@ class Optimizers:
             optimizer.load_state_dict(state)
 
 
-def _partition(model: Transformer) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+def _partition(model: Transformer) -> tuple[list[nn.Parameter], ...]:
     """Hidden matrices, embedding, head, and the rest (routers, norms, biases)."""
-    embed, head = [model.model.embed_tokens.weight], [] if model.config.tie_word_embeddings else [model.lm_head.weight]
-    apart = {id(p) for p in embed + head} | {id(layer.gate.weight) for layer in model.moe_layers}
-    hidden: list[Tensor] = []
-    small: list[Tensor] = []
-    for p in model.parameters():
-        if id(p) in apart and p is not embed[0] and not any(p is h for h in head):
-            small.append(p)
-        elif id(p) not in apart:
-            (hidden if p.ndim >= 2 else small).append(p)
-    return hidden, list(embed), list(head), small
+    # A pipeline stage may have neither.
+    embed = list(model.model.embed_tokens.parameters())
+    head = [] if model.config.tie_word_embeddings else list(model.lm_head.parameters())
+    ends, routers = {id(p) for p in embed + head}, {id(layer.gate.weight) for layer in model.moe_layers}
+    rest = [p for p in model.parameters() if id(p) not in ends]
+    hidden = [p for p in rest if id(p) not in routers and p.ndim >= 2]
+    small = [p for p in rest if id(p) in routers or p.ndim < 2]
+    return hidden, embed, head, small
 
 
-def clip_gradients(model: nn.Module, limit: float) -> Tensor:
+def clip_gradients(shards: Shards, limit: float) -> Tensor:
     """Scale all gradients so that their global norm is at most `limit` (0: leave them); returns the norm before, a scalar."""
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    norm = shards.gradient_norm()
     if limit:
-        torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_(shards.gradients(), (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm
+
+
+def _split_matrices(hidden: list[Piece], shards: Shards) -> SplitMatrices | None:
+    cut = {id(piece.local): piece.shape for piece in hidden if piece.is_split_matrix}
+    return SplitMatrices(shards.team.data_mesh.get_group(), cut) if cut else None

@@ -28,6 +28,7 @@ from ..config.recipes import from_table, to_toml
 RESUME_MAY_CHANGE = {
     "out", "resume", "overwrite", "json", "minutes", "tokens", "steps", "threads", "tensorboard",
     "eval_every_minutes", "eval_tokens", "checkpoint", "micro_batch_size", "prompts",
+    "nproc", "parallel",
 }  # fmt: skip
 """Settings that do not change what is learned from which data; everything else must stay as it was."""
 
@@ -109,6 +110,11 @@ def new_run(config: Destination, name: str) -> RunFolder:
     except OSError as error:
         raise UserError(f"{path} cannot be created ({error.strerror}): choose another --out") from None
     return RunFolder(path)
+
+
+def holds_run(out: str | None) -> bool:
+    """Whether there is a run to resume at `out`, or for None anywhere under runs/."""
+    return (Path(out) / "run.json").exists() if out is not None else any(Path("runs").glob("*/run.json"))
 
 
 def find_run(out: str | None) -> RunFolder:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from ..data import Batches, PreparedData
 from ..formats import checkpoints
 from ..formats.huggingface import load_state
 from ..model import Transformer, init_weights
+from ..parallel import Shards, Team, divide, make_dispatcher
 from ..runtime import Machine
 from .optimizer import Optimizers
 from .run_folder import RunFolder
+from .whole import gather_model, gather_optimizers, scatter_optimizers
 
 
 @dataclass
@@ -43,40 +46,71 @@ class TrainState:
     model: Transformer
     optimizers: Optimizers
     batches: Batches
+    team: Team
+    shards: Shards
+    """Of the model, what this process holds."""
     counters: Counters = field(default_factory=Counters)
+    _saving: Future[None] | None = None
 
     @classmethod
-    def create(cls, config: TrainConfig, folder: RunFolder, data: PreparedData, batches: Batches, machine: Machine) -> TrainState:
+    def create(
+        cls, config: TrainConfig, folder: RunFolder, data: PreparedData, batches: Batches, machine: Machine, team: Team
+    ) -> TrainState:
         """Fresh from `config.seed`, or from the folder's last complete checkpoint where there is one."""
-        model = Transformer(config.model)
-        init_weights(model, config.seed)
+        if team.is_first:
+            checkpoints.clean_temporary(folder.path)
+        complete = team.agree(checkpoints.complete_checkpoints(folder.path))
+        model = Transformer(config.model, dispatcher=make_dispatcher(config.parallel, team, config.model.n_routed_experts or 0))
+        if complete:
+            load_state(model, complete[-1])
+        else:
+            init_weights(model, config.seed)
         model = model.to(machine.device)
-        state = cls(config, folder, data, model, Optimizers(model, config.optimizer), batches)
-        checkpoints.clean_temporary(folder.path)
-        complete = checkpoints.complete_checkpoints(folder.path)
+        shards = divide(model, config.parallel, team)
+        state = cls(config, folder, data, model, Optimizers(model, config.optimizer, shards), batches, team, shards)
         if complete:
             state._load(complete[-1])
         return state
 
     def _load(self, path: Path) -> None:
-        load_state(self.model, path)
+        """All but the weights."""
         saved = checkpoints.load_checkpoint_state(path)
-        self.optimizers.load_state_dict(saved["optimizers"])
+        scatter_optimizers(saved["optimizers"], self.optimizers, self.config.model, self.config.optimizer, self.shards)
         self.batches.load_state_dict(saved["batches"])
         self.counters = Counters(**saved["counters"])
 
     def save(self, bpb: float | None) -> None:
-        """Write a checkpoint, `bpb` being its bits per byte on held-out text where measured; let go of those no longer kept."""
+        """Write a checkpoint, `bpb` being its bits per byte on held-out text where measured; let go of those no longer kept.
+
+        All processes of a team call this; the first one gathers copies and writes them while training goes on. A process by itself has
+        no copies and waits.
+        """
+        self.finish_saving()
         at = self.counters
         if bpb is not None and bpb < at.best_bpb:
             at.best_bpb, at.best_step = bpb, at.step
         saved: dict[str, Any] = {
-            "optimizers": self.optimizers.state_dict(),
+            "optimizers": gather_optimizers(self.optimizers, self.config.model, self.config.optimizer, self.shards),
             "batches": self.batches.state_dict(),
-            "counters": vars(at),
+            "counters": dict(vars(at)),
         }
+        model = gather_model(self.model, self.shards)
+        if self.team.is_alone:
+            self._write(model, saved, replace(at))
+        elif self.team.is_first:
+            writer = ThreadPoolExecutor(1, "checkpoint")
+            self._saving = writer.submit(self._write, model, saved, replace(at))
+            writer.shutdown(wait=False)
+
+    def finish_saving(self) -> None:
+        """Wait until the last checkpoint is on disk; raises what its writing raised."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.result()
+
+    def _write(self, model: Transformer, saved: dict[str, Any], at: Counters) -> None:
         keep = self.config.checkpoint
-        checkpoints.save_checkpoint(self.folder.path, at.step, self.model, self.data.tokenizer, saved)
+        checkpoints.save_checkpoint(self.folder.path, at.step, model, self.data.tokenizer, saved)
         if at.best_step >= 0:
             # Written every time: a run that was killed before it got here catches up.
             self.folder.write_json("best.json", {"step": at.step, "val_bpb": at.best_bpb})

@@ -7,6 +7,7 @@ import lzma
 from typing import Any
 
 from ..config import ModelConfig
+from ..parallel import Layout
 from ..plan.cost import count_parameters
 from ..runtime import Machine, peak_memory
 from .likelihood import Document, Likelihood
@@ -16,13 +17,14 @@ MAX_VIO_SHARE = 0.1
 """`max_vio` is the mean over the last tenth of the steps: one batch says little."""
 
 
-def describe_model(model: ModelConfig, machine: Machine) -> str:
+def describe_model(model: ModelConfig, machine: Machine, layout: Layout) -> str:
     """One line for the display."""
     count = count_parameters(model)
     kind = "MLA" if model.uses_mla else "GQA"
     kind += " + MoE" if model.is_moe_layer(model.num_hidden_layers - 1) else " + dense"
     kind += f" + MTP {model.num_nextn_predict_layers}" if model.num_nextn_predict_layers else ""
-    return f"{kind}, {count.total / 1e6:.1f}M parameters, {count.active / 1e6:.1f}M active; {machine.describe()}"
+    where = machine.describe() + (f"; {layout.describe()}" if layout.world > 1 else "")
+    return f"{kind}, {count.total / 1e6:.1f}M parameters, {count.active / 1e6:.1f}M active; {where}"
 
 
 def xz_bits_per_byte(texts: list[str]) -> float:
@@ -52,7 +54,7 @@ def summarize(state: TrainState, machine: Machine, scored: list[Document], final
         "train_flops": at.flops,
         "seconds": at.seconds,
         "tokens_per_second": at.tokens / training_seconds,
-        "peak_share": at.flops / training_seconds / machine.peak_flops,
+        "peak_share": at.flops / training_seconds / (machine.peak_flops * state.team.layout.world),
         "max_vio": sum(violations) / len(violations) if violations else None,
         "params_total": count.total,
         "params_active": count.active,

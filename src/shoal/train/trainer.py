@@ -1,6 +1,7 @@
 """Pretraining: one visible loop.
 
-The walk of a step: batches -> model (attention, experts, dispatch) -> losses -> gradients -> optimizers -> routing bias.
+The walk of a step: batches -> passes (model: attention, experts, dispatch; losses; gradients) -> optimizers -> routing bias.
+What one of several processes computes is put together by `state.team` and `state.shards`, for which a single process costs nothing.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ import torch
 
 from ..config import ModelConfig, TrainConfig, UserError
 from ..data import Batches, Tokenizer, open_corpus, prepare
+from ..parallel import join, was_restarted
 from ..plan.cost import flops_per_token, optimizer_flops
 from ..runtime import Machine, start
-from .balance import StepRouting, routing_row, update_biases
+from .balance import routing_row, update_biases
 from .budget import Budget
 from .display import Display
 from .likelihood import held_out, likelihood
-from .loss import compute_losses
 from .metrics import MetricsLog
 from .optimizer import clip_gradients
-from .run_folder import find_run, new_run, refuse_changes, run_facts
+from .passes import Passes, make_passes
+from .run_folder import RunFolder, find_run, holds_run, new_run, refuse_changes, run_facts
 from .schedule import learning_rate_share, mtp_weight
 from .signals import StopRequest
 from .state import TrainState
@@ -45,27 +47,40 @@ class Trained:
     summary: dict[str, Any]
     finished: bool
     """False where the run was asked to stop before its budget was spent."""
+    reports: bool = True
+    """False in processes that leave it to the first of them to tell."""
 
 
 def train(requested: TrainConfig) -> Trained:
     """Train as asked. Figures go to the run folder, progress to stderr; nothing is printed to stdout."""
     requested.validate()
-    folder = find_run(requested.out) if requested.resume else None
+    team = join(requested)
+    folder = team.agree(find_run(requested.out) if requested.resume or (was_restarted() and holds_run(requested.out)) else None)
     precision = folder.facts()["precision"] if folder else requested.precision
-    machine = start(requested.device, precision, requested.threads)
+    machine = team.same_precision(start(requested.device, precision, requested.threads or team.cores))
     corpus = open_corpus(requested.data, requested.corpus)
     tokenizer = Tokenizer.load(requested.corpus.tokenizer) if requested.corpus.tokenizer else None
-    data = prepare(corpus, tokenizer, requested.model.vocab_size, requested.corpus)
+    data = team.first_then_others(lambda: prepare(corpus, tokenizer, requested.model.vocab_size, requested.corpus))
     config = replace(requested, model=fit_tokenizer(requested.model, data.tokenizer))
     lookahead = 1 + config.model.num_nextn_predict_layers
-    batches = Batches(data.train, config.sequence_length, config.batch_size, config.seed, lookahead=lookahead)
+    share = {"rank": team.data_rank, "world": team.layout.data}
+    batches = Batches(data.train, config.sequence_length, config.batch_size, config.seed, lookahead=lookahead, **share)
     if folder is None:
-        folder = new_run(requested, corpus.name)
-        folder.write_json("run.json", run_facts(requested, data.fingerprint, machine.precision))
+        folder = team.decide(lambda: begin_run(requested, corpus.name, data.fingerprint, machine))
     else:
         refuse_changes(folder.facts(), requested, data.fingerprint)
-    folder.write_config(config)
-    return run_loop(TrainState.create(config, folder, data, batches, machine), machine)
+    if team.is_first:
+        folder.write_config(config)
+    result = run_loop(TrainState.create(config, folder, data, batches, machine, team), machine)
+    team.leave()
+    return result
+
+
+def begin_run(config: TrainConfig, name: str, data_fingerprint: str, machine: Machine) -> RunFolder:
+    """The folder of a new run, with what was asked for in it."""
+    folder = new_run(config, name)
+    folder.write_json("run.json", run_facts(config, data_fingerprint, machine.precision))
+    return folder
 
 
 def fit_tokenizer(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
@@ -80,47 +95,45 @@ def fit_tokenizer(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
 
 def run_loop(state: TrainState, machine: Machine) -> Trained:
     """Take steps until the budget is spent or a signal asks to stop; evaluate, save, sum up."""
-    config, model, at = state.config, state.model, state.counters
+    config, model, at, team, shards = state.config, state.model, state.counters, state.team, state.shards
     budget = Budget.of(config)
     flops = flops_per_token(config.model, config.sequence_length, training=True)
     step_flops = optimizer_flops(config.model, config.optimizer.muon_steps) if config.optimizer.name == "muon" else 0
     bytes_per_token = state.data.train.num_bytes / state.data.train.num_tokens
     skipped_in_a_row = 0
-    state.folder.keep_metrics_up_to(at.step)
+    if team.is_first:
+        state.folder.keep_metrics_up_to(at.step)
     model.train()
+    passes = make_passes(state, machine)
     with (
-        MetricsLog(state.folder.path, config.tensorboard) as log,
-        Display(str(budget), describe_model(config.model, machine)) as display,
+        MetricsLog(state.folder.path, config.tensorboard, active=team.is_first) as log,
+        Display(str(budget), describe_model(config.model, machine, team.layout), quiet=not team.is_first) as display,
         StopRequest() as stop,
     ):
         began = time.perf_counter() - at.seconds
-        while (progress := budget.progress(at.step, at.seconds)) < 1 and not stop.asked:
+        stopping = team.any(stop.asked)
+        while (progress := budget.progress(at.step, at.seconds)) < 1 and not stopping:
             step_began = time.perf_counter()
             lr_share = learning_rate_share(config.schedule, progress)
             weight = mtp_weight(config.mtp, progress) if config.model.num_nextn_predict_layers else 0.0
 
-            micro_batches = state.batches.next().split(config.micro_batch_size or config.batch_size)
-            figures, routing = [], StepRouting()
-            for rows in micro_batches:
-                with machine.autocast():
-                    losses = compute_losses(model, rows.to(machine.device), weight, config.balance.sequence_loss)
-                (losses.total / len(micro_batches)).backward()
-                figures.append(torch.stack([losses.total.detach(), losses.main, losses.mtp, losses.balance]))
-                routing.add(losses.routing)
-                # What is left of its graph would lie between the large blocks that the next forward pass wants to use again.
-                del losses
-            grad_norm = clip_gradients(model, config.optimizer.clip)
+            figures, routing = passes(state.batches.next(), weight)
+            figures = team.sum(figures) / team.layout.data
+            routing.share(team)
+            shards.collect_gradients()
+            grad_norm = clip_gradients(shards, config.optimizer.clip)
 
             # The one place of a step where the device is waited for.
-            on_host = torch.cat([torch.stack(figures).mean(0), grad_norm[None], routing.figures()]).tolist()
+            on_host = torch.cat([figures, grad_norm[None], routing.figures()]).tolist()
             total, main, mtp, balance, norm, *routed = on_host
             finite = math.isfinite(total) and math.isfinite(norm)
             if finite:
                 state.optimizers.step(lr_share)
                 update_biases(model, routing, config.balance.bias_update_speed)
             state.optimizers.zero_grad()
+            shards.forget_gradients()
 
-            now = time.perf_counter()
+            now = team.agree_on_time(time.perf_counter() - began) + began
             skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
             spent = (flops.total if weight else flops.main) * config.tokens_per_step + step_flops
             at.step += 1
@@ -133,11 +146,12 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
                 "loss": main, "bpb": main / math.log(2) / bytes_per_token, "lr": lr_share, "grad_norm": norm,
                 "tokens_per_second": config.tokens_per_step / (now - step_began),
                 "tflops": spent / (now - step_began) / 1e12,
-                "peak_share": spent / (now - step_began) / machine.peak_flops,
+                "peak_share": spent / (now - step_began) / (machine.peak_flops * team.layout.world),
                 "skipped": at.skipped,
             }  # fmt: skip
             if weight:
                 row["mtp_loss"] = mtp
+            row |= passes.figures()
             if routed:
                 row |= {"balance_loss": balance} | routing_row(routed)
                 if at.step % LOAD_EVERY == 1:
@@ -147,32 +161,38 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
 
             if skipped_in_a_row >= SKIPPED_IN_A_ROW:
                 raise UserError(f"no finite loss for {SKIPPED_IN_A_ROW} steps in a row: lower the learning rates and start again")
-            if budget.progress(at.step, at.seconds) < 1 and not stop.asked:
+            stopping = team.any(stop.asked)
+            if budget.progress(at.step, at.seconds) < 1 and not stopping:
                 saving = state.save_is_due()
                 if saving or state.evaluation_is_due():
-                    bpb = evaluate(state, machine, log, display, config.eval_tokens)
-                    at.last_eval = at.seconds = time.perf_counter() - began
+                    bpb = evaluate(state, passes, machine, log, display, config.eval_tokens)
+                    at.last_eval = at.seconds = team.agree_on_time(time.perf_counter() - began)
                 if saving:
                     state.save(bpb)
-                    at.last_save = at.seconds = time.perf_counter() - began
+                    at.last_save = at.seconds = team.agree_on_time(time.perf_counter() - began)
 
-        if stop.asked:
+        if stopping:
             state.save(None)
+            state.finish_saving()
             display.message(f"stopped at step {at.step} and saved; go on with: shoal train --resume --out {state.folder.path}")
-            return Trained(state.folder.path, {"step": at.step}, finished=False)
-        state.save(evaluate(state, machine, log, display, config.eval_tokens))
+            return Trained(state.folder.path, {"step": at.step}, finished=False, reports=team.is_first)
+        state.save(evaluate(state, passes, machine, log, display, config.eval_tokens))
         display.message("scoring the held-out text")
         documents = held_out(state.data, 64 * config.eval_tokens)
-        final = likelihood(model, machine, documents, window=config.sequence_length)
+        final = likelihood(model, machine, documents, window=config.sequence_length, team=team, hidden_of=passes.hidden)
+    state.finish_saving()
+    if not team.is_first:
+        return Trained(state.folder.path, {"step": at.step}, finished=True, reports=False)
     summary = summarize(state, machine, documents, final)
     state.folder.write_json("summary.json", summary)
     return Trained(state.folder.path, summary, finished=True)
 
 
-def evaluate(state: TrainState, machine: Machine, log: MetricsLog, display: Display, tokens: int) -> float:
+def evaluate(state: TrainState, passes: Passes, machine: Machine, log: MetricsLog, display: Display, tokens: int) -> float:
     """Bits per byte of about `tokens` tokens of held-out documents, the same ones every time."""
     at = state.counters
-    result = likelihood(state.model, machine, held_out(state.data, tokens), window=state.config.sequence_length)
+    documents = held_out(state.data, tokens)
+    result = likelihood(state.model, machine, documents, window=state.config.sequence_length, team=state.team, hidden_of=passes.hidden)
     row = {
         "step": at.step, "tokens": at.tokens, "flops": at.flops, "seconds": round(at.seconds, 3),
         "val_bpb": result.bits_per_byte, "val_loss": result.nats_per_token,

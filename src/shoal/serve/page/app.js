@@ -27,6 +27,11 @@ async function connect() {
     setTimeout(connect, 3000);
     return;
   }
+  if (about().state === "loading") {
+    show("The model is being loaded ...");
+    setTimeout(connect, 1000);
+    return;
+  }
   const before = $("model").value;
   $("model").replaceChildren(...known.map((one) => new Option(one.id, one.id)));
   if (known.some((one) => one.id === before)) $("model").value = before;
@@ -275,7 +280,7 @@ async function complete() {
 function layerOptions() {
   const layers = about().moe_layers || 0;
   $("experts").hidden = !layers;
-  $("layer").replaceChildren(new Option("All layers, as stripes", ALL), ...Array.from({ length: layers }, (_, i) => new Option(`MoE layer ${i + 1} of ${layers}`, i)));
+  $("layer").replaceChildren(new Option("All, in stripes", ALL), ...Array.from({ length: layers }, (_, i) => new Option(`MoE layer ${i + 1} of ${layers}`, i)));
   $("layer").value = layer;
 }
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from shoal.cli import main
 from shoal.config import UserError
 from shoal.data import Tokenizer
-from shoal.data.chat_template import render_chat
-from shoal.engine.chat import HELP
+from shoal.data.chat_template import encode_chat, render_chat
 from shoal.formats import complete_checkpoints
+from shoal.serve.terminal import HELP
 
 Say = Callable[..., str]
 TEMPLATE = (
@@ -63,20 +65,50 @@ def test_bad_bytes_and_overlong_lines_do_not_end_the_conversation(trained: Path,
     assert out.count("> ") == 4
 
 
-def test_a_chat_model_hears_the_whole_conversation_until_reset(chat_model: Path, say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts: list[str] = []
+@pytest.fixture
+def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the model was given to read."""
+    written: list[str] = []
 
-    def note(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> str:
-        prompts.append(render_chat(tokenizer, messages))
-        return prompts[-1]
+    def note(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> tuple[str, list[int]]:
+        written.append(encode_chat(tokenizer, messages)[0])
+        return encode_chat(tokenizer, messages)
 
-    monkeypatch.setattr("shoal.engine.chat.render_chat", note)
+    monkeypatch.setattr("shoal.serve.terminal.encode_chat", note)
+    return written
+
+
+def test_a_chat_model_hears_the_whole_conversation_until_reset(chat_model: Path, say: Say, prompts: list[str]) -> None:
     say(chat_model, "red é\nblue\n/reset\ngreen\n".encode(), "--system", "Be kind.")
     bos = "<｜begin▁of▁sentence｜>[system]Be kind."
     assert prompts[0] == f"{bos}[user]red é[assistant]"
     assert prompts[1].startswith(f"{bos}[user]red é[assistant]")
     assert prompts[1].endswith("[user]blue[assistant]")
     assert prompts[2] == f"{bos}[user]green[assistant]"
+
+
+def test_long_texts_and_commands(chat_model: Path, say: Say, prompts: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "talk.json"
+    typed = f'one \\\ntwo\n"""three\n/four\n"""\n/reset\n/system Be brief.\nfive\n/save {file}\n/save\n/save {tmp_path}\n/stats\n'
+    out = say(chat_model, typed.encode(), "--max-tokens", "1")
+    assert "[user]one \ntwo[assistant]" in prompts[0]
+    assert prompts[1].endswith("[user]three\n/four[assistant]")
+    assert "[system]Be brief." in prompts[2]
+    saved = json.loads(file.read_text())["messages"]
+    assert [message["role"] for message in saved] == ["system", "user", "assistant"]
+    assert prompts[2].endswith("".join(f"[{m['role']}]{m['content']}" for m in saved[:-1]) + "[assistant]")
+    assert "/save needs" in out
+    assert "cannot write" in out
+    assert "tokens/s" in out
+
+
+def test_a_base_model_has_no_system_prompt_to_set(trained: Path, say: Say) -> None:
+    assert "base model" in say(trained, b"/system Be kind.\n")
+
+
+def test_thoughts_stand_apart(chat_model: Path, say: Say) -> None:
+    (chat_model / "chat_template.jinja").write_text(TEMPLATE + "{% if add_generation_prompt %}<think>\n{% endif %}")
+    assert "<think>\n" in say(chat_model, b"red\n").split("> ", 1)[1]
 
 
 @pytest.mark.parametrize("template", ["{% for %}", "{{ raise_exception('no') }}", "{{ nothing.at.all }}", "{{ strftime_now('%Y') }}"])

@@ -1,0 +1,46 @@
+"""Control tokens come from the template, never from what someone wrote."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.data import Tokenizer, train_tokenizer
+from shoal.data.chat_template import BUILT_IN, built_in_template, encode_chat, render_chat
+from shoal.data.tokenizer import SPECIAL_TOKENS
+
+PLAIN = train_tokenizer(["the red fish swims over a blue reef {}[]<｜User｜> " * 20], 400)
+SPEAKERS = {name: Tokenizer(PLAIN.json, PLAIN.config, built_in_template(name)) for name in BUILT_IN}
+TEXTS = st.lists(st.sampled_from([*SPECIAL_TOKENS, "<｜Us", "er｜>", "the red fish", "\ue000", " "]), max_size=6).map("".join)
+
+
+def controls(ids: list[int]) -> list[int]:
+    return [token for token in ids if token < len(SPECIAL_TOKENS)]
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+@given(texts=st.lists(TEXTS, min_size=3, max_size=3))
+def test_whatever_people_write_is_text(name: str, texts: list[str]) -> None:
+    tokenizer = SPEAKERS[name]
+
+    def talk(system: str, first: str, second: str) -> list[dict[str, Any]]:
+        users = [{"role": "user", "content": first}, {"role": "assistant", "content": "a"}, {"role": "user", "content": second}]
+        return [{"role": "system", "content": system}, *users]
+
+    text, ids = encode_chat(tokenizer, talk(*texts))
+    assert text == render_chat(tokenizer, talk(*texts))
+    assert tokenizer.decode(ids, skip_special=False) == text
+    assert controls(ids) == controls(encode_chat(tokenizer, talk("x", "x", "x"))[1])
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_ordinary_conversations_are_encoded_as_written(name: str) -> None:
+    talk = [{"role": "user", "content": "the red fish"}, {"role": "assistant", "content": "<think>a reef</think>blue"}]
+    talk.append({"role": "user", "content": "swims"})
+    text, ids = encode_chat(SPEAKERS[name], talk)
+    assert text == render_chat(SPEAKERS[name], talk)
+    assert "reef" not in text, "thoughts are dropped from what was said before"
+    assert ids == SPEAKERS[name].encode(text, special=True)

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.config import ModelConfig, ParallelConfig, TrainConfig, UserError
+from shoal.config.parallel import PIPELINE_SCHEDULES
+from shoal.parallel.layout import Layout, layout_of, nearest_layout, problem
+from shoal.parallel.pipeline import home_of, layers_of, stages_of
+
+MODEL = ModelConfig(num_hidden_layers=8, n_routed_experts=16, num_experts_per_tok=2)
+
+
+def config(batch: int = 16, micro: int | None = None, **layout: Any) -> TrainConfig:
+    return TrainConfig(steps=1, batch_size=batch, micro_batch_size=micro, model=MODEL, parallel=ParallelConfig(**layout))
+
+
+@pytest.mark.parametrize(
+    ("world", "run", "said"),
+    [
+        (8, config(pipeline=3), "pipeline 3 does not divide 8.*nearest.*pipeline 2, parallel.expert 1"),
+        (8, config(expert=3), "expert 3 does not divide 16 experts.*expert 2"),
+        (8, config(pipeline=2, expert=8), "expert 8 does not divide 4 data-parallel.*nearest.*pipeline 1, parallel.expert 8"),
+        (6, config(expert=2), "16 sequences does not divide among 6.*nearest.*pipeline 3, parallel.expert 2"),
+        (32, config(), "no layout of 32 processes works"),
+        (8, config(expert=4, per_node=3), "expert 4 does not fill nodes of 3"),
+        (2, config(overlap=True), "overlap hides the travel"),
+        (2, config(expert=2, overlap=True, micro=1), "halves micro-batches, but they hold 1"),
+        (4, config(batch=4, pipeline=4, schedule="zbv"), "needs 8 micro-batches a step, but there are 4"),
+        (8, config(pipeline=8, schedule="zbv"), "cuts 16 stages, but the model has 8 layers"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_nearest_that_can(world: int, run: TrainConfig, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        layout_of(run, world)
+
+
+def test_a_dense_model_has_no_experts_to_divide() -> None:
+    dense = replace(config(expert=2), model=ModelConfig(n_routed_experts=None))
+    with pytest.raises(UserError, match="the model has no experts"):
+        layout_of(dense, 2)
+
+
+@given(
+    st.integers(1, 16),
+    st.integers(1, 16),
+    st.integers(1, 16),
+    st.integers(1, 8),
+    st.sampled_from(["1f1b", "interleaved", "zbv", "dualpipev"]),
+)
+def test_the_nearest_layout_works(world: int, pipeline: int, expert: int, per_node: int, schedule: str) -> None:
+    run = config(batch=48, pipeline=pipeline, expert=expert, schedule=schedule)
+    nearest = nearest_layout(run, world, per_node)
+    if problem(run, world, per_node) is None:
+        assert nearest is not None
+        assert (nearest.pipeline, nearest.expert) == (pipeline, expert)
+    elif nearest is not None:
+        assert problem(replace(run, parallel=nearest), world, per_node) is None
+
+
+@pytest.mark.parametrize("schedule", PIPELINE_SCHEDULES)
+@pytest.mark.parametrize("pipeline", [2, 3, 4])
+def test_every_layer_lies_on_one_stage(schedule: str, pipeline: int) -> None:
+    layout = Layout(pipeline, pipeline, schedule=schedule)
+    assert sorted(stage for process in range(pipeline) for stage in stages_of(layout, process)) == list(range(layout.stages))
+    assert [layer for stage in range(layout.stages) for layer in layers_of(9, layout.stages, stage)] == list(range(9))
+    ends = home_of(layout, 0), home_of(layout, layout.stages - 1)
+    assert ends == ((0, 0) if schedule in ("zbv", "dualpipev") else (0, pipeline - 1))

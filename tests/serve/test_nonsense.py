@@ -1,0 +1,100 @@
+"""Whatever bytes come in: a refusal, never a failure of the server, and it goes on serving."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from served import Serve, Served, process, write_model
+from test_conduct import ask
+
+from shoal.data import Tokenizer
+
+POSTS = ("chat/completions", "completions", "embeddings", "messages", "messages/count_tokens", "responses")
+PATHS = (*(f"/v1/{name}" for name in POSTS), "/tokenize", "/detokenize")
+FIELDS = ("model", "messages", "prompt", "input", "max_tokens", "tools", "stop", "system", "tokens", "n", "logit_bias", "stream")
+KEYS = st.sampled_from(["messages", "prompt", "input", "content", "role", "text"])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner),
+    max_leaves=6,
+)
+BROKEN = {
+    "deep list": b"[" * 90_000,
+    "deep object": b'{"a":' * 15_000,
+    "bad UTF-8": b'{"prompt": "\xff\xfe"}',
+    "half a character": b'{"input": "\xc3"}',
+    "half a surrogate pair": b'{"input": "\\ud800", "prompt": 1}',
+    "huge": b"{" + b" " * 300_000,
+}
+PICTURE = "data:image/png;base64,AAAA"
+
+
+@pytest.fixture(scope="module")
+def served(serve: Serve) -> Iterator[Served]:
+    with serve(chat_template="v3.1", max_body_mb=0.2) as running:
+        yield running
+        assert running.is_idle()
+
+
+def refused(served: Served, path: str, body: bytes) -> None:
+    status, answer, _ = ask(served.url + path, body)
+    assert 400 <= status < 500, answer
+    assert answer["error"]["message"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=64).filter(lambda body: not body.strip().startswith((b"{", b"n", b"t", b"f"))))
+def test_random_bytes(served: Served, path: str, body: bytes) -> None:
+    refused(served, path, body)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from(FIELDS), JSON))
+def test_random_values_in_known_fields(served: Served, path: str, body: dict[str, Any]) -> None:
+    status, answer, _ = ask(served.url + path, json.dumps({"max_tokens": 1, "max_output_tokens": 1} | body).encode())
+    assert status < 500, answer
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("body", BROKEN.values(), ids=BROKEN.keys())
+def test_bodies_that_break_parsers(served: Served, path: str, body: bytes) -> None:
+    refused(served, path, body)
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "part"),
+    [
+        ("chat/completions", "messages", {"type": "image_url", "image_url": {"url": PICTURE}}),
+        ("chat/completions", "messages", {"type": "image_url", "image_url": 7}),
+        ("responses", "input", {"type": "input_image", "image_url": PICTURE}),
+        ("messages", "messages", {"type": "image", "source": {"type": "base64", "data": "%"}}),
+    ],
+)
+def test_pictures_are_refused_by_name(served: Served, path: str, field: str, part: dict[str, Any]) -> None:
+    body = {"model": "tiny", "max_tokens": 1, field: [{"role": "user", "content": [part]}]}
+    status, answer, _ = ask(f"{served.url}/v1/{path}", body)
+    assert status == 400
+    assert "image" in answer["error"]["message"]
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_no_failure_of_the_server(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "tiny", tokenizer, max_position_embeddings=256)
+    with process(folder, "--chat-template", "v3.1") as (url, server):
+        command = [sys.executable, "-m", "schemathesis.cli", "--no-color", "run", f"{url}/openapi.json", "--checks", "not_a_server_error"]
+        command += ["--max-examples", "60", "--continue-on-failure", "--request-timeout", "30", "--generation-deterministic"]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=900)
+        assert result.returncode == 0, result.stdout
+        assert ask(f"{url}/v1/completions", {"prompt": "the", "max_tokens": 1})[0] == 200
+        server.terminate()
+        assert server.wait(30) == 0

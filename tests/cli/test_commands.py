@@ -106,7 +106,8 @@ def test_generate_streams_the_text_that_json_holds(trained: Path, capsys: pytest
     assert main([*args, "--json"]) == 0
     result = last_line(capsys)
     assert streamed == f"the red{result['text']}\n"
-    assert result.keys() == {"text", "tokens", "prompt_tokens", "finish_reason", "tokens_per_second"}
+    figures = {"text", "tokens", "prompt_tokens", "finish_reason", "tokens_per_second", "drafted_tokens", "acceptance"}
+    assert result.keys() == figures
     assert 0 < result["tokens"] <= 12
 
 

@@ -34,7 +34,7 @@ def strided(*shape: int, scale: float = 1.0) -> Tensor:
     return (scale * torch.randn(*shape[:-1], shape[-1] + 5))[..., 2:-3].requires_grad_()
 
 
-def compare(name: str, *args: object, rtol: float = 1e-4, atol: float = 1e-5) -> None:
+def compare(name: str, *args: object, rtol: float = 1e-4, atol: float = 1e-5, grad_atol: float | None = None) -> None:
     """Results and gradients of both kernels, and that the second run of the fast one gives the same bits."""
     inputs = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
     assert cpu.runs(*inputs)
@@ -45,7 +45,7 @@ def compare(name: str, *args: object, rtol: float = 1e-4, atol: float = 1e-5) ->
     expected = torch.autograd.grad(theirs, inputs, grad)
     grads = torch.autograd.grad(ours, inputs, grad)
     for a, b in zip(grads, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=rtol, atol=atol * max(1.0, b.abs().max().item()))
+        torch.testing.assert_close(a, b, rtol=rtol, atol=(grad_atol or atol) * max(1.0, b.abs().max().item()))
     again = run(*args)
     for a, b in zip((ours, *grads), (again, *torch.autograd.grad(again, inputs, grad)), strict=True):
         assert torch.equal(a, b)
@@ -82,8 +82,10 @@ def test_attention(batch: int, time: int, heads: tuple[int, int], qk: int, v: in
     torch.manual_seed(seed)
     h, kv = heads
     q, k, values = strided(batch, time, h, qk), strided(batch, time, kv, qk), strided(batch, time, kv, v)
-    tolerance = 1e-4 * max(1.0, scale / 10)  # large scores are rounded coarsely, and the softmax amplifies that
-    compare("causal_attention", q, k, values, scale * qk**-0.5, rtol=tolerance, atol=tolerance)
+    # Large scores are rounded coarsely, by a part of `scale`, and the softmax amplifies that: two nearly equal scores share differently. In
+    # gradients the difference counts `scale` times once more.
+    tolerance = 1e-4 * max(1.0, scale / 10)
+    compare("causal_attention", q, k, values, scale * qk**-0.5, rtol=tolerance, atol=tolerance, grad_atol=max(tolerance, 1e-7 * scale**2))
 
 
 @pytest.mark.parametrize("shape", [(1, 512, 2, 96, 64), (1, 400, 1, 192, 128), (2, 97, 2, 48, 32)])

@@ -38,6 +38,11 @@ SLOW: list[tuple[int, dict[str, Any]]] = [
     (4, {"pipeline": 2, "expert": 2}),  # EP x PP
     (4, {"pipeline": 2, "expert": 2, "schedule": "zbv"}),
     (4, {"pipeline": 2, "expert": 2, "schedule": "dualpipev"}),
+    (4, {"pipeline": 2, "dense": "shard"}),  # FSDP2 x PP
+    (4, {"pipeline": 2, "dense": "shard", "schedule": "interleaved"}),
+    (4, {"pipeline": 2, "dense": "shard", "schedule": "zbv"}),
+    (4, {"pipeline": 2, "dense": "shard", "schedule": "dualpipev"}),
+    (8, {"pipeline": 2, "dense": "shard", "expert": 2}),  # FSDP2 x EP x PP
     (8, {}),
     (8, {"expert": 8, "per_node": 2}),
     (8, {"expert": 4, "per_node": 2}),

@@ -162,6 +162,7 @@ def test_ten_kills_cost_only_the_steps_since_the_last_checkpoint(processes: Any,
     lost = []
     for kill in range(10):
         wait_for_step(run, 12 * (kill + 1), process)
+        time.sleep(draw.uniform(0, 0.1))  # somewhere in a step
         safe = max(map(checkpoints.checkpoint_step, checkpoints.complete_checkpoints(run)))
         done = steps_with_losses(run)
         os.kill(member(run, draw.randrange(4)), signal.SIGKILL)

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from layouts import MARGIN, Learned, learn
+from layouts import MARGIN, SMALL, STYLES, Learned, learn
+
+from shoal.config import ModelConfig
 
 QUICK: list[tuple[str, str, dict[str, Any]]] = [
     ("v3", "muon", {}),  # FSDP2
@@ -86,3 +88,8 @@ def test_many_processes_learn_what_one_learns(
 ) -> None:
     got = learn(make(style=style, optimizer=optimizer, **layout), processes(count))
     compare(got, single(style=style, optimizer=optimizer))
+
+
+def test_rows_that_do_not_divide_among_processes(processes: Any, single: Callable[..., Learned], make: Any) -> None:
+    odd = ModelConfig(**SMALL, **STYLES["v3"] | {"q_lora_rank": 23})
+    compare(learn(make(model=odd, steps=3), processes(2)), single(model=odd, steps=3))

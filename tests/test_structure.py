@@ -44,7 +44,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "config": set(),
     "runtime": {"config"},
     "kernels": FLOOR,
-    "numerics": FLOOR,
+    "numerics": FLOOR | {"kernels"},
     "model": {"config", "kernels"},
     **dict.fromkeys(PARTS, MATHS),
     **dict.fromkeys(WORK, MATHS | PARTS),

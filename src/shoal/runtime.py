@@ -25,7 +25,8 @@ class Machine:
 
     device: torch.device
     precision: str
-    """`fp32` or `bf16`: what matmuls of activations run in; weights and optimizer are fp32 either way."""
+    """`fp32`, `bf16` or `fp8`: what matmuls of activations run in; weights and optimizer are fp32 either way. With `fp8`, products that are
+    not in FP8 run in fp32 on a CPU, in bf16 on a GPU."""
     threads: int
     peak_flops: float
     """Measured matmul rate in `precision`, FLOP/s."""
@@ -33,7 +34,12 @@ class Machine:
 
     def autocast(self) -> torch.autocast:
         """Context in which matmuls run in `precision`."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.plain_precision == "bf16")
+
+    @property
+    def plain_precision(self) -> str:
+        """Of products that are not in FP8."""
+        return plain_precision(self.precision, self.device)
 
     def describe(self) -> str:
         where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{self.threads} CPU threads"
@@ -47,6 +53,11 @@ def choose_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
+
+
+def plain_precision(precision: str, device: torch.device) -> str:
+    """Of products that are not in FP8."""
+    return precision if precision != "fp8" else "bf16" if device.type == "cuda" else "fp32"
 
 
 def start(device: str = "auto", precision: str = "auto", threads: int = 0) -> Machine:
@@ -66,7 +77,7 @@ def start(device: str = "auto", precision: str = "auto", threads: int = 0) -> Ma
         reason = f"matmul {rates['fp32'] / 1e9:.0f} GFLOP/s in fp32, {rates['bf16'] / 1e9:.0f} in bf16"
     else:
         reason = "as asked"
-    return Machine(target, precision, count, rates[precision], reason)
+    return Machine(target, precision, count, rates[plain_precision(precision, target)], reason)
 
 
 def keep_freed_memory() -> None:

@@ -34,6 +34,7 @@ from .serve import serve_options as serve_options
 from .train import BalanceConfig as BalanceConfig
 from .train import CheckpointConfig as CheckpointConfig
 from .train import CorpusConfig as CorpusConfig
+from .train import FP8Config as FP8Config
 from .train import MTPConfig as MTPConfig
 from .train import OptimizerConfig as OptimizerConfig
 from .train import ScheduleConfig as ScheduleConfig

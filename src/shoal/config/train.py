@@ -56,6 +56,16 @@ class OptimizerConfig:
 
 
 @dataclass
+class FP8Config:
+    """Products in FP8 (DeepSeek-V3, 2412.19437, section 3.3); with precision = fp8 only."""
+
+    power_of_two_scales: bool = True
+    """Round scales up to powers of two: what is quantized again along another dimension then loses nothing but its smallest numbers."""
+    gradient_tiles: Literal["1x128", "128x128"] = "1x128"
+    """Numbers of an activation gradient that share a scale; 128x128 is known to do harm, and there to show it."""
+
+
+@dataclass
 class ScheduleConfig:
     """Learning rate as a share of its peak, against the share of the budget that is spent."""
 
@@ -128,8 +138,9 @@ class TrainConfig:
     eval_tokens: int = 32768
     """Held-out tokens of a quick evaluation; the final one reads everything, up to 64 times as many."""
     seed: int = 0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto` takes the faster one that this machine supports."""
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    """`auto` takes the faster of fp32 and bf16 on this machine. `fp8`: matrices of attention and feed-forward layers multiply in block-scaled
+    FP8, everything else in fp32 (on a GPU in bf16)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0
     """CPU threads; 0: one per core, divided among the processes on a machine."""
@@ -143,6 +154,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    fp8: FP8Config = field(default_factory=FP8Config)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     mtp: MTPConfig = field(default_factory=MTPConfig)

@@ -14,6 +14,7 @@ from ..formats.huggingface import load_state
 from ..model import Transformer, init_weights
 from ..parallel import Shards, Team, divide, make_dispatcher
 from ..runtime import Machine
+from .fp8 import compute_in_fp8
 from .optimizer import Optimizers
 from .run_folder import RunFolder
 from .whole import gather_model, gather_optimizers, scatter_optimizers
@@ -66,6 +67,8 @@ class TrainState:
         else:
             init_weights(model, config.seed)
         model = model.to(machine.device)
+        if machine.precision == "fp8":
+            compute_in_fp8(model, config.fp8)
         shards = divide(model, config.parallel, team)
         state = cls(config, folder, data, model, Optimizers(model, config.optimizer, shards), batches, team, shards)
         if complete:

@@ -17,6 +17,7 @@ from . import __version__
 from .config import (
     BenchDispatchCommand,
     BenchEngineCommand,
+    BenchFP8Command,
     BenchQuantizationCommand,
     BenchRolloutsCommand,
     BenchServeCommand,
@@ -231,6 +232,7 @@ def bench(args: list[str]) -> None:
         "train": _bench_train,
         "engine": _bench_engine,
         "quantization": _bench_quantization,
+        "fp8": _bench_fp8,
         "rollouts": _bench_rollouts,
         "serve": _bench_serve,
         "dispatch": _bench_dispatch,
@@ -263,6 +265,14 @@ def _bench_quantization(args: list[str]) -> None:
     command = parse(BenchQuantizationCommand, args, "bench quantization")
 
     from .bench.quantization import run_bench
+
+    finish(run_bench(command), as_json=True)
+
+
+def _bench_fp8(args: list[str]) -> None:
+    command = parse(BenchFP8Command, args, "bench fp8")
+
+    from .bench.fp8 import run_bench
 
     finish(run_bench(command), as_json=True)
 

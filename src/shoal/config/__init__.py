@@ -3,6 +3,7 @@
 from .bench import CASES as CASES
 from .bench import BenchDispatchCommand as BenchDispatchCommand
 from .bench import BenchEngineCommand as BenchEngineCommand
+from .bench import BenchFP8Command as BenchFP8Command
 from .bench import BenchQuantizationCommand as BenchQuantizationCommand
 from .bench import BenchRolloutsCommand as BenchRolloutsCommand
 from .bench import BenchServeCommand as BenchServeCommand

@@ -115,6 +115,37 @@ class BenchDispatchCommand:
 
 
 @dataclass
+class BenchFP8Command:
+    """Training in FP8 beside BF16 on the same data in the same order, and FP8 with a known mistake: gradients in blocks of 128x128.
+
+    A mixture of experts 256 wide is trained once for every variant and seed.
+    """
+
+    data: tuple[str, ...]
+    """Text to train on, as for `shoal train`."""
+    baseline: Literal["bf16", "fp32"] = "bf16"
+    """What FP8 is compared with."""
+    seeds: int = 3
+    steps: int = 300
+    batch_size: int = 8
+    """Sequences of 256 tokens in a step."""
+    picture: str | None = None
+    """File to draw into, .png or .svg."""
+    threads: int = 0
+    """CPU threads; 0: one per core."""
+    json: bool = False
+    """A benchmark always ends with its JSON object; accepted for the sake of scripts."""
+
+    def validate(self) -> None:
+        """Raise `UserError` on the first option that cannot work."""
+        for name in ("seeds", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+        if not self.data:
+            raise UserError("there is nothing to train on: give --data PATH...")
+
+
+@dataclass
 class BenchQuantizationCommand:
     """What small numbers cost: bits per byte of the same text under Shoal and llama.cpp, for the same weights in 16, 8 and 4 bits."""
 

@@ -51,6 +51,8 @@ class OptimizerConfig:
     adam_eps: float = 1e-10
     weight_decay: float = 0.1
     """Decoupled, on matrices only (embedding and norms have none)."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """How both optimizers' moments are kept between steps; updates are computed in fp32."""
     clip: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
 

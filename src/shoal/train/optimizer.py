@@ -8,7 +8,10 @@ from torch import Tensor, nn
 from ..config import OptimizerConfig
 from ..model import Transformer
 from ..parallel import Piece, Shards, SplitMatrices
+from .adamw import SmallAdamW
 from .muon import Muon
+
+MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Optimizers:
@@ -28,13 +31,17 @@ class Optimizers:
             {"params": small, "lr": config.adam_lr, "weight_decay": 0.0},
         ]
         self.all: list[torch.optim.Optimizer] = []
+        dtype = MOMENTS[config.moments]
         if config.name == "muon":
             split = _split_matrices(pieces[0], shards)
-            self.all.append(Muon(muon, config.muon_lr, config.muon_momentum, config.muon_steps, config.weight_decay, split))
+            self.all.append(Muon(muon, config.muon_lr, config.muon_momentum, config.muon_steps, config.weight_decay, split, dtype))
         else:
             groups.append({"params": hidden, "lr": config.adam_lr, "weight_decay": config.weight_decay})
         groups = [group for group in groups if group["params"]]
-        self.all.append(torch.optim.AdamW(groups, betas=config.adam_betas, eps=config.adam_eps, fused=True))
+        if dtype == torch.float32:
+            self.all.append(torch.optim.AdamW(groups, betas=config.adam_betas, eps=config.adam_eps, fused=True))
+        else:
+            self.all.append(SmallAdamW(groups, config.adam_betas, config.adam_eps, dtype))
         for optimizer in self.all:
             for group in optimizer.param_groups:
                 group["peak_lr"] = group["lr"]

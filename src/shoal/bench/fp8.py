@@ -19,9 +19,9 @@ SMOOTHED = 0.15
 """Share of a run's steps, its last ones, over which the loss is averaged."""
 
 SHAPE = ModelConfig(
-    vocab_size=2048, hidden_size=256, num_hidden_layers=4, intermediate_size=512, num_attention_heads=4, max_position_embeddings=512,
+    vocab_size=2048, hidden_size=192, num_hidden_layers=3, intermediate_size=384, num_attention_heads=4, max_position_embeddings=512,
     kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, n_routed_experts=8, num_experts_per_tok=2,
-    moe_intermediate_size=128, init="fan_in", zero_init_output=True,
+    moe_intermediate_size=96, init="fan_in", zero_init_output=True,
 )  # fmt: skip
 """Widths of several tiles, as far as a CPU allows."""
 

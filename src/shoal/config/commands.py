@@ -115,7 +115,8 @@ class ExportCommand:
     format: Literal["hf", "gguf"] = "hf"
     """`hf`: a Hugging Face folder for transformers, vLLM and SGLang; `gguf`: one file for llama.cpp."""
     dtype: Literal["fp32", "bf16", "fp16", "fp8", "f32", "f16", "q8_0", "q4_0"] | None = None
-    """Number format of the weights: fp32, bf16, fp16 or fp8 (the official block-scaled layout) for `hf` (None: as they are); f32, f16 (also None), q8_0 or q4_0 for `gguf`."""
+    """Number format of the weights: fp32, bf16, fp16 or fp8 (the official block-scaled layout) for `hf` (None: as they are);
+    f32, f16 (also None), q8_0 or q4_0 for `gguf`."""
     json: bool = False
 
     def validate(self) -> None:

@@ -33,8 +33,9 @@ def export_model(
 ) -> None:
     """Write a complete folder that transformers, vLLM and SGLang open without Shoal; it appears under its name when it is whole.
 
-    With `fp8`, matrices are stored as it quantizes them, and everything else in `dtype`. An earlier export at `folder` is replaced. Raises `UserError` when something else is there, or when the model uses
-    settings that the official architecture does not have.
+    With `fp8`, matrices are stored as it quantizes them, and everything else in `dtype`. An earlier export at `folder` is replaced.
+
+    Raises `UserError` when something else is there, or when the model uses settings that the official architecture does not have.
     """
     obstacles = export_obstacles(model.config)
     if obstacles:

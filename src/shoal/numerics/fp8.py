@@ -2,8 +2,8 @@
 gradients) or blocks of 128x128 (weights), and the products of a linear layer on them.
 
 Scales are found while quantizing (online): the largest number of a tile becomes 448. Products take 128 columns of both sides at a time;
-each partial sum is scaled and added in fp32 (promotion). Tensor cores multiply the same operands and add in the same blocks; here the
-operands are held as fp32 numbers that E4M3 can represent.
+each partial sum is scaled and added in fp32 (promotion). GPUs that multiply FP8 run Triton kernels (`kernels.fp8_triton`). Elsewhere the
+same is simulated: the same operands, held as fp32 numbers that E4M3 can represent, added in the same blocks.
 
 Shapes: R rows, K summed columns, O outputs, E groups (experts); a trailing tile or block may be partial.
 """
@@ -11,6 +11,8 @@ Shapes: R rows, K summed columns, O outputs, E groups (experts); a trailing tile
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -47,6 +49,8 @@ def scales_of(largest: Tensor, power_of_two: bool) -> Tensor:
 
 def quantize_tiles(x: Tensor, *, power_of_two: bool = False) -> Quantized:
     """Rows `x [R, K]` in tiles of 1x128. What is not finite gives a scale that is not finite."""
+    if triton := _gpu_kernels(x):
+        return Quantized(*triton.quantize_tiles(x, power_of_two))
     tiles = _in_tiles(x.float(), -1)
     scales = scales_of(tiles.abs().amax(-1), power_of_two)
     data = (tiles / scales.unsqueeze(-1)).to(torch.float8_e4m3fn)
@@ -101,16 +105,22 @@ def product(x: Quantized, weight: Quantized, offsets: Tensor | None = None) -> T
 
     With `offsets [E]`, where the rows of every group end, each group of rows has a weight of its own in `weight [E, O, K]`.
     """
-    return _product(x, decode(weight.data), weight.scales, offsets)
+    return _product(x, weight.data, weight.scales, offsets)
 
 
 def input_gradient(grad: Quantized, weight: Quantized, offsets: Tensor | None = None) -> Tensor:
     """`grad [R, O]` (tiles) times `weight [O, K]` (blocks) -> `[R, K]` fp32; groups as for `product`."""
-    return _product(grad, decode(weight.data).mT, weight.scales.mT, offsets)
+    return _product(grad, weight.data.mT, weight.scales.mT, offsets)
 
 
 def _product(x: Quantized, weight: Tensor, weight_scales: Tensor, offsets: Tensor | None) -> Tensor:
-    values, outputs = decode(x.data), weight.shape[-2]
+    if triton := _gpu_kernels(x.data):
+        if offsets is None:
+            return triton.product(x.data, x.scales, weight, weight_scales, TILE)
+        sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
+        sides = zip(x.data.split(sizes), x.scales.split(sizes), weight, weight_scales, strict=True)
+        return torch.cat([triton.product(*side, TILE) for side in sides])
+    values, weight, outputs = decode(x.data), decode(weight), weight.shape[-2]
     group = None if offsets is None else _group_of_rows(offsets, len(values))
     total: Tensor | None = None
     for t, (left, right) in enumerate(zip(values.split(TILE, -1), weight.split(TILE, -1), strict=True)):
@@ -127,6 +137,12 @@ def weight_gradient(grad: Tensor, x: Tensor, *, power_of_two: bool = False, offs
 
     The sum runs over rows, so these are the tiles along the sum; every group's tiles begin with its first row.
     """
+    if triton := _gpu_kernels(x):
+        sizes = [len(x)] if offsets is None else offsets.diff(prepend=offsets.new_zeros(1)).tolist()
+        pairs = zip(grad.split(sizes), x.split(sizes), strict=True)
+        tiles = (tuple(triton.quantize_tiles(side.T, power_of_two) for side in pair) for pair in pairs)
+        each = [triton.product(*left, *right, 1) for left, right in tiles]
+        return each[0] if offsets is None else torch.stack(each)
     group: Tensor | None = None
     if offsets is not None:
         grad, x, group = _pad_groups(grad, x, offsets)
@@ -153,6 +169,15 @@ def snap_to_blocks(grad: Tensor, *, power_of_two: bool = True) -> Tensor:
     blocks = quantize_blocks(grad, power_of_two=power_of_two)
     scales = blocks.scales.repeat_interleave(TILE, 0)[: len(grad)]
     return dequantize_tiles(Quantized(blocks.data, scales))
+
+
+def _gpu_kernels(x: Tensor) -> ModuleType | None:
+    """The Triton kernels where `x` lies on a GPU that multiplies FP8."""
+    if not x.is_cuda or torch.cuda.get_device_capability(x.device) < (8, 9) or find_spec("triton") is None:
+        return None
+    from ..kernels import fp8_triton
+
+    return fp8_triton
 
 
 def _in_tiles(x: Tensor, dim: int) -> Tensor:

@@ -53,6 +53,7 @@ MAY_KNOW: dict[str, set[str]] = {
     **dict.fromkeys(WORK, MATHS | PARTS),
     "post": MATHS | PARTS | WORK,
     **dict.fromkeys(("evaluate", "serve", "bench", "showcase", "exporting", "doctor"), MATHS | PARTS | WORK | {"post"}),
+    "memory_limit": MATHS | PARTS | WORK | {"post", "showcase"},
     "quantizing": MATHS | PARTS | WORK | {"evaluate"},
 }
 TOP = {"cli", "__main__"}

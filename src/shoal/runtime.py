@@ -60,13 +60,16 @@ def plain_precision(precision: str, device: torch.device) -> str:
     return precision if precision != "fp8" else "bf16" if device.type == "cuda" else "fp32"
 
 
-def start(device: str = "auto", precision: str = "auto", threads: int = 0) -> Machine:
-    """Set threads, choose device and precision, measure the matmul peak (about half a second)."""
+def start(device: str = "auto", precision: str = "auto", threads: int = 0, return_memory: bool = False) -> Machine:
+    """Set threads, choose device and precision, measure the matmul peak (about half a second).
+
+    `return_memory`: freed memory goes back to the system at once, instead of being kept for the next step.
+    """
     if threads < 0:
         raise UserError(f"--threads is {threads}: it must be 0 (one per core) or more")
     count = threads or available_cores()
     torch.set_num_threads(count)
-    keep_freed_memory()
+    return_freed_memory() if return_memory else keep_freed_memory()
     target = choose_device(device)
     torch.set_float32_matmul_precision("high")
     rates = {"fp32": matmul_rate(target, torch.float32)}
@@ -92,6 +95,19 @@ def keep_freed_memory() -> None:
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2**31 - 1)
         libc.mallopt(top_pad, 64 << 20)
+    except (OSError, AttributeError):
+        return
+
+
+def return_freed_memory() -> None:
+    """Ask glibc to give every block of some size back at once, and to have all threads take small ones from the same place."""
+    mmap_threshold, trim_threshold, top_pad, arena_max = -3, -1, -2, -8
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_threshold, 128 << 10)
+        libc.mallopt(trim_threshold, 1 << 20)
+        libc.mallopt(top_pad, 1 << 20)
+        libc.mallopt(arena_max, 1)
     except (OSError, AttributeError):
         return
 

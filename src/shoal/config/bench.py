@@ -146,6 +146,31 @@ class BenchFP8Command:
 
 
 @dataclass
+class BenchMemoryCommand:
+    """Peak memory of training, as the operating system counts it: what each measure saves and costs, and what transformers takes.
+
+    The shape is that of `shoal bench train`; every run has a process of its own.
+    """
+
+    vs: Literal["transformers"] | None = None
+    """Peer to run in the same call, with AdamW: in both precisions and with both forms of its experts."""
+    batch_size: int = 8
+    sequence_length: int = 512
+    steps: int = 3
+    """Of every run, after one that warms up; the median counts."""
+    threads: int = 0
+    """CPU threads; 0: one per core."""
+    json: bool = False
+    """A benchmark always ends with its JSON object; accepted for the sake of scripts."""
+
+    def validate(self) -> None:
+        """Raise `UserError` on the first option that cannot work."""
+        for name in ("batch_size", "sequence_length", "steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+
+
+@dataclass
 class BenchQuantizationCommand:
     """What small numbers cost: bits per byte of the same text under Shoal and llama.cpp, for the same weights in 16, 8 and 4 bits."""
 

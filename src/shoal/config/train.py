@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Literal
@@ -11,12 +12,22 @@ from .errors import UserError
 from .model import ModelConfig
 from .parallel import ParallelConfig
 
+Recomputed = Literal["swiglu", "feed_forward", "attention"]
+
 NOT_NEGATIVE = (
     "eval_every_minutes", "threads", "optimizer.muon_lr", "optimizer.adam_lr", "optimizer.embed_lr", "optimizer.head_lr",
     "optimizer.adam_eps", "optimizer.weight_decay", "optimizer.clip", "balance.bias_update_speed", "balance.sequence_loss",
     "mtp.weight", "mtp.final_weight", "checkpoint.every_steps", "checkpoint.every_minutes",
 )  # fmt: skip
 SHARES = ("schedule.warmup", "schedule.decay", "schedule.final")
+
+
+def parse_bytes(text: str) -> int:
+    """`800M`, `4G`, `1.5GiB` as bytes; K, M, G and T are powers of 1024."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(?:i?B)?", text.strip(), re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise UserError(f"{text!r} is not an amount of memory: write 800M or 4G")
+    return int(float(match[1]) * 1024 ** (" KMGT".index(match[2].upper())))
 
 
 @dataclass
@@ -133,6 +144,18 @@ class TrainConfig:
     sequence_length: int = 512
     batch_size: int = 16
     """Sequences per optimizer step, over all ranks."""
+    memory_limit: str | None = None
+    """Most memory the run may take, as in 800M or 4G: the cheapest of the measures that keep it is taken (micro-batches, `recompute`,
+    `return_memory`, BF16 moments, and with --offload optimizer state on disk), found with the planner and tried before the run begins."""
+    recompute: tuple[Recomputed, ...] = ()
+    """What is computed again in the backward pass instead of being kept: `swiglu` (its result), `feed_forward` (all inside that half of a
+    layer), `attention` (the other half)."""
+    return_memory: bool = False
+    """Give freed memory back to the system at once: about a tenth slower, and fewer gaps."""
+    offload: bool = False
+    """Keep the experts' optimizer state in a file, of which only what is being updated is in memory."""
+    update_early: bool = False
+    """Update a parameter as soon as its gradient is there, which is then let go. Needs optimizer.clip = 0 and one micro-batch a step."""
     micro_batch_size: int | None = None
     """Sequences per forward pass; None: all that a process gets of a batch, or one in a pipeline."""
     eval_every_minutes: float = 1.0
@@ -197,6 +220,12 @@ class TrainConfig:
         micro = self.micro_batch_size
         if micro is not None and (micro < 1 or self.batch_size % micro):
             raise UserError(f"micro_batch_size {micro} does not divide batch_size {self.batch_size}: choose a divisor")
+        if self.memory_limit is not None:
+            parse_bytes(self.memory_limit)
+        if self.update_early and (self.optimizer.clip or (micro or self.batch_size) != self.batch_size):
+            raise UserError("update_early needs whole gradients at once: set optimizer.clip 0 and leave micro_batch_size away")
+        if self.precision == "fp8" and "swiglu" in self.recompute:
+            raise UserError("with precision fp8 the result of SwiGLU is always computed again: leave swiglu out of recompute")
         if not 0 < self.corpus.val_fraction < 1:
             raise UserError(f"corpus.val_fraction is {self.corpus.val_fraction}: it must lie between 0 and 1")
         if self.resume and self.overwrite:

@@ -41,7 +41,7 @@ class Fresh:
 
     def __call__(self, name: str, weight: Tensor) -> Quantized:
         once = quantize_blocks(weight, power_of_two=True)
-        # A block's largest number may have been rounded down to half of the range, which half the scale holds: a third round changes nothing.
+        # The largest number of a block may have been rounded down to half of the range, which half the scale holds.
         return quantize_blocks(dequantize_blocks(once.data, once.scales), power_of_two=True)
 
 

@@ -16,6 +16,7 @@ from ..parallel import Shards, Team, divide, make_dispatcher
 from ..runtime import Machine
 from .fp8 import compute_in_fp8
 from .optimizer import Optimizers
+from .recompute import recompute
 from .run_folder import RunFolder
 from .whole import gather_model, gather_optimizers, scatter_optimizers
 
@@ -69,8 +70,11 @@ class TrainState:
         model = model.to(machine.device)
         if machine.precision == "fp8":
             compute_in_fp8(model, config.fp8)
+        recompute(model, config.recompute)
         shards = divide(model, config.parallel, team)
-        state = cls(config, folder, data, model, Optimizers(model, config.optimizer, shards), batches, team, shards)
+        offload = folder.path if config.offload else None
+        optimizers = Optimizers(model, config.optimizer, shards, offload, one_by_one=config.update_early)
+        state = cls(config, folder, data, model, optimizers, batches, team, shards)
         if complete:
             state._load(complete[-1])
         return state

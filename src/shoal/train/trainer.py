@@ -16,13 +16,14 @@ import torch
 
 from ..config import ModelConfig, TrainConfig, UserError
 from ..data import Batches, Tokenizer, open_corpus, prepare
-from ..parallel import join, was_restarted
+from ..parallel import Team, join, was_restarted
 from ..plan.cost import flops_per_token, optimizer_flops
 from ..runtime import Machine, start
 from .balance import routing_row, update_biases
 from .budget import Budget
 from .display import Display
-from .likelihood import held_out, likelihood
+from .early import EarlyUpdates
+from .likelihood import Document, Likelihood, held_out, likelihood
 from .metrics import MetricsLog
 from .optimizer import clip_gradients
 from .passes import Passes, make_passes
@@ -55,9 +56,10 @@ def train(requested: TrainConfig) -> Trained:
     """Train as asked. Figures go to the run folder, progress to stderr; nothing is printed to stdout."""
     requested.validate()
     team = join(requested)
+    refuse_teams(requested, team)
     folder = team.agree(find_run(requested.out) if requested.resume or (was_restarted() and holds_run(requested.out)) else None)
     precision = folder.facts()["precision"] if folder else requested.precision
-    machine = team.same_precision(start(requested.device, precision, requested.threads or team.cores))
+    machine = team.same_precision(start(requested.device, precision, requested.threads or team.cores, requested.return_memory))
     corpus = open_corpus(requested.data, requested.corpus)
     tokenizer = Tokenizer.load(requested.corpus.tokenizer) if requested.corpus.tokenizer else None
     data = team.first_then_others(lambda: prepare(corpus, tokenizer, requested.model.vocab_size, requested.corpus))
@@ -74,6 +76,13 @@ def train(requested: TrainConfig) -> Trained:
     result = run_loop(TrainState.create(config, folder, data, batches, machine, team), machine)
     team.leave()
     return result
+
+
+def refuse_teams(config: TrainConfig, team: Team) -> None:
+    """Raise `UserError` for measures against memory that are one process's."""
+    asked = [name for name in ("memory_limit", "recompute", "offload", "update_early") if getattr(config, name)]
+    if asked and not team.is_alone:
+        raise UserError(f"{asked[0]} is for a single process: leave it away, or divide the model with --parallel instead")
 
 
 def begin_run(config: TrainConfig, name: str, data_fingerprint: str, machine: Machine) -> RunFolder:
@@ -105,6 +114,7 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
         state.folder.keep_metrics_up_to(at.step)
     model.train()
     passes = make_passes(state, machine)
+    early = EarlyUpdates(state.optimizers) if config.update_early else None
     with (
         MetricsLog(state.folder.path, config.tensorboard, active=team.is_first) as log,
         Display(str(budget), describe_model(config.model, machine, team.layout), quiet=not team.is_first) as display,
@@ -117,11 +127,12 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
             lr_share = learning_rate_share(config.schedule, progress)
             weight = mtp_weight(config.mtp, progress) if config.model.num_nextn_predict_layers else 0.0
 
+            state.optimizers.set_rates(lr_share)
             figures, routing = passes(state.batches.next(), weight)
             figures = team.sum(figures) / team.layout.data
             routing.share(team)
             shards.collect_gradients()
-            grad_norm = clip_gradients(shards, config.optimizer.clip)
+            grad_norm = early.norm() if early else clip_gradients(shards, config.optimizer.clip)
 
             # The one place of a step where the device is waited for.
             on_host = torch.cat([figures, grad_norm[None], routing.figures()]).tolist()
@@ -179,7 +190,7 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
         state.save(evaluate(state, passes, machine, log, display, config.eval_tokens))
         display.message("scoring the held-out text")
         documents = held_out(state.data, 64 * config.eval_tokens)
-        final = likelihood(model, machine, documents, window=config.sequence_length, team=team, hidden_of=passes.hidden)
+        final = score(state, passes, machine, documents)
     state.finish_saving()
     if not team.is_first:
         return Trained(state.folder.path, {"step": at.step}, finished=True, reports=False)
@@ -188,11 +199,19 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
     return Trained(state.folder.path, summary, finished=True)
 
 
+def score(state: TrainState, passes: Passes, machine: Machine, documents: list[Document]) -> Likelihood:
+    """How likely the model holds held-out documents; where memory is limited, as many tokens at a time as a training pass has."""
+    config = state.config
+    at_once = {"batch_tokens": (config.micro_batch_size or config.batch_size) * config.sequence_length} if config.memory_limit else {}
+    window = config.sequence_length
+    return likelihood(state.model, machine, documents, window=window, team=state.team, hidden_of=passes.hidden, **at_once)
+
+
 def evaluate(state: TrainState, passes: Passes, machine: Machine, log: MetricsLog, display: Display, tokens: int) -> float:
     """Bits per byte of about `tokens` tokens of held-out documents, the same ones every time."""
     at = state.counters
     documents = held_out(state.data, tokens)
-    result = likelihood(state.model, machine, documents, window=state.config.sequence_length, team=state.team, hidden_of=passes.hidden)
+    result = score(state, passes, machine, documents)
     row = {
         "step": at.step, "tokens": at.tokens, "flops": at.flops, "seconds": round(at.seconds, 3),
         "val_bpb": result.bits_per_byte, "val_loss": result.nats_per_token,

@@ -109,7 +109,5 @@ def _print(ours: list[Row], theirs: list[Row], fastest: Row, result: dict[str, A
     console.print(table)
     console.print(f"lean: {result['lean']}, {result['lean_peak'] / 2**20:.0f} MiB at {result['lean_slowdown']:.2f}x the time of a step")
     if theirs:
-        console.print(
-            f"transformers takes {result['ratio_to_least']:.2f} times that where it is leanest, {result['ratio_to_fastest']:.2f} times where "
-            "it is fastest"
-        )
+        least, quickest = result["ratio_to_least"], result["ratio_to_fastest"]
+        console.print(f"transformers with AdamW takes {least:.2f} times that where it is leanest, {quickest:.2f} times where it is fastest")

@@ -128,6 +128,10 @@ class TrainConfig:
     data: tuple[str, ...] = ()
     """Text, JSON Lines (.gz, .zst) or Parquet files or folders, or hf:NAME for a Hugging Face dataset.
     None: the Python standard library's source on this machine."""
+    start: str | None = None
+    """MODEL whose weights, shape and tokenizer to begin with, in place of random weights in the shape of `model`."""
+    qat: Literal["int4"] | None = None
+    """Round matrices to 4 bits in every forward pass, as `shoal quantize --bits 4` will do when training is over."""
     out: str | None = None
     """Run folder. None: a new one under runs/."""
     resume: bool = False
@@ -222,6 +226,8 @@ class TrainConfig:
             raise UserError(f"micro_batch_size {micro} does not divide batch_size {self.batch_size}: choose a divisor")
         if self.memory_limit is not None:
             parse_bytes(self.memory_limit)
+        if self.qat and (self.precision == "fp8" or "swiglu" in self.recompute):
+            raise UserError("--qat int4 has products of its own: leave precision fp8 and recompute swiglu away")
         if self.update_early and (self.optimizer.clip or (micro or self.batch_size) != self.batch_size):
             raise UserError("update_early needs whole gradients at once: set optimizer.clip 0 and leave micro_batch_size away")
         if self.precision == "fp8" and "swiglu" in self.recompute:

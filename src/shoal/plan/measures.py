@@ -71,7 +71,7 @@ def candidates(config: TrainConfig) -> Iterator[Measures]:
     sizes = [n for n in range(1, largest + 1) if config.batch_size % n == 0 and (n == largest or n & (n - 1) == 0)]
     asked = set(config.recompute)
     kinds = [what for what in RECOMPUTE if asked <= set(what) or what == tuple(config.recompute)]
-    if config.precision == "fp8":
+    if config.precision == "fp8" or config.qat:
         kinds = [what for what in kinds if "swiglu" not in what]
     moments = [True] if config.optimizer.moments == "bf16" else [False, True]
     early = [True] if config.update_early else [False, True]

@@ -11,11 +11,13 @@ from ..config import TrainConfig
 from ..data import Batches, PreparedData
 from ..formats import checkpoints
 from ..formats.huggingface import load_state
+from ..formats.locate import locate_model
 from ..model import Transformer, init_weights
 from ..parallel import Shards, Team, divide, make_dispatcher
 from ..runtime import Machine
 from .fp8 import compute_in_fp8
 from .optimizer import Optimizers
+from .qat import round_weights
 from .recompute import recompute
 from .run_folder import RunFolder
 from .whole import gather_model, gather_optimizers, scatter_optimizers
@@ -67,9 +69,13 @@ class TrainState:
             load_state(model, complete[-1])
         else:
             init_weights(model, config.seed)
+            if config.start is not None:
+                load_state(model, locate_model(config.start))
         model = model.to(machine.device)
         if machine.precision == "fp8":
             compute_in_fp8(model, config.fp8)
+        if config.qat:
+            round_weights(model)
         recompute(model, config.recompute)
         shards = divide(model, config.parallel, team)
         offload = folder.path if config.offload else None

@@ -16,6 +16,8 @@ import torch
 
 from ..config import ModelConfig, TrainConfig, UserError
 from ..data import Batches, Tokenizer, open_corpus, prepare
+from ..formats.huggingface import read_config
+from ..formats.locate import locate_model
 from ..parallel import Team, join, was_restarted
 from ..plan.cost import flops_per_token, optimizer_flops
 from ..runtime import Machine, start
@@ -55,15 +57,20 @@ class Trained:
 def train(requested: TrainConfig) -> Trained:
     """Train as asked. Figures go to the run folder, progress to stderr; nothing is printed to stdout."""
     requested.validate()
+    started = locate_model(requested.start) if requested.start else None
+    if started is not None:
+        requested = replace(requested, model=replace(read_config(started), init=requested.model.init))
+        requested.validate()
     team = join(requested)
     refuse_teams(requested, team)
     folder = team.agree(find_run(requested.out) if requested.resume or (was_restarted() and holds_run(requested.out)) else None)
     precision = folder.facts()["precision"] if folder else requested.precision
     machine = team.same_precision(start(requested.device, precision, requested.threads or team.cores, requested.return_memory))
     corpus = open_corpus(requested.data, requested.corpus)
-    tokenizer = Tokenizer.load(requested.corpus.tokenizer) if requested.corpus.tokenizer else None
+    known = started or requested.corpus.tokenizer
+    tokenizer = Tokenizer.load(known) if known else None
     data = team.first_then_others(lambda: prepare(corpus, tokenizer, requested.model.vocab_size, requested.corpus))
-    config = replace(requested, model=fit_tokenizer(requested.model, data.tokenizer))
+    config = requested if started is not None else replace(requested, model=fit_tokenizer(requested.model, data.tokenizer))
     lookahead = 1 + config.model.num_nextn_predict_layers
     share = {"rank": team.data_rank, "world": team.layout.data}
     batches = Batches(data.train, config.sequence_length, config.batch_size, config.seed, lookahead=lookahead, **share)
@@ -79,10 +86,10 @@ def train(requested: TrainConfig) -> Trained:
 
 
 def refuse_teams(config: TrainConfig, team: Team) -> None:
-    """Raise `UserError` for measures against memory that are one process's."""
-    asked = [name for name in ("memory_limit", "recompute", "offload", "update_early") if getattr(config, name)]
+    """Raise `UserError` for what only a single process can do."""
+    asked = [name for name in ("memory_limit", "recompute", "offload", "update_early", "qat") if getattr(config, name)]
     if asked and not team.is_alone:
-        raise UserError(f"{asked[0]} is for a single process: leave it away, or divide the model with --parallel instead")
+        raise UserError(f"{asked[0]} is for a single process: leave it away, or --nproc")
 
 
 def begin_run(config: TrainConfig, name: str, data_fingerprint: str, machine: Machine) -> RunFolder:

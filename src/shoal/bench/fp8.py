@@ -18,6 +18,10 @@ from ..config.recipes import load_recipe, to_toml
 SMOOTHED = 0.15
 """Share of a run's steps, its last ones, over which the loss is averaged."""
 
+SUMMED = (128, 256, 512, 1024, 2048, 4096, 8192)
+SIDE = 256
+"""Rows of both operands whose product is examined."""
+
 SHAPE = ModelConfig(
     vocab_size=2048, hidden_size=192, num_hidden_layers=3, intermediate_size=384, num_attention_heads=4, max_position_embeddings=512,
     kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, n_routed_experts=8, num_experts_per_tok=2,
@@ -48,9 +52,35 @@ def recipe_of(command: BenchFP8Command) -> TrainConfig:
     )  # fmt: skip
 
 
+def product_errors() -> list[dict[str, float]]:
+    """Of products over K random numbers, as shares of the exact product (Frobenius): of quantizing and adding, and of adding alone."""
+    import torch
+
+    from ..numerics import fp8
+
+    draw = torch.Generator().manual_seed(0)
+    rows = []
+    for columns in SUMMED:
+        x, weight = (torch.randn(SIDE, columns, generator=draw) for _ in range(2))
+        row: dict[str, float] = {"k": columns}
+        exact = x.double() @ weight.double().T
+        for name, power in (("fp32_scales", False), ("power_of_two_scales", True)):
+            tiles, blocks = fp8.quantize_tiles(x, power_of_two=power), fp8.quantize_blocks(weight, power_of_two=power)
+            found = fp8.product(tiles, blocks).double()
+            operands = fp8.dequantize_tiles(tiles).double(), fp8.dequantize_blocks(blocks.data, blocks.scales).double()
+            row[name] = float((found - exact).norm() / exact.norm())
+            row[f"{name}_sums"] = float((found - operands[0] @ operands[1].T).norm() / exact.norm())
+        rows.append(row)
+    return rows
+
+
 def run_bench(command: BenchFP8Command) -> dict[str, Any]:
     """Train every variant with every seed, one after the other, print the table, return the JSON object."""
     command.validate()
+    errors = product_errors()
+    _print_errors(errors)
+    if not command.seeds:
+        return {"product_errors": errors}
     recipe = recipe_of(command)
     losses: dict[str, list[list[float]]] = {}
     for seed in range(command.seeds):
@@ -58,7 +88,7 @@ def run_bench(command: BenchFP8Command) -> dict[str, Any]:
             run = losses.setdefault(name, [])
             run.append(train(replace(settings, seed=seed)))
             print(f"seed {seed}, {name}: {smoothed(run[-1]):.4f} nats a token", file=sys.stderr, flush=True)
-    result = compare(losses)
+    result = compare(losses) | {"product_errors": errors}
     _print(result)
     if command.picture:
         draw(losses, Path(command.picture))
@@ -94,6 +124,19 @@ def compare(losses: dict[str, list[list[float]]]) -> dict[str, Any]:
         "relative_difference": {name: found for name, found in relative.items() if name != baseline},
         "mean_relative_difference": {name: mean(found) for name, found in relative.items() if name != baseline},
     }
+
+
+def _print_errors(rows: list[dict[str, float]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="error of an FP8 product over K columns, as a share of the exact one")
+    for column in ("K", "fp32 scales", "of that, sums", "scales 2^n", "of that, sums"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        k, *errors = row.values()
+        table.add_row(f"{k:.0f}", *(f"{error:.2%}" if error > 1e-4 else f"{error:.1e}" for error in errors))
+    Console(width=110, highlight=False).print(table)
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -118,14 +118,16 @@ class BenchDispatchCommand:
 class BenchFP8Command:
     """Training in FP8 beside BF16 on the same data in the same order, and FP8 with a known mistake: gradients in blocks of 128x128.
 
-    A mixture of experts 192 wide is trained once for every variant and seed.
+    Before that, the error of single products over sums of different lengths. A mixture of experts 192 wide is trained once for every variant
+    and seed.
     """
 
-    data: tuple[str, ...]
+    data: tuple[str, ...] = ()
     """Text to train on, as for `shoal train`."""
     baseline: Literal["bf16", "fp32"] = "bf16"
     """What FP8 is compared with."""
     seeds: int = 3
+    """0: only the errors of single products."""
     steps: int = 250
     batch_size: int = 8
     """Sequences of 256 tokens in a step."""
@@ -138,10 +140,12 @@ class BenchFP8Command:
 
     def validate(self) -> None:
         """Raise `UserError` on the first option that cannot work."""
-        for name in ("seeds", "steps", "batch_size"):
+        if self.seeds < 0:
+            raise UserError(f"--seeds is {self.seeds}: it must be 0 or more")
+        for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
-        if not self.data:
+        if self.seeds and not self.data:
             raise UserError("there is nothing to train on: give --data PATH...")
 
 

@@ -70,8 +70,8 @@ def test_a_limit_is_kept_by_the_fastest_measures(limit: str, trials: list[TrainC
 
 
 def test_what_does_not_fit_is_refused_with_what_would(trials: list[TrainConfig]) -> None:
-    config = recipe(memory_limit="350M", sequence_length=2048)
-    with pytest.raises(UserError, match="350M are too little") as refusal:
+    config = recipe(memory_limit="420M", sequence_length=2048)
+    with pytest.raises(UserError, match="420M are too little") as refusal:
         memory_limit.fit(config)
     assert "--memory-limit" in str(refusal.value)
     enough = str(refusal.value).split("--memory-limit ")[1].split()[0]

@@ -118,7 +118,7 @@ class BenchDispatchCommand:
 class BenchFP8Command:
     """Training in FP8 beside BF16 on the same data in the same order, and FP8 with a known mistake: gradients in blocks of 128x128.
 
-    Before that, the error of single products over sums of different lengths. A mixture of experts 192 wide is trained once for every variant
+    Before that, errors of single products over sums of different lengths. A mixture of experts 192 wide is trained once for every variant
     and seed.
     """
 

@@ -60,4 +60,5 @@ def grouped_linear_gradients(grad: Tensor, x: Tensor, weight: Tensor, offsets: T
         return _gradients(grad.contiguous(), x.contiguous(), weight.contiguous(), offsets)
     with torch.enable_grad():
         inputs = x.detach().requires_grad_(), weight.detach().requires_grad_()
-        return torch.autograd.grad(reference.grouped_linear(*inputs, offsets), inputs, grad)
+        grad_x, grad_weight = torch.autograd.grad(reference.grouped_linear(*inputs, offsets), inputs, grad)
+    return grad_x, grad_weight

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 
 from ..config import ParallelConfig
 from ..model import MoE, Transformer
@@ -66,6 +64,8 @@ class Shards:
         """After the last backward pass of a step: sum what is not yet summed, and hand gradients to what optimizers work on."""
         if self.team.is_alone:
             return
+        from torch.distributed.tensor import DTensor
+
         to_sum: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
         for piece in self.pieces:
             grad = piece.parameter.grad
@@ -141,6 +141,8 @@ def divide(model: Transformer, config: ParallelConfig, team: Team) -> Shards:
     """Keep of a whole model what belongs to this process; every process must start from the same weights."""
     if team.is_alone:
         return Shards.whole(model)
+    from torch.distributed.tensor import DTensor  # not for a process by itself: it takes 40 MB
+
     layout = team.layout
     twice = holds_embedding_twice(model, layout)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -189,6 +191,8 @@ def _mixtures(model: Transformer) -> Iterator[tuple[str, MoE]]:
 
 def _fully_shard(model: Transformer, team: Team) -> None:
     """FSDP2: one unit per decoder layer. What the model uses outside of its layers' calls belongs to the root, which stays gathered."""
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
     experts: set[nn.Parameter] = set()
     if team.layout.expert > 1:
         for _, moe in _mixtures(model):

@@ -82,7 +82,8 @@ class _Down(torch.autograd.Function):
             grad_hidden, grad_weight = grad @ matrix, grad.T @ rows
         else:
             grad_hidden, grad_weight = kernels.grouped_linear_gradients(grad, rows, matrix, offsets)
-        return *torch.autograd.grad(hidden, inputs, grad_hidden), grad_weight.to(weight.dtype), None
+        grad_gate, grad_up = torch.autograd.grad(hidden, inputs, grad_hidden)
+        return grad_gate, grad_up, grad_weight.to(weight.dtype), None
 
 
 def recompute(model: Transformer, what: Sequence[Recomputed]) -> None:

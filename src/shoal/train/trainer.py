@@ -25,7 +25,7 @@ from .balance import routing_row, update_biases
 from .budget import Budget
 from .display import Display
 from .early import EarlyUpdates
-from .likelihood import Document, Likelihood, held_out, likelihood
+from .likelihood import BATCH_TOKENS, Document, Likelihood, held_out, likelihood
 from .metrics import MetricsLog
 from .optimizer import clip_gradients
 from .passes import Passes, make_passes
@@ -208,10 +208,9 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
 
 def score(state: TrainState, passes: Passes, machine: Machine, documents: list[Document]) -> Likelihood:
     """How likely the model holds held-out documents; where memory is limited, as many tokens at a time as a training pass has."""
-    config = state.config
-    at_once = {"batch_tokens": (config.micro_batch_size or config.batch_size) * config.sequence_length} if config.memory_limit else {}
-    window = config.sequence_length
-    return likelihood(state.model, machine, documents, window=window, team=state.team, hidden_of=passes.hidden, **at_once)
+    config, window = state.config, state.config.sequence_length
+    at_once = (config.micro_batch_size or config.batch_size) * window if config.memory_limit else BATCH_TOKENS
+    return likelihood(state.model, machine, documents, window=window, batch_tokens=at_once, team=state.team, hidden_of=passes.hidden)
 
 
 def evaluate(state: TrainState, passes: Passes, machine: Machine, log: MetricsLog, display: Display, tokens: int) -> float:

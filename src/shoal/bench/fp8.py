@@ -23,7 +23,7 @@ SIDE = 256
 """Rows of both operands whose product is examined."""
 
 SHAPE = ModelConfig(
-    vocab_size=2048, hidden_size=192, num_hidden_layers=3, intermediate_size=384, num_attention_heads=4, max_position_embeddings=512,
+    vocab_size=2048, hidden_size=160, num_hidden_layers=2, intermediate_size=384, num_attention_heads=4, max_position_embeddings=512,
     kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, n_routed_experts=8, num_experts_per_tok=2,
     moe_intermediate_size=96, init="fan_in", zero_init_output=True,
 )  # fmt: skip
@@ -46,7 +46,7 @@ def recipe_of(command: BenchFP8Command) -> TrainConfig:
     demo = load_recipe("demo")
     optimizer: OptimizerConfig = demo.optimizer
     return replace(
-        demo, minutes=None, steps=command.steps, data=command.data, batch_size=command.batch_size, sequence_length=256, model=SHAPE,
+        demo, minutes=None, steps=command.steps, data=command.data, batch_size=command.batch_size, sequence_length=128, model=SHAPE,
         optimizer=optimizer, prompts=(), eval_every_minutes=0, eval_tokens=512, threads=command.threads,
         checkpoint=replace(demo.checkpoint, every_minutes=0, keep_last=1),
     )  # fmt: skip

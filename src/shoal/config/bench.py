@@ -118,7 +118,7 @@ class BenchDispatchCommand:
 class BenchFP8Command:
     """Training in FP8 beside BF16 on the same data in the same order, and FP8 with a known mistake: gradients in blocks of 128x128.
 
-    Before that, errors of single products over sums of different lengths. A mixture of experts 192 wide is trained once for every variant
+    Before that, errors of single products over sums of different lengths. A mixture of experts 160 wide is trained once for every variant
     and seed.
     """
 
@@ -128,9 +128,9 @@ class BenchFP8Command:
     """What FP8 is compared with."""
     seeds: int = 3
     """0: only the errors of single products."""
-    steps: int = 250
+    steps: int = 300
     batch_size: int = 8
-    """Sequences of 256 tokens in a step."""
+    """Sequences of 128 tokens in a step."""
     picture: str | None = None
     """File to draw into, .png or .svg."""
     threads: int = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ class EarlyUpdates:
                 for p in group["params"]:
                     p.register_post_accumulate_grad_hook(self._updater(optimizer, group))
 
-    def _updater(self, optimizer: torch.optim.Optimizer, group: dict) -> object:
+    def _updater(self, optimizer: torch.optim.Optimizer, group: dict) -> Callable[[Tensor], None]:
         assert isinstance(optimizer, Muon | SmallAdamW)
 
         def update(p: Tensor) -> None:

@@ -29,7 +29,14 @@ class Block(nn.Module):
         self, x: Tensor, context: Context, cache: LayerCache | None, chosen: Tensor | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
         """`x [B, T, D]` -> `[B, T, D]`, and what the router did where there is one; see `Router` about `chosen`."""
-        x = x + self.self_attn(self.input_layernorm(x), context, cache)
+        return self.feed(self.attend(x, context, cache), chosen)
+
+    def attend(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
+        """The first half of the layer."""
+        return x + self.self_attn(self.input_layernorm(x), context, cache)
+
+    def feed(self, x: Tensor, chosen: Tensor | None) -> tuple[Tensor, RoutingStats | None]:
+        """The second half."""
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
             out, stats = self.mlp(normed, chosen)

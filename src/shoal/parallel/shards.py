@@ -13,8 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 
 from ..config import ParallelConfig
 from ..model import MoE, Transformer
@@ -67,6 +65,8 @@ class Shards:
         """After the last backward pass of a step: sum what is not yet summed, and hand gradients to what optimizers work on."""
         if self.team.is_alone:
             return
+        from torch.distributed.tensor import DTensor
+
         to_sum: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
         for piece in self.pieces:
             grad = piece.parameter.grad
@@ -142,6 +142,8 @@ def divide(model: Transformer, config: ParallelConfig, team: Team) -> Shards:
     """Keep of a whole model what belongs to this process; every process must start from the same weights."""
     if team.is_alone:
         return Shards.whole(model)
+    from torch.distributed.tensor import DTensor  # not for a process by itself: it takes 40 MB
+
     layout = team.layout
     twice = holds_embedding_twice(model, layout)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -194,6 +196,8 @@ def _fully_shard(model: Transformer, team: Team) -> None:
     In a pipeline layers are gathered once a step, for all micro-batches, and what lies outside of layers is not divided (`Pipeline` makes
     stages their roots).
     """
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
     in_pipeline = team.layout.pipeline > 1
     experts: set[nn.Parameter] = set()
     if team.layout.expert > 1:

@@ -100,6 +100,16 @@ class ModelConfig:
     """`normal`: every matrix with std `initializer_range`; `fan_in`: hidden matrices with std 1/sqrt(fan_in)."""
     zero_init_output: bool = False
     """Start `o_proj` and `down_proj` at zero, so that every block starts as the identity."""
+    ngram_order: int = 0
+    """Tables of n-grams of 2 to so many tokens join the embedding; 0 for none. Not exportable."""
+    ngram_rows: int = 16384
+    """Rows of the table of every length."""
+    embedding_skip: bool = False
+    """Every layer starts from a learned mixture of its input and the embedding. Not exportable."""
+    value_embedding: bool = False
+    """Attention's values (MLA: its latent) get a vector of the token, from a table of every layer. Not exportable."""
+    convolution: int = 0
+    """Tokens that a causal convolution before attention looks back; 0 for none. Not exportable."""
 
     extra: Annotated[dict[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
     """Keys of a loaded `config.json` that Shoal does not use, kept so that saving loses nothing."""

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from ..config import OptimizerConfig
 from ..model import Transformer
+from ..model.convolution import ShortConvolution
+from ..model.layers import TokenTable
+from ..model.ngrams import Ngrams
 from ..parallel import Piece, Shards, SplitMatrices
 from .muon import Muon
 
@@ -66,8 +69,10 @@ def _partition(model: Transformer) -> tuple[list[nn.Parameter], ...]:
     """Hidden matrices, embedding, head, and the rest (routers, norms, biases)."""
     # A pipeline stage may have neither.
     embed = list(model.model.embed_tokens.parameters())
+    embed += [module.weight for module in model.modules() if isinstance(module, TokenTable | Ngrams)]
     head = [] if model.config.tie_word_embeddings else list(model.lm_head.parameters())
     ends, routers = {id(p) for p in embed + head}, {id(layer.gate.weight) for layer in model.moe_layers}
+    routers |= {id(module.weight) for module in model.modules() if isinstance(module, ShortConvolution)}
     rest = [p for p in model.parameters() if id(p) not in ends]
     hidden = [p for p in rest if id(p) not in routers and p.ndim >= 2]
     small = [p for p in rest if id(p) in routers or p.ndim < 2]

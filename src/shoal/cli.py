@@ -16,6 +16,7 @@ import tyro
 from . import __version__
 from .config import (
     BenchDispatchCommand,
+    BenchEfficiencyCommand,
     BenchEngineCommand,
     BenchQuantizationCommand,
     BenchRolloutsCommand,
@@ -234,6 +235,7 @@ def bench(args: list[str]) -> None:
         "rollouts": _bench_rollouts,
         "serve": _bench_serve,
         "dispatch": _bench_dispatch,
+        "efficiency": _bench_efficiency,
     }
     if args[:1] in (["-h"], ["--help"]):
         print(f"shoal bench NAME [OPTIONS]; NAME is one of: {', '.join(benches)}")
@@ -288,6 +290,14 @@ def _bench_dispatch(args: list[str]) -> None:
     command = parse(BenchDispatchCommand, args, "bench dispatch")
 
     from .bench.dispatch import run_bench
+
+    finish(run_bench(command), as_json=True)
+
+
+def _bench_efficiency(args: list[str]) -> None:
+    command = parse(BenchEfficiencyCommand, args, "bench efficiency")
+
+    from .bench.efficiency.command import run_bench
 
     finish(run_bench(command), as_json=True)
 

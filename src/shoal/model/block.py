@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-import torch
-
 from .attention import GQA, MLA, Context, LayerCache
 from .convolution import ShortConvolution
 from .layers import LinearFactory, RMSNorm, SwiGLU

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 Curve = list[tuple[float, float]]
 """(cost, loss) of every run of one side and one seed."""
@@ -42,7 +43,7 @@ def lower_hull(curve: Curve) -> Curve:
 def cost_at(curve: Curve, loss: float) -> float | None:
     """Cost at which a curve reaches `loss`; None outside of what its runs span."""
     hull = lower_hull(curve)
-    for (cheap, high), (dear, low) in zip(hull, hull[1:], strict=False):
+    for (cheap, high), (dear, low) in pairwise(hull):
         if low <= loss <= high:
             share = (high - loss) / (high - low)
             return math.exp(math.log(cheap) + share * (math.log(dear) - math.log(cheap)))

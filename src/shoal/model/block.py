@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
 from .attention import GQA, MLA, Context, LayerCache
 from .convolution import ShortConvolution
+from .embedding_skip import EmbeddingSkip
 from .layers import LinearFactory, RMSNorm, SwiGLU
 from .moe import Dispatcher, MoE, RoutingStats
 
@@ -19,11 +19,8 @@ class Block(nn.Module):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = MLA(config, linear) if config.uses_mla else GQA(config, linear)
-        if config.embedding_skip:
-            self.embedding_skip = nn.Parameter(torch.tensor([1.0, 0.0]))
-        if config.convolution:
-            self.convolution = ShortConvolution(config.hidden_size, config.convolution)
-        self.config = config
+        self.embedding_skip = EmbeddingSkip() if config.embedding_skip else None
+        self.convolution = ShortConvolution(config.hidden_size, config.convolution) if config.convolution else None
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp: MoE | SwiGLU
         if config.is_moe_layer(layer):
@@ -36,10 +33,10 @@ class Block(nn.Module):
         self, x: Tensor, context: Context, cache: LayerCache | None, chosen: Tensor | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
         """`x [B, T, D]` -> `[B, T, D]`, and what the router did where there is one; see `Router` about `chosen`."""
-        if self.config.embedding_skip and context.start is not None:
-            x = self.embedding_skip[0] * x + self.embedding_skip[1] * context.start
+        if self.embedding_skip is not None and context.start is not None:
+            x = self.embedding_skip(x, context.start)
         normed = self.input_layernorm(x)
-        if self.config.convolution:
+        if self.convolution is not None:
             normed = self.convolution(normed, context.positions)
         x = x + self.self_attn(normed, context, cache)
         normed = self.post_attention_layernorm(x)

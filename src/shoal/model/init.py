@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .block import Block
 from .convolution import ShortConvolution
+from .embedding_skip import EmbeddingSkip
 from .layers import RMSNorm, TokenTable
 from .moe import Experts, Router
 from .ngrams import Ngrams
@@ -39,8 +39,8 @@ def init_weights(model: Transformer, seed: int) -> None:
             module.weight.fill_(1.0)
         elif isinstance(module, Ngrams | TokenTable | ShortConvolution):
             module.weight.zero_()
-        elif isinstance(module, Block) and config.embedding_skip:
-            module.embedding_skip.copy_(torch.tensor([1.0, 0.0]))
+        elif isinstance(module, EmbeddingSkip):
+            module.reset()
         elif isinstance(module, nn.Embedding):
             normal(module.weight, 1.0 if config.init == "fan_in" and not config.tie_word_embeddings else config.initializer_range)
         elif isinstance(module, Router):

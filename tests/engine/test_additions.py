@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import COMMON, KINDS
 
 from shoal.config import EngineOptions, ModelConfig, SamplingOptions, UserError
 from shoal.config.huggingface import export_obstacles
@@ -15,9 +16,7 @@ from shoal.engine import Engine, TorchRunner
 from shoal.engine.weights import load_weights
 from shoal.formats.huggingface import load_model, read_config, save_model
 from shoal.model import Transformer, init_weights
-from shoal.parallel.layout import layout_of
 from shoal.runtime import Machine
-from small_models import COMMON, KINDS
 
 ADDITIONS: dict[str, Any] = {"ngram_order": 4, "ngram_rows": 200, "embedding_skip": True, "value_embedding": True}
 PROMPTS = [[7], [5, 9, 11], [3 * i % 61 + 2 for i in range(70)], [3 * i % 61 + 2 for i in range(33)]]

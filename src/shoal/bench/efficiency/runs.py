@@ -108,5 +108,5 @@ def _run(side: str, budget: float, config: TrainConfig, key: str, summary: dict[
         side=side, budget=budget, seed=config.seed, key=key, flops=summary["train_flops"], seconds=undisturbed * len(times),
         bpb=summary["val_bpb"], tokens=summary["tokens"], steps=summary["steps"], skipped=summary["skipped"],
         width=config.model.hidden_size, layers=config.model.num_hidden_layers, batch=config.batch_size, rate=config.optimizer.adam_lr,
-        parameters=counted.trained, active=counted.active, tables=counted.embedding,
+        parameters=counted.trained, active=counted.active, tables=counted.embedding + counted.tables,
     )  # fmt: skip

@@ -12,11 +12,11 @@ import pytest
 from shoal.bench.efficiency.command import BUDGETS, run_bench
 from shoal.bench.efficiency.runs import Runs
 from shoal.bench.efficiency.search import FACTORS, search
-from shoal.bench.efficiency.sides import SIDES, Point, Side
 from shoal.cli import main
 from shoal.config import BenchEfficiencyCommand, TrainConfig
 from shoal.config.huggingface import export_obstacles
 from shoal.plan.budget import step_flops
+from shoal.plan.rules import NAMES, Point, Rules
 
 pytest.importorskip("matplotlib")
 
@@ -65,7 +65,7 @@ def test_ratios_are_those_of_the_laws_behind_the_runs(command: BenchEfficiencyCo
     assert (Path(command.out) / "efficiency.png").stat().st_size > 10_000
     shown = capsys.readouterr().out
     assert "95% interval" in shown
-    for side in SIDES:
+    for side in NAMES:
         assert side in shown
 
 
@@ -91,12 +91,12 @@ def test_runs_that_are_known_are_not_repeated(command: BenchEfficiencyCommand) -
     assert again.count == 0
 
 
-@pytest.mark.parametrize("name", SIDES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("scale", BUDGETS)
 def test_every_budget_is_spent_and_every_side_is_what_it_says(name: str, scale: str) -> None:
     assert len(BUDGETS[scale][name]) >= 3
     for flops in BUDGETS[scale][name]:
-        config = Side.load(name).config(flops)
+        config = Rules.load(name).config(flops)
         assert config.steps is not None
         assert config.steps * step_flops(config) == pytest.approx(flops, rel=0.02)
         assert side_of(config) == name
@@ -106,7 +106,7 @@ def test_every_budget_is_spent_and_every_side_is_what_it_says(name: str, scale: 
 
 
 def test_all_sides_share_tokens_tokenizer_and_length() -> None:
-    shared = {(c.sequence_length, c.model.vocab_size, c.eval_tokens, c.precision) for c in (Side.load(s).config(1e12) for s in SIDES)}
+    shared = {(c.sequence_length, c.model.vocab_size, c.eval_tokens, c.precision) for c in (Rules.load(s).config(1e12) for s in NAMES)}
     assert len(shared) == 1
 
 
@@ -140,7 +140,7 @@ def test_a_run_that_diverged_does_not_win_the_search(command: BenchEfficiencyCom
 
 
 def test_the_store_holds_one_line_a_run_and_tells_data_apart(tmp_path: Path) -> None:
-    config = Side.load("baseline").config(1e11)
+    config = Rules.load("baseline").config(1e11)
     trainer = FakeTrainer()
     for data in ("one", "two", "one"):
         Runs(tmp_path, data, trainer).get("baseline", 1e11, config)

@@ -11,11 +11,11 @@ from typing import Any
 
 from ...config import BenchEfficiencyCommand, CorpusConfig, TrainConfig
 from ...data import open_corpus
+from ...plan.rules import NAMES, Point, Rules
 from .frontier import Curve, Ratio, best_ratio, bound
 from .picture import draw
 from .runs import Run, Runs, Trainer
 from .search import search
-from .sides import SIDES, Point, Side
 
 BUDGETS: dict[str, dict[str, tuple[float, ...]]] = {
     "small": {"baseline": (1e12, 3e12, 1e13), "exportable": (3e11, 1e12, 3e12), "full": (1e11, 3e11, 1e12, 3e12)},
@@ -31,7 +31,7 @@ def run_bench(command: BenchEfficiencyCommand, trainer: Trainer | None = None) -
     command.validate()
     folder = Path(command.out)
     runs = Runs(folder, open_corpus(command.data, CorpusConfig()).fingerprint, trainer)
-    sides = [Side.load(name) for name in SIDES]
+    sides = [Rules.load(name) for name in NAMES]
     budgets = {name: [flops * (QUICK if command.quick else 1) for flops in some] for name, some in BUDGETS[command.scale].items()}
     if command.search:
         return _search(command, sides, budgets, runs)
@@ -49,14 +49,14 @@ def _settings(command: BenchEfficiencyCommand, config: TrainConfig, seed: int) -
     return replace(config, data=command.data, seed=seed, threads=command.threads, device="cuda" if command.scale == "gpu" else "cpu")
 
 
-def _search(command: BenchEfficiencyCommand, sides: Sequence[Side], budgets: dict[str, list[float]], runs: Runs) -> dict[str, Any]:
+def _search(command: BenchEfficiencyCommand, sides: Sequence[Rules], budgets: dict[str, list[float]], runs: Runs) -> dict[str, Any]:
     """Tune every side at every budget, by the same steps; the points found."""
     found: dict[str, list[dict[str, Any]]] = {}
     for side in sides:
         found[side.name] = []
         for flops in budgets[side.name]:
 
-            def loss(point: Point, side: Side = side, flops: float = flops) -> float:
+            def loss(point: Point, side: Rules = side, flops: float = flops) -> float:
                 run = runs.get(side.name, flops, _settings(command, side.config(flops, point), 0))
                 _say(run)
                 return run.bpb if math.isfinite(run.bpb) else math.inf
@@ -122,7 +122,7 @@ def _print(runs: list[Run], result: dict[str, Any]) -> None:
     table = Table()
     for column in ("", "FLOPs", "seconds", "bits per byte", "layers x width", "tokens", "batch", "rate", "active", "tables", "skipped"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    for side in SIDES:
+    for side in NAMES:
         for budget in sorted({run.budget for run in runs if run.side == side}):
             same = [run for run in runs if run.side == side and run.budget == budget]
             first = same[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .sides import RULES, Point
+from ...plan.rules import VALUES, Point
 
 FACTORS = {"width": 1.5, "layers": 2.0, "batch": 2.0, "rate": 2.0}
 """Size of a step of every value; the range is open, since steps go on while they help."""
@@ -19,7 +19,7 @@ def search(loss: Callable[[Point], float], start: Point) -> tuple[Point, float]:
     best, found = start, loss(start)
     for _ in range(LARGEST_ROUNDS):
         before = found
-        for name in RULES:
+        for name in VALUES:
             for factor in (FACTORS[name], 1 / FACTORS[name]):
                 moved = False
                 while (there := loss(candidate := best.times(**{name: factor}))) < found:

@@ -1,8 +1,9 @@
-"""The sides of the comparison: what is fixed about each, and the rules that turn a budget of FLOPs into a shape and rates.
+"""From a budget of FLOPs to the settings of a run.
 
-`recipes/efficiency/NAME.toml` holds `[settings]` of `shoal train` and a `[rule]` for width, layers, batch and rate:
+`recipes/rules/NAME.toml` holds `[settings]` of `shoal train` and a `[rule]` for width, layers, batch and rate:
 `at_1e12` times (FLOPs / 1e12) to the `power`. Width is rounded to heads, the others to whole numbers; `rate` multiplies the learning
-rates that `[settings.optimizer]` names. All sides are tuned over the same steps around their rules (`search.py`).
+rates that `[settings.optimizer]` names. The evidence behind the numbers is in docs/experiments.md; all rules were tuned by the same
+steps (`bench/efficiency/search.py`).
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
-from ...config import TrainConfig
-from ...config.recipes import from_table, read_toml
-from ...plan.budget import steps_for
+from ..config import TrainConfig, UserError
+from ..config.recipes import from_table, read_toml
+from .budget import steps_for
 
-SIDES = ("baseline", "exportable", "full")
-RULES = ("width", "layers", "batch", "rate")
+NAMES = ("baseline", "exportable", "full")
+VALUES = ("width", "layers", "batch", "rate")
 HEAD = 16
 """Width of a head, and what widths are multiples of."""
 RATES = ("adam_lr", "embed_lr", "head_lr", "muon_lr")
@@ -25,7 +26,7 @@ RATES = ("adam_lr", "embed_lr", "head_lr", "muon_lr")
 
 @dataclass(frozen=True)
 class Point:
-    """What is tuned: one value of every rule."""
+    """What is tuned: one value for every rule."""
 
     width: float
     layers: float
@@ -38,28 +39,32 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Side:
-    """One side, for every budget."""
+class Rules:
+    """One set of rules, for every budget."""
 
     name: str
     settings: dict[str, Any]
     rules: dict[str, dict[str, float]]
 
     @classmethod
-    def load(cls, name: str) -> Side:
-        """One of `SIDES`."""
+    def load(cls, name: str) -> Rules:
+        """One of `NAMES`. Raises `UserError` for another."""
+        if name not in NAMES:
+            raise UserError(f"there are no rules {name!r}: use one of {', '.join(NAMES)}")
         common, own = _table("common"), _table(name)
         return cls(name, _merged(common, own["settings"]), own["rule"])
 
     def point(self, flops: float) -> Point:
         """Where the rules put a budget."""
-        return Point(**{name: self.rules[name]["at_1e12"] * (flops / 1e12) ** self.rules[name]["power"] for name in RULES})
+        return Point(**{name: self.rules[name]["at_1e12"] * (flops / 1e12) ** self.rules[name]["power"] for name in VALUES})
 
     def config(self, flops: float, point: Point | None = None) -> TrainConfig:
         """Settings of a run of `flops`, at a point of the search or else where the rules say; steps are what the budget buys.
 
         Raises `UserError` where the budget is less than a step.
         """
+        if not 0 < flops < 1e30:
+            raise UserError(f"a budget of {flops:g} FLOPs: it must be more than 0")
         point = point or self.point(flops)
         heads = max(1, round(point.width / HEAD))
         width = heads * HEAD
@@ -85,7 +90,7 @@ class Side:
 
 
 def _table(name: str) -> dict[str, Any]:
-    return read_toml((resources.files("shoal") / "recipes" / "efficiency" / f"{name}.toml").read_text(encoding="utf-8"), name)
+    return read_toml((resources.files("shoal") / "recipes" / "rules" / f"{name}.toml").read_text(encoding="utf-8"), name)
 
 
 def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

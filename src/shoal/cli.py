@@ -318,7 +318,7 @@ def _bench_dispatch(args: list[str]) -> None:
 def _bench_efficiency(args: list[str]) -> None:
     command = parse(BenchEfficiencyCommand, args, "bench efficiency")
 
-    from .bench.efficiency.command import run_bench
+    from .bench.efficiency import run_bench
 
     finish(run_bench(command), as_json=True)
 

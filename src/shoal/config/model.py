@@ -147,7 +147,12 @@ class ModelConfig:
 
     @property
     def cache_values_per_token(self) -> int:
-        """Numbers cached per token and layer: the latent and the shared rotary key (MLA), or keys and values (GQA)."""
+        """Numbers cached per token and layer: what attention reads, and what a convolution does."""
+        return self.attention_values_per_token + (self.hidden_size if self.convolution else 0)
+
+    @property
+    def attention_values_per_token(self) -> int:
+        """Of them, the latent and the shared rotary key (MLA), or keys and values (GQA)."""
         if self.uses_mla:
             return self.kv_lora_rank + self.qk_rope_head_dim
         return 2 * self.kv_heads * self.qk_head_dim

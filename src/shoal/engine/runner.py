@@ -119,10 +119,10 @@ class PagedLayer:
         self._pages, self._table, self._seen = pages, table, seen
 
     def extend(self, values: Tensor, positions: Tensor) -> Tensor:
-        """`values [1, T, C]` at `positions [1, T]` -> everything up to the last position, `[1, S, C]`."""
-        at = positions[0]
-        self._pages[self._table[at // PAGE], at % PAGE] = encode(values[0], self._pages.dtype)
-        kept = self._pages[self._table[: -(-self._seen // PAGE)]].flatten(0, 1)[: self._seen]
+        """`values [1, T, C]` at `positions [1, T]` -> everything up to the last position, `[1, S, C]`; there may be room for more."""
+        at, width = positions[0], values.shape[-1]
+        self._pages[self._table[at // PAGE], at % PAGE, :width] = encode(values[0], self._pages.dtype)
+        kept = self._pages[self._table[: -(-self._seen // PAGE)]].flatten(0, 1)[: self._seen, :width]
         return decode(kept).to(values.dtype).unsqueeze(0)
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from .attention import GQA, MLA, Context, LayerCache
-from .convolution import ShortConvolution
+from .convolution import Behind, ShortConvolution
 from .embedding_skip import EmbeddingSkip
 from .layers import LinearFactory, RMSNorm, SwiGLU
 from .moe import Dispatcher, MoE, RoutingStats
@@ -21,6 +21,7 @@ class Block(nn.Module):
         self.self_attn = MLA(config, linear) if config.uses_mla else GQA(config, linear)
         self.embedding_skip = EmbeddingSkip() if config.embedding_skip else None
         self.convolution = ShortConvolution(config.hidden_size, config.convolution) if config.convolution else None
+        self.kept = config.attention_values_per_token
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp: MoE | SwiGLU
         if config.is_moe_layer(layer):
@@ -37,7 +38,9 @@ class Block(nn.Module):
             x = self.embedding_skip(x, context.start)
         normed = self.input_layernorm(x)
         if self.convolution is not None:
-            normed = self.convolution(normed, context.positions)
+            behind = None if cache is None else Behind(cache, normed, self.kept)
+            history = None if behind is None else behind.history(context.positions)
+            normed, cache = self.convolution(normed, context.positions, history), behind
         x = x + self.self_attn(normed, context, cache)
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):

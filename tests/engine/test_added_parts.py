@@ -14,11 +14,12 @@ from shoal.config import EngineOptions, ModelConfig, SamplingOptions, UserError
 from shoal.config.huggingface import export_obstacles
 from shoal.engine import Engine, TorchRunner
 from shoal.engine.weights import load_weights
+from shoal.formats.gguf_layout import gguf_obstacles
 from shoal.formats.huggingface import load_model, read_config, save_model
 from shoal.model import Transformer, init_weights
 from shoal.runtime import Machine
 
-ADDITIONS: dict[str, Any] = {"ngram_order": 4, "ngram_rows": 200, "embedding_skip": True, "value_embedding": True}
+ADDITIONS: dict[str, Any] = {"ngram_order": 4, "ngram_rows": 200, "embedding_skip": True, "value_embedding": True, "convolution": 3}
 PROMPTS = [[7], [5, 9, 11], [3 * i % 61 + 2 for i in range(70)], [3 * i % 61 + 2 for i in range(33)]]
 GREEDY = SamplingOptions(max_tokens=20, temperature=0, ignore_eos=True)
 
@@ -29,7 +30,7 @@ def make(kind: str, **changes: Any) -> Transformer:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if any(part in name for part in ("ngrams", "embedding_skip", "value_embedding")):
+            if any(part in name for part in ("ngrams", "embedding_skip", "value_embedding", "convolution")):
                 parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
@@ -71,5 +72,6 @@ def test_what_cannot_hold_it_refuses_it(tmp_path: Path) -> None:
     model = make("v3")
     assert any("ngram_order" in reason for reason in export_obstacles(model.config))
     save_model(model, tmp_path / "model")
+    assert any("ngram_order" in reason for reason in gguf_obstacles(model.config))
     with pytest.raises(UserError, match=r"ngram_order is 4.*plain torch only"):
         load_weights(tmp_path / "model", 4)

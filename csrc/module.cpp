@@ -4,6 +4,9 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <omp.h>
+#include <sched.h>
+
 #include <optional>
 #include <string>
 #include <vector>
@@ -188,6 +191,18 @@ class Cpu {
     const Kernels* run_;
 };
 
+void pin_threads(const std::vector<int>& processors) {
+#if defined(__linux__)
+#pragma omp parallel num_threads(static_cast<int>(processors.size()))
+    {
+        cpu_set_t set;
+        CPU_ZERO(&set);
+        CPU_SET(processors[omp_get_thread_num()], &set);
+        sched_setaffinity(0, sizeof set, &set);
+    }
+#endif
+}
+
 }  // namespace
 
 const Kernels* shoal::kernels_named(const std::string& name) {
@@ -199,6 +214,7 @@ const Kernels* shoal::kernels_named(const std::string& name) {
 NB_MODULE(_cpu, m) {
     nb::set_leak_warnings(false);  // the kernels chosen at import live as long as the interpreter
     bind_decoder(m);
+    m.def("pin_threads", &pin_threads, "Bind the calling thread and those that compute with it to one of the processors each.");
     m.def("supported", &supported, "Names of the instruction sets that this processor runs, best first.");
     nb::class_<Cpu>(m, "Cpu")
         .def(nb::init<const std::string&>())

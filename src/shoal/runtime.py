@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 
 from .config import UserError
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BF16_MARGIN = {"cuda": 1.3, "cpu": 4.0}
 """bf16 autocast pays only where bf16 matmul is faster than fp32 by this factor. It costs casts; on a CPU also Shoal's own kernels, which
 are fp32, and up to a GiB of compiled products, one for every number of rows that an expert gets."""
@@ -58,9 +61,7 @@ def start(device: str = "auto", precision: str = "auto", threads: int = 0) -> Ma
     keep_freed_memory()
     target = choose_device(device)
     torch.set_float32_matmul_precision("high")
-    rates = {"fp32": matmul_rate(target, torch.float32)}
-    if precision != "fp32":
-        rates["bf16"] = matmul_rate(target, torch.bfloat16)
+    rates = matmul_rates(target, ("fp32",) if precision == "fp32" else ("fp32", "bf16"))
     if precision == "auto":
         precision = "bf16" if rates["bf16"] > BF16_MARGIN[target.type] * rates["fp32"] else "fp32"
         reason = f"matmul {rates['fp32'] / 1e9:.0f} GFLOP/s in fp32, {rates['bf16'] / 1e9:.0f} in bf16"
@@ -92,17 +93,26 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Best FLOP/s of a square matmul over a few timed runs."""
+def give_way(niceness: int) -> None:
+    """Lower the priority of the calling thread by `niceness`. Only Linux knows priorities of single threads."""
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, min(os.getpriority(os.PRIO_PROCESS, thread) + niceness, 19))
+
+
+def matmul_rates(device: torch.device, precisions: Sequence[str]) -> dict[str, float]:
+    """Best FLOP/s of a square matmul in every precision, over a few rounds in which they take turns: what else the machine does
+    disturbs all of them alike."""
     size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = 0.0
+    matrices = {name: torch.ones(2, size, size, device=device, dtype=DTYPES[name]) for name in precisions}
+    best = dict.fromkeys(precisions, 0.0)
     for _ in range(12):
-        synchronize(device)
-        began = time.perf_counter()
-        a @ b
-        synchronize(device)
-        best = max(best, 2 * size**3 / (time.perf_counter() - began))
+        for name, (a, b) in matrices.items():
+            synchronize(device)
+            began = time.perf_counter()
+            a @ b
+            synchronize(device)
+            best[name] = max(best[name], 2 * size**3 / (time.perf_counter() - began))
     return best
 
 

@@ -14,7 +14,7 @@ import pytest
 from fake_runner import FakeRunner, check_pages, continuation
 
 from shoal.config import EngineOptions, SamplingOptions, UserError
-from shoal.engine import AsyncEngine, Batch, Engine, EngineClosed, EngineFailed, Forward, Request
+from shoal.engine import AsyncEngine, Batch, Engine, EngineClosed, EngineFailed, EngineThread, Forward, Request
 
 
 def greedy(count: int) -> SamplingOptions:
@@ -37,7 +37,12 @@ class Slow(FakeRunner):
 async def serving(**options: Any) -> AsyncIterator[AsyncEngine]:
     async with AsyncEngine(Engine(Slow(), None, EngineOptions(**options))) as server:  # type: ignore[arg-type]
         yield server
-    check_pages(server.engine)
+    check_pages(engine_of(server))
+
+
+def engine_of(server: AsyncEngine) -> Engine:
+    assert isinstance(server._place, EngineThread)
+    return server._place.engine
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
@@ -48,7 +53,7 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 
 
 async def until_idle(server: AsyncEngine) -> None:
-    while server.engine.has_work:
+    while engine_of(server).has_work:
         await asyncio.sleep(0.001)
 
 
@@ -94,7 +99,7 @@ def test_whoever_hangs_up_frees_pages_at_once_and_disturbs_nobody() -> None:
             assert sum(outcome is True for outcome in outcomes) > 5
             assert all(isinstance(outcome, bool | asyncio.CancelledError) for outcome in outcomes)
             await until_idle(server)
-            assert server.engine.pool.in_use == 0
+            assert engine_of(server).pool.in_use == 0
 
     run(test)
 
@@ -105,10 +110,10 @@ def test_cancelling_takes_one_step() -> None:
             ticket = await server.submit(Request([5], greedy(390)))
             await ticket.take()
             server.cancel(ticket)
-            before = server.stats().steps
+            before = engine_of(server).stats().steps
             await until_idle(server)
-            assert server.stats().steps - before <= 1
-            assert server.engine.pool.in_use == 0
+            assert engine_of(server).stats().steps - before <= 1
+            assert engine_of(server).pool.in_use == 0
             server.cancel(ticket)
 
     run(test)
@@ -162,16 +167,16 @@ def test_a_breakdown_reaches_everybody() -> None:
         async with serving() as server:
             running = [asyncio.create_task(server.generate(Request([i], greedy(390)))) for i in range(3)]
             await asyncio.sleep(0.02)
-            server.engine.runner.broken = True  # type: ignore[attr-defined]
+            engine_of(server).runner.broken = True  # type: ignore[attr-defined]
             for outcome in await asyncio.gather(*running, return_exceptions=True):
                 assert isinstance(outcome, EngineFailed)
                 assert isinstance(outcome.__cause__, MemoryError)
             assert not server.is_accepting
             with pytest.raises(EngineFailed, match="the runner broke"):
                 await server.generate(Request([5]))
-            server.engine.runner.broken = False  # type: ignore[attr-defined]
-            for number in list(server.engine._answers):
-                server.engine.abort(number)
+            engine_of(server).runner.broken = False  # type: ignore[attr-defined]
+            for number in list(engine_of(server)._answers):
+                engine_of(server).abort(number)
 
     run(test)
 
@@ -191,7 +196,7 @@ def test_an_event_loop_that_has_gone_leaves_nothing_behind() -> None:
     async def test() -> None:
         assert (await engine.generate(Request([6], greedy(20)))).ids == continuation([6], 20, 97)
         await until_idle(engine)
-        assert engine.engine.pool.in_use == 0
+        assert engine_of(engine).pool.in_use == 0
         assert engine.stats().finished["abort"] == 1
         await engine.close()
 

@@ -18,10 +18,11 @@ import torch
 
 from shoal.config import MachineOptions, ModelConfig, ServeCommand, serve_options
 from shoal.data import Tokenizer
-from shoal.engine import Loaded, TorchRunner, load
+from shoal.engine import EngineThread, Loaded, Place, TorchRunner, load
 from shoal.formats.huggingface import save_model
 from shoal.model import Transformer, init_weights
 from shoal.runtime import Machine
+from shoal.serve.backend import make_engine
 from shoal.serve.command import listen, make_server
 from shoal.serve.host import Host, State
 
@@ -109,7 +110,12 @@ Serve = Callable[..., contextlib.AbstractContextManager[Served]]
 def serving(loads: Callable[[], Loaded], wait: bool = True, **options: Any) -> Iterator[Served]:
     """A server on a free port, until the end of the block."""
     command: ServeCommand = serve_options("tiny", port=0, **options)
-    host = Host(command, "tiny", loads)
+
+    def start() -> tuple[Place, Tokenizer]:
+        loaded = loads()
+        return EngineThread(make_engine(loaded, command.engine)), loaded.tokenizer
+
+    host = Host(command, "tiny", start)
     sock = listen(command)
     server = make_server(host)
     ready, loops = threading.Event(), []

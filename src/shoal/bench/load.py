@@ -7,7 +7,10 @@ import contextlib
 import json
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+
+from ..runtime import give_way
 
 
 @dataclass
@@ -39,10 +42,30 @@ class Seen:
     errors: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
+    def add(self, other: Seen) -> None:
+        """What was seen in another run."""
+        self.first += other.first
+        self.between += other.between
+        self.answers += other.answers
+        self.errors += other.errors
+        self.pieces += other.pieces
+        self.finished += other.finished
+        self.hung_up += other.hung_up
+        self.seconds += other.seconds
+
 
 def run_load(load: Load) -> Seen:
-    """Let all clients work until the time is over, then wait for the last answers (which still count)."""
-    return asyncio.run(_run(load))
+    """Let all clients work until the time is over, then wait for the last answers (which still count).
+
+    They work on a thread of low priority: from another machine they would take no time of the server's.
+    """
+
+    def work() -> Seen:
+        give_way(19)
+        return asyncio.run(_run(load))
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
 
 
 async def _run(load: Load) -> Seen:

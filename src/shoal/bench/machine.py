@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..memory import large_pages
-from ..runtime import matmul_rate
+from ..runtime import matmul_rates
 
 READ_BYTES = 1 << 29
 """Far more than any cache holds."""
@@ -31,7 +32,7 @@ def read_bandwidth() -> float:
 
 def product_peaks() -> dict[str, float]:
     """Multiply-adds (counted as two) per second in fp32 and int8; int8 is 0 where torch has no such product."""
-    peaks = {"fp32": matmul_rate(torch.device("cpu"), torch.float32), "int8": 0.0}
+    peaks = matmul_rates(torch.device("cpu"), ("fp32",)) | {"int8": 0.0}
     size = 1024
     a = torch.randint(-128, 127, (size, size), dtype=torch.int8)
     try:
@@ -62,3 +63,15 @@ def memory_of(process: int) -> Memory:
     fields = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
     resident, peak, files = (int(fields.get(name, "0").split()[0]) * 1024 for name in ("VmRSS", "VmHWM", "RssFile"))
     return Memory(resident, peak, files)
+
+
+def family(process: int) -> list[int]:
+    """The process and all that descend from it; only itself where there is no /proc."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it may have gone
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    members = [process]
+    for member in members:
+        members += [child for child, parent in parents.items() if parent == member]
+    return members

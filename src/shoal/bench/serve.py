@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import random
 import re
 import signal
@@ -15,21 +16,25 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from ..config import BenchServeCommand, EngineOptions, MachineOptions, SamplingOptions, UserError
 from ..data import Tokenizer
-from ..engine import Engine, load
+from ..engine import Engine, Request, load
 from ..formats.gguf import export_gguf
 from ..formats.locate import locate_model
 from .load import Load, Seen, run_load
-from .machine import memory_of
+from .machine import family, memory_of
 
 START_SECONDS = 120
 STOP_SECONDS = 40
 WARM_UP_SECONDS = 2.0
+"""Before anything is counted."""
+MOST_ALONE_SECONDS = 10.0
+"""Of the engine alone, in every round."""
 
 
 def run_bench(command: BenchServeCommand) -> dict[str, Any]:
@@ -37,10 +42,8 @@ def run_bench(command: BenchServeCommand) -> dict[str, Any]:
     command.validate()
     folder = locate_model(command.model)
     prompts = make_prompts(Tokenizer.load(folder), command)
-    result: dict[str, Any] = {"clients": command.clients, "seconds": command.seconds}
-    result["shoal"] = _measure_shoal(command, folder, prompts)
-    result["engine_tokens_per_second"] = _measure_engine(command, folder, prompts)
-    result["of_engine"] = result["shoal"]["tokens_per_second"] / result["engine_tokens_per_second"]
+    result: dict[str, Any] = {"clients": command.clients, "seconds": command.seconds, "rounds": command.rounds}
+    result |= _measure_shoal(command, folder, prompts)
     if command.vs is not None:
         result["llama_cpp"] = _measure_llama(command, folder, prompts)
         result["times_llama_cpp"] = result["shoal"]["tokens_per_second"] / result["llama_cpp"]["tokens_per_second"]
@@ -57,48 +60,106 @@ def make_prompts(tokenizer: Tokenizer, command: BenchServeCommand) -> list[str]:
 
 
 def _measure_shoal(command: BenchServeCommand, folder: Path, prompts: list[str]) -> dict[str, Any]:
+    """The server and the engine alone, in turns. Tokens are counted while all clients are busy, not while they come and go."""
     port = _free_port()
     server = [sys.executable, "-m", "shoal", "serve", str(folder), "--port", str(port), "--max-waiting", str(command.clients)]
-    with _running(server, port, "/health") as process:
+    seconds, all_seen = command.seconds / command.rounds, Seen()
+    watched: list[Watch] = []
+    alone: list[float] = []
+    with _engine_alone(command, folder, prompts, min(seconds, MOST_ALONE_SECONDS)) as rate, _running(server, port, "/health") as process:
         _load(command, port, prompts, WARM_UP_SECONDS)
-        before, memory = _metrics(port), [memory_of(process.pid).resident]
-        watch = threading.Thread(target=_watch_memory, args=(process.pid, command.seconds, memory))
-        watch.start()
-        seen = _load(command, port, prompts, command.seconds)
-        watch.join()
-        _wait_until_idle(port)
-        after = _metrics(port)
-        figures = _figures(seen, after["shoal_generated_tokens_total"] - before["shoal_generated_tokens_total"], command.tokens)
-        figures |= {"memory": memory, "pages_held_after": after["shoal_cache_pages_in_use"]}
+        for _ in range(command.rounds):
+            watch = Watch(process.pid, port, seconds)
+            watch.start()
+            all_seen.add(_load(command, port, prompts, seconds + WARM_UP_SECONDS))
+            watch.join()
+            watched.append(watch)
+            _wait_until_idle(port)
+            alone.append(rate())
+        held = _metrics(port)["shoal_cache_pages_in_use"]
         process.send_signal(signal.SIGTERM)
-        figures["exit_code"] = process.wait(STOP_SECONDS)
-    return figures
+        code = process.wait(STOP_SECONDS)
+    figures = _figures(all_seen, statistics.median(watch.rate for watch in watched), command.tokens)
+    figures |= {"memory": [sample for watch in watched for sample in watch.memory], "pages_held_after": held, "exit_code": code}
+    return {
+        "shoal": figures,
+        "engine_tokens_per_second": statistics.median(alone),
+        "of_engine_rounds": [watch.rate / rate for watch, rate in zip(watched, alone, strict=True)],
+        "of_engine": statistics.median(watch.rate / rate for watch, rate in zip(watched, alone, strict=True)),
+    }
 
 
-def _watch_memory(process: int, seconds: float, resident: list[int]) -> None:
-    """Add what the process holds after every tenth of the time."""
-    for _ in range(10):
-        time.sleep(seconds / 10)
-        resident.append(memory_of(process).resident)
+class Watch(threading.Thread):
+    """Looks at a server under load from when it is warm: `rate` in tokens per second, `memory` after every tenth of the time."""
+
+    def __init__(self, process: int, port: int, seconds: float) -> None:
+        super().__init__()
+        self._process, self._port, self._seconds = process, port, seconds
+        self.rate = 0.0
+        self.memory: list[int] = []
+
+    def run(self) -> None:
+        time.sleep(WARM_UP_SECONDS)
+        began, before = time.perf_counter(), _metrics(self._port)
+        for _ in range(10):
+            time.sleep(self._seconds / 10)
+            self.memory.append(sum(memory_of(process).resident for process in family(self._process)))
+        made = _metrics(self._port)["shoal_generated_tokens_total"] - before["shoal_generated_tokens_total"]
+        self.rate = made / (time.perf_counter() - began)
 
 
-def _measure_engine(command: BenchServeCommand, folder: Path, prompts: list[str]) -> float:
-    """Tokens per second of the engine with requests of the same kind, all at hand at once and none cut off by time."""
-    loaded = load(str(folder), MachineOptions())
+@contextlib.contextmanager
+def _engine_alone(command: BenchServeCommand, folder: Path, prompts: list[str], seconds: float) -> Iterator[Callable[[], float]]:
+    """A function that measures the engine without a server, in a process that stands still meanwhile."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve_rates, args=(theirs, command, folder, prompts, seconds), daemon=True)
+    process.start()
+
+    def rate() -> float:
+        ours.send(True)
+        measured: float = ours.recv()
+        return measured
+
+    try:
+        yield rate
+    finally:
+        ours.send(False)
+        process.join()
+
+
+def _serve_rates(pipe: Connection, command: BenchServeCommand, folder: Path, prompts: list[str], seconds: float) -> None:
+    """The process: one rate for every True."""
+    loaded = load(str(folder), MachineOptions(), pin=True)
     engine = Engine(loaded.runner, loaded.tokenizer, EngineOptions())
+    while pipe.recv():
+        pipe.send(_engine_rate(command, engine, prompts, seconds))
+
+
+def _engine_rate(command: BenchServeCommand, engine: Engine, prompts: list[str], seconds: float) -> float:
+    """Tokens per second of the engine with as many requests of the same kind: where one ends, the next begins."""
     draw = random.Random(command.seed)
 
-    def lengths() -> list[SamplingOptions]:
-        cut = [draw.randrange(1, command.tokens) if draw.random() < command.hang_up else command.tokens for _ in prompts]
-        return [SamplingOptions(max_tokens=length, temperature=1.0, ignore_eos=True) for length in cut]
+    def request() -> int:
+        cut = draw.randrange(1, command.tokens) if draw.random() < command.hang_up and command.tokens > 1 else command.tokens
+        return engine.add_request(
+            Request(engine.encode(draw.choice(prompts)), SamplingOptions(max_tokens=cut, temperature=1.0, ignore_eos=True))
+        )
 
-    engine.generate(prompts[: min(len(prompts), 64)], SamplingOptions(max_tokens=8, ignore_eos=True))
-    rates = []
-    for _ in range(3):
-        began = time.perf_counter()
-        results = engine.generate(prompts, lengths())
-        rates.append(sum(len(answer.tokens) for answer in results) / (time.perf_counter() - began))
-    return statistics.median(rates)
+    numbers = {request() for _ in range(command.clients)}
+    began = time.perf_counter()
+    counts_from, ends = began + WARM_UP_SECONDS, began + WARM_UP_SECONDS + seconds
+    made = 0
+    while (now := time.perf_counter()) < ends:
+        increments = engine.step()
+        if now >= counts_from:
+            made += sum(len(increment.tokens) for increment in increments.values())
+        for number in [number for number, increment in increments.items() if increment.finish_reason is not None]:
+            numbers.remove(number)
+            numbers.add(request())
+    for number in numbers:
+        engine.abort(number)
+    return made / (now - counts_from)
 
 
 def _measure_llama(command: BenchServeCommand, folder: Path, prompts: list[str]) -> dict[str, Any]:
@@ -111,19 +172,18 @@ def _measure_llama(command: BenchServeCommand, folder: Path, prompts: list[str])
         # Without the last option, every new request breaks off the one that runs.
         with _running([*server, "--interrupt_requests", "false"], port, "/v1/models"):
             seen = _load(command, port, prompts, command.seconds)
-    return _figures(seen, seen.pieces, command.tokens)
+    return _figures(seen, seen.pieces / seen.seconds, command.tokens)
 
 
 def _load(command: BenchServeCommand, port: int, prompts: list[str], seconds: float) -> Seen:
     return run_load(Load("127.0.0.1", port, prompts, command.tokens, command.hang_up, command.clients, seconds, command.seed))
 
 
-def _figures(seen: Seen, tokens: float, tokens_each: int) -> dict[str, Any]:
+def _figures(seen: Seen, rate: float, tokens_each: int) -> dict[str, Any]:
     if not seen.first:
         raise UserError(f"the server answered no request: {(seen.errors or ['no error told'])[0]}")
     return {
-        "tokens_per_second": tokens / seen.seconds,
-        "tokens": int(tokens),
+        "tokens_per_second": rate,
         "seconds": seen.seconds,
         "finished": seen.finished,
         "hung_up": seen.hung_up,
@@ -202,8 +262,10 @@ def _print(result: dict[str, Any]) -> None:
         between = f"{1000 * row['between_pieces_p50']:.0f} / {1000 * row['between_pieces_p99']:.0f} ms"
         counts = f"{row['finished']:8}{row['hung_up']:8}{row['errors']:8}"
         print(f"{name.replace('_', '.'):14}{row['tokens_per_second']:10.0f}{first:>22}{each:>20}{between:>20}{counts}")
-    megabytes = [f"{held / 1e6:.0f}" for held in result["shoal"]["memory"]]
+    megabytes = [f"{held / 1e6:.0f}" for held in result["shoal"]["memory"][:: result["rounds"]]]
     print(f"{'memory':14}{' '.join(megabytes)} MB, from the beginning to the end (pages of the cache take memory when they are first used)")
-    print(f"{'engine alone':14}{result['engine_tokens_per_second']:10.0f}   the server reaches {100 * result['of_engine']:.0f}% of it")
+    rounds = ", ".join(f"{100 * share:.0f}" for share in result["of_engine_rounds"])
+    share = f"the server reaches {100 * result['of_engine']:.0f}% of it (in rounds: {rounds})"
+    print(f"{'engine alone':14}{result['engine_tokens_per_second']:10.0f}   {share}")
     if "times_llama_cpp" in result:
         print(f"{result['times_llama_cpp']:.1f} times llama.cpp's server; times are p50 / p99")

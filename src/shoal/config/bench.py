@@ -146,13 +146,16 @@ class BenchQuantizationCommand:
 class BenchServeCommand:
     """`shoal serve` under load: many clients at once, each streaming one completion after the other, some of whom hang up midway.
 
-    Reports tokens per second, time to first token and time between tokens, beside what the engine does with the same requests at hand
-    all at once and without HTTP.
+    Reports tokens per second, time to first token and time between tokens, beside what the engine does with requests of the same kind
+    and without HTTP.
     """
 
     model: Model
     clients: int = 200
     seconds: float = 30.0
+    """Of full load on the server, all rounds together."""
+    rounds: int = 3
+    """In which the server and the engine alone take turns."""
     prompt_tokens: int = 32
     tokens: int = 128
     """Of an answer that is listened to until its end."""
@@ -168,7 +171,7 @@ class BenchServeCommand:
 
     def validate(self) -> None:
         """Raise `UserError` on the first option that cannot work."""
-        for name in ("clients", "prompt_tokens", "tokens"):
+        for name in ("clients", "rounds", "prompt_tokens", "tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
         if not self.seconds > 0:

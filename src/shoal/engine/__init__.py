@@ -12,6 +12,9 @@ from .load import load as load
 from .load import load_plain as load_plain
 from .load import load_transformer as load_transformer
 from .load import make_runner as make_runner
+from .places import EngineProcess as EngineProcess
+from .places import EngineThread as EngineThread
+from .places import Place as Place
 from .requests import FinishReason as FinishReason
 from .requests import Increment as Increment
 from .requests import PromptReport as PromptReport

@@ -1,29 +1,21 @@
-"""The engine behind asyncio: one thread computes, any number of coroutines wait for their answers."""
+"""The engine behind asyncio: it works elsewhere, and any number of coroutines wait for their answers."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import queue
 import threading
-import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
-from typing import NamedTuple
+from functools import partial
 
+from ..config import ModelConfig
 from .engine import Engine, EngineStats
+from .places import EngineThread, Place
 from .requests import Increment, Request, Result
+from .worker import Add, Cancel, News, Stop
 
 POLL_SECONDS = 0.01
 """How often draining looks whether the last request has ended."""
-DELIVERY_SECONDS = 0.01
-"""Steps faster than this are delivered together: waking every reader for every token would cost a small model half its speed."""
-PROMPT_READERS = 8
-"""So many answers are delivered as fast as that."""
-GATHER_SECONDS, MOST_GATHER_SECONDS = 0.002, 0.15
-"""For every answer beyond those, tokens wait longer for each other: passing on a piece of text costs a server about as much as computing
-one token of a small model."""
 
 
 class EngineClosed(RuntimeError):
@@ -37,48 +29,47 @@ class EngineFailed(RuntimeError):
 class Ticket:
     """One submitted request: where its increments arrive. Made by `AsyncEngine.submit`."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self.number: int | None = None
-        """Of the request in the engine."""
-        self.cancelled = False
-        self.ended = False
-        self.due = 0.0
-        """When its next increments are delivered (by the monotonic clock); the first and the last are at once."""
+    def __init__(self, key: int, loop: asyncio.AbstractEventLoop) -> None:
+        self.key, self.loop = key, loop
+        self.decision: asyncio.Future[None] = loop.create_future()
+        """Whether the engine takes it."""
         self._arrived = asyncio.Event()
         self._increments: list[Increment] = []
-        self._failure: BaseException | None = None
+        self._failure: Exception | None = None
+
+    def decide(self, refusal: Exception | None) -> None:
+        """Called in the event loop."""
+        if self.decision.done():
+            return
+        if refusal is None:
+            self.decision.set_result(None)
+        else:
+            self.decision.set_exception(refusal)
 
     def put(self, increments: list[Increment]) -> None:
         """Called in the event loop."""
         self._increments += increments
-        self.ended = increments[-1].finish_reason is not None
         self._arrived.set()
 
-    def fail(self, error: BaseException) -> None:
+    def fail(self, failure: Exception) -> None:
         """Called in the event loop: nothing more will come."""
-        self._failure, self.ended = error, True
+        self.decide(failure)
+        self._failure = failure
         self._arrived.set()
 
     async def take(self) -> list[Increment]:
-        """All that has arrived, at least one. Raises `EngineFailed` where nothing more will come."""
+        """All that has arrived, at least one. Raises `EngineFailed` or `EngineClosed` where nothing more will come."""
         await self._arrived.wait()
         self._arrived.clear()
         increments, self._increments = self._increments, []
         if not increments:
-            raise EngineFailed(f"the engine broke down: {self._failure}") from self._failure
+            assert self._failure is not None
+            raise self._failure
         return increments
 
 
-class _Command(NamedTuple):
-    """Something to do on the engine's thread between two steps."""
-
-    function: Callable[[], None]
-    done: Future[None]
-
-
 class AsyncEngine:
-    """Owns `engine` and the thread it runs on. Methods may be called from any event loop.
+    """Sets an engine to work in its place (by default a thread of this process) and owns it. Methods may be called from any event loop.
 
     ```python
     async with AsyncEngine(engine) as server:
@@ -87,29 +78,33 @@ class AsyncEngine:
     ```
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+    def __init__(self, engine: Engine | Place) -> None:
+        self._place: Place = EngineThread(engine) if isinstance(engine, Engine) else engine
+        self._stats = self._place.stats
         self._tickets: dict[int, Ticket] = {}
-        self._mail: defaultdict[int, list[Increment]] = defaultdict(list)
-        """What has to be delivered, by request."""
-        self._delivered = 0.0
-        """When that was done last."""
+        """Of requests that have not ended, by key."""
+        self._keys = 0
         self._gate = threading.Lock()
-        """Held to put a command or to declare that no more will be obeyed."""
+        """Held to change the two above, or to declare that no more will be changed."""
         self._accepts = True
-        """New requests."""
-        self._obeys = True
-        """Commands; False once the thread is about to end."""
-        self._stopping = False
+        self._ended = False
         self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name="shoal-engine", daemon=True)
-        self._thread.start()
+        """What ended it, if it did not stop by itself."""
+        self._place.start(self._hear, self._end)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._place.config
+
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer together, at most."""
+        return self._place.context
 
     @property
     def is_accepting(self) -> bool:
         """False while draining, after stopping and after a failure."""
-        return self._accepts and self._failure is None
+        return self._accepts and not self._ended
 
     async def submit(self, request: Request) -> Ticket:
         """Queue a request; returns once it is accepted.
@@ -119,34 +114,25 @@ class AsyncEngine:
             EngineClosed: the engine is draining or has stopped.
             EngineFailed: the engine broke down.
         """
-        if self._failure is None and not self._accepts:
-            raise EngineClosed("the engine is shutting down and takes no more requests")
-        ticket = Ticket(asyncio.get_running_loop())
-
-        def add() -> None:
-            if not ticket.cancelled:
-                ticket.number = self.engine.add_request(request)
-                self._tickets[ticket.number] = ticket
-
+        with self._gate:
+            if self._ended or not self._accepts:
+                raise self._refusal()
+            ticket = Ticket(self._keys, asyncio.get_running_loop())
+            self._keys += 1
+            self._tickets[ticket.key] = ticket
+            self._place.send(Add(ticket.key, request))
         try:
-            await asyncio.wrap_future(self._command(add))
-        except asyncio.CancelledError:
+            await ticket.decision
+        except BaseException:
             self.cancel(ticket)
             raise
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
         """End a request and free its pages before the next step; nothing happens if it has ended."""
-        ticket.cancelled = True
-
-        def abort() -> None:
-            if ticket.number is not None:
-                self._tickets.pop(ticket.number, None)
-                self.engine.abort(ticket.number)
-
-        if not ticket.ended:
-            with contextlib.suppress(EngineClosed, EngineFailed):
-                self._command(abort)
+        with self._gate:
+            if self._tickets.pop(ticket.key, None) is not None:
+                self._place.send(Cancel(ticket.key))
 
     async def stream(self, request: Request) -> AsyncIterator[Increment]:
         """Increments of the answer as they come, the last with its `finish_reason`; raises what `submit` raises.
@@ -171,28 +157,23 @@ class AsyncEngine:
         return result
 
     def stats(self) -> EngineStats:
-        """Present figures."""
-        return self.engine.stats()
+        """The figures that were told last: at most a step and some milliseconds old."""
+        return self._stats
 
     async def drain(self, grace: float | None = None) -> None:
         """Take no more requests, wait for those there are (at most `grace` seconds), then `close`."""
         self._accepts = False
         loop = asyncio.get_running_loop()
         deadline = None if grace is None else loop.time() + grace
-        while self._tickets and self._thread.is_alive() and (deadline is None or loop.time() < deadline):
+        while self._tickets and (deadline is None or loop.time() < deadline):
             await asyncio.sleep(POLL_SECONDS)
         await self.close()
 
     async def close(self) -> None:
         """Stop after the present step. Answers that are not finished end with reason `abort`."""
         self._accepts = False
-
-        def stop() -> None:
-            self._stopping = True
-
-        with contextlib.suppress(EngineClosed, EngineFailed):
-            self._command(stop)
-        await asyncio.to_thread(self._thread.join)
+        self._place.send(Stop())
+        await asyncio.to_thread(self._place.join)
 
     async def __aenter__(self) -> AsyncEngine:
         return self
@@ -200,91 +181,61 @@ class AsyncEngine:
     async def __aexit__(self, *error: object) -> None:
         await self.close()
 
-    def _command(self, function: Callable[[], None]) -> Future[None]:
+    def _hear(self, news: News) -> None:
+        """On a thread of the engine's place: pass on what it tells."""
+        self._stats = news.stats
+        post: defaultdict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = defaultdict(list)
         with self._gate:
-            if not self._obeys:
-                raise self._refusal()
-            command = _Command(function, Future())
-            self._commands.put(command)
-        return command.done
+            decided = [(self._tickets.get(key), refusal) for key, refusal in news.decided]
+            arrived = [(self._tickets.get(key), increments) for key, increments in news.increments]
+            for key, refusal in news.decided:
+                if refusal is not None:
+                    self._tickets.pop(key, None)
+            for key, increments in news.increments:
+                if increments[-1].finish_reason is not None:
+                    self._tickets.pop(key, None)
+        for ticket, refusal in decided:
+            if ticket is not None:
+                post[ticket.loop].append(partial(ticket.decide, refusal))
+        for ticket, increments in arrived:
+            if ticket is not None:
+                post[ticket.loop].append(partial(ticket.put, increments))
+        for loop, calls in post.items():
+            if not _call(loop, calls):
+                self._leave(loop)
+
+    def _end(self, failure: BaseException | None) -> None:
+        """On a thread of the engine's place: nothing more will come."""
+        with self._gate:
+            self._ended, self._failure = True, failure
+            tickets = list(self._tickets.values())
+            self._tickets.clear()
+        for ticket in tickets:
+            _call(ticket.loop, [partial(ticket.fail, self._refusal())])
 
     def _refusal(self) -> EngineClosed | EngineFailed:
+        """What a request is told that comes too late."""
         if self._failure is None:
-            return EngineClosed("the engine has stopped")
+            return EngineClosed("the engine is shutting down and takes no more requests")
         error = EngineFailed(f"the engine broke down: {self._failure}")
         error.__cause__ = self._failure
         return error
 
-    def _work(self) -> None:
-        """The engine's thread."""
-        try:
-            while not self._stopping:
-                self._obey(wait=not self.engine.has_work)
-                if not self._stopping:
-                    self._deliver(self.engine.step())
-            self._deliver({number: last for number in self._tickets if (last := self.engine.abort(number)) is not None}, now=True)
-        except BaseException as error:
-            self._failure = error
-            for ticket in self._tickets.values():
-                _call(ticket.loop, ticket.fail, error)
-            self._tickets.clear()
-        with self._gate:
-            self._accepts = self._obeys = False
-        while not self._commands.empty():
-            command = self._commands.get()
-            if command.done.set_running_or_notify_cancel():
-                command.done.set_exception(self._refusal())
-
-    def _obey(self, wait: bool) -> None:
-        """Run all commands; with `wait`, at least one."""
-        while wait or not self._commands.empty():
-            command, wait = self._commands.get(), False
-            if not command.done.set_running_or_notify_cancel():
-                continue
-            try:
-                command.function()
-            except Exception as error:  # a request that cannot be served, say: the business of who sent it
-                command.done.set_exception(error)
-            else:
-                command.done.set_result(None)
-
-    def _deliver(self, increments: dict[int, Increment], *, now: bool = False) -> None:
-        """Send increments to their readers, unless those got some a moment ago and can wait for the next steps."""
-        for number, increment in increments.items():
-            self._mail[number].append(increment)
-        clock = time.monotonic()
-        if not now and self.engine.has_work and clock - self._delivered < DELIVERY_SECONDS:
-            return
-        self._delivered = clock
-        gather = min(GATHER_SECONDS * max(len(self._tickets) - PROMPT_READERS, 0), MOST_GATHER_SECONDS)
-        post: defaultdict[asyncio.AbstractEventLoop, list[tuple[Ticket, list[Increment]]]] = defaultdict(list)
-        for number, letters in list(self._mail.items()):
-            ticket = self._tickets.get(number)
-            if ticket is None:
-                del self._mail[number]
-                continue
-            ends = letters[-1].finish_reason is not None
-            if ends:
-                del self._tickets[number]
-            elif clock < ticket.due:
-                continue
-            ticket.due = clock + gather
-            post[ticket.loop].append((ticket, self._mail.pop(number)))
-        for loop, bags in post.items():
-            if not _call(loop, _put_all, bags):
-                for ticket, _ in bags:  # nobody is left to read them
-                    self.cancel(ticket)
+    def _leave(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Cancel all requests of an event loop that is closed: nobody is left to read the answers."""
+        for ticket in [ticket for ticket in self._tickets.values() if ticket.loop is loop]:
+            self.cancel(ticket)
 
 
-def _put_all(bags: list[tuple[Ticket, list[Increment]]]) -> None:
-    for ticket, letters in bags:
-        ticket.put(letters)
-
-
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> bool:
-    """Have `loop` call a function soon; False if it is closed."""
+def _call(loop: asyncio.AbstractEventLoop, functions: list[Callable[[], None]]) -> bool:
+    """Have `loop` call functions soon; False if it is closed."""
     try:
-        loop.call_soon_threadsafe(function, *arguments)
+        loop.call_soon_threadsafe(_call_all, functions)
     except RuntimeError:
         return False
     return True
+
+
+def _call_all(functions: list[Callable[[], None]]) -> None:
+    for function in functions:
+        function()

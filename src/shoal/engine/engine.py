@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +19,7 @@ from ..data import Tokenizer
 from ..runtime import available_memory
 from .answer import Answer, stop_set
 from .pages import PagePool
-from .requests import Increment, Request, Result
+from .requests import Increment, Request, Result, TokenMask
 from .runner import PAGE, Batch, Forward, Runner, on_host, take_rows
 from .sampling import Room, Rows, Sampler, SamplingError
 from .scheduler import Limits, Scheduler, Sequence, Work
@@ -70,10 +72,16 @@ class EngineStats:
 class Engine:
     """Serves many requests at once with one runner. Not thread-safe: see `AsyncEngine`.
 
-    Without a `tokenizer`, answers hold tokens and no text.
+    Without a `tokenizer`, answers hold tokens and no text. `make_mask` makes the masks of requests, where they do not bring their own.
     """
 
-    def __init__(self, runner: Runner, tokenizer: Tokenizer | None = None, options: EngineOptions | None = None) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer | None = None,
+        options: EngineOptions | None = None,
+        make_mask: Callable[[Any], TokenMask] | None = None,
+    ) -> None:
         options = options or EngineOptions()
         options.validate()
         self.runner, self.tokenizer, self.options = runner, tokenizer, options
@@ -90,6 +98,7 @@ class Engine:
         self.scheduler = Scheduler(self.pool, Limits(options.step_tokens, options.max_running, speculates), runner.copy_page)
         self._answers: dict[int, Answer] = {}
         self._numbers = 0
+        self._make_mask = make_mask
         self._eos = stop_set(tokenizer, runner.config.eos_token_id)
         self._stats = EngineStats(pages=pages)
         config = runner.config
@@ -120,7 +129,8 @@ class Engine:
         if sampling.stop and self.tokenizer is None:
             raise UserError("stop strings need a tokenizer: use stop_token_ids")
         limit = min(len(prompt) + sampling.max_tokens, self.context, self.pool.pages * PAGE)
-        sampler = Sampler(sampling, prompt, vocab_size, self._eos, request.mask)
+        mask = request.mask if request.mask is None or self._make_mask is None else self._make_mask(request.mask)
+        sampler = Sampler(sampling, prompt, vocab_size, self._eos, mask)
         sequence = Sequence(self._numbers, prompt, limit)
         answer = Answer(request, sequence, sampler, self.tokenizer, sampling.max_tokens)
         assert answer.prompt is not None

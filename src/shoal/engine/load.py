@@ -49,10 +49,11 @@ class Plain:
     folder: Path
 
 
-def load(path: str, options: MachineOptions, bits: int | None = None, group: int = 32) -> Loaded:
+def load(path: str, options: MachineOptions, bits: int | None = None, group: int = 32, *, pin: bool = False) -> Loaded:
     """Load a run, a checkpoint, a Hugging Face folder or a quantized folder into the fastest runner for it and this machine.
 
-    `bits` quantizes on the way, which only the C++ kernels make use of. Raises `UserError` where there is no whole model.
+    `bits` quantizes on the way, which only the C++ kernels make use of. `pin` is for processes that do nothing else than to run the
+    model: see `NativeRunner.pin`. Raises `UserError` where there is no whole model.
     """
     folder = locate_model(path)
     tokenizer = Tokenizer.load(folder)
@@ -65,6 +66,8 @@ def load(path: str, options: MachineOptions, bits: int | None = None, group: int
             print(outlook(weights, available, disk_rate(folder)), file=sys.stderr)
         runner = NativeRunner(weights.config, weights.parts, machine.threads)
         threading.Thread(target=runner.settle, name="settle", daemon=True).start()
+        if pin:
+            runner.pin()
         return Loaded(runner, tokenizer, machine, folder)
     model = load_transformer(folder, machine.device) if bits is None else to_transformer(load_weights(folder, bits, group))
     return Loaded(make_runner(model.to(machine.device), machine), tokenizer, machine, folder)

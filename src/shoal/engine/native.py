@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from ..config import CacheFormat, ModelConfig
 from ..kernels.packed import PackedMatrix, pack_floats
-from ..kernels.serving import decoder
+from ..kernels.serving import decoder, pin_threads
 from ..memory import MappedFiles, copy_bytes, large_pages
 from ..model import LATENT_NORM_EPS, rotary_tables, softmax_scale
 from ..runtime import available_memory
@@ -122,6 +124,16 @@ class NativeRunner:
             for part in moved:
                 mapped.forget(getattr(matrix, part))
         return True
+
+    def pin(self) -> None:
+        """Bind the decoder's threads, the calling one among them, to one core each, if they are as many as this process may use.
+
+        Otherwise the system may put two of them on one core, as it does where a thread wakes another, and leave the other core to
+        whoever else runs. For a process that does nothing else.
+        """
+        cores = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
+        if len(cores) == self.threads > 1:
+            pin_threads(cores)
 
     def allocate(self, pages: int, cache: CacheFormat) -> None:
         """See `Runner`. Memory is taken only as pages are written."""

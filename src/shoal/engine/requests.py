@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -36,7 +36,8 @@ class Request:
     """Token ids, at least one."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     """`max_tokens` 0 only reads the prompt: for scoring and embedding."""
-    mask: TokenMask | None = None
+    mask: Any = None
+    """A `TokenMask`, or what the engine's `make_mask` makes one of: plain data, that can be sent to another process."""
     embed: bool = False
     """Return the mean of the prompt's hidden states."""
     experts: bool = False

@@ -7,9 +7,10 @@ hidden states of the positions it misses are kept (some hundred at most), so tha
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Literal
 
 import torch
@@ -24,8 +25,8 @@ PROBE = 12
 """Steps that measure one way of running."""
 REST, LONGEST_REST = 128, 2048
 """Steps with the faster way before the other is measured again; twice as many each time that the result is the same."""
-MEMORY = 0.95
-"""Weight of what was measured before, per step."""
+MEASURED = 2 * PROBE
+"""Latest steps of one way of running that its rate is taken from."""
 
 
 def keep_behind(sequence: Sequence, hidden: torch.Tensor) -> None:
@@ -92,20 +93,23 @@ class Drafter:
             hidden = self._runner.draft(batch, take_rows(hidden, keep), torch.tensor([sequence.drafts[-1] for sequence, _ in active]))
 
 
-@dataclass
 class _Rate:
-    """Seconds per token of one way of running, recent steps first."""
+    """Seconds per token of one way of running, from its latest steps."""
 
-    seconds: float = 0.0
-    tokens: float = 0.0
+    def __init__(self) -> None:
+        self._steps: deque[tuple[float, int]] = deque(maxlen=MEASURED)
 
     def add(self, seconds: float, tokens: int) -> None:
-        self.seconds = MEMORY * self.seconds + seconds
-        self.tokens = MEMORY * self.tokens + tokens
+        self._steps.append((seconds, tokens))
+
+    @property
+    def is_known(self) -> bool:
+        return bool(self._steps)
 
     @property
     def per_token(self) -> float:
-        return self.seconds / self.tokens
+        """By the median of the steps' times: a single one that something else held up must not decide."""
+        return median(seconds for seconds, _ in self._steps) * len(self._steps) / sum(tokens for _, tokens in self._steps)
 
 
 @dataclass
@@ -123,7 +127,7 @@ class _Choice:
         self.left -= 1
         if self.left > 0:
             return
-        if not self.rates[not self.guess].tokens:
+        if not self.rates[not self.guess].is_known:
             self.guess, self.left = not self.guess, PROBE
             return
         best = self.rates[True].per_token < self.rates[False].per_token

@@ -30,3 +30,8 @@ def decoder(shape: dict[str, Any], top: dict[str, Any], layers: list[dict[str, A
     if BACKEND.cpu is None:
         return None
     return BACKEND.module.Decoder(BACKEND.isa, shape, top, layers, main_layers)
+
+
+def pin_threads(cores: list[int]) -> None:
+    """Bind the calling thread and those with which it runs the decoder to one core each."""
+    BACKEND.module.pin_threads(cores)

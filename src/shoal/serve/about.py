@@ -32,7 +32,7 @@ def describe(host: Host) -> dict[str, Any]:
     known = {"id": host.name, "object": "model", "created": host.created, "owned_by": "shoal"}
     if host.state is not State.READY:
         return known | {"shoal": {"state": host.state.value}}
-    config, dialect = host.engine.engine.runner.config, Dialect(host.tokenizer)
+    config, dialect = host.engine.config, Dialect(host.tokenizer)
     about = {
         "state": host.state.value,
         "chat": dialect.has_chat,
@@ -62,7 +62,7 @@ def tokenize(host: Host, body: TokenizeBody) -> JSON:
 def detokenize(host: Host, body: DetokenizeBody) -> JSON:
     """Text of ids."""
     host.check_model(body.model)
-    size = host.engine.engine.runner.config.vocab_size
+    size = host.engine.config.vocab_size
     if any(not 0 <= token < size for token in body.tokens):
         raise bad(f"tokens holds ids that are not in the vocabulary of {size}", "tokens")
     return JSON({"prompt": host.tokenizer.decode(body.tokens, skip_special=False)})

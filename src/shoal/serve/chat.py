@@ -29,19 +29,17 @@ def prepare(host: Host, body: ChatBody) -> Turn:
     host.check_model(body.model)
     if body.functions:
         raise bad("functions are not supported any more: use tools", "functions")
-    engine = host.engine
+    vocab_size = host.engine.config.vocab_size
     dialect = Dialect(host.tokenizer)
     text, prompt = dialect.prompt(body)
     host.check_prompt(prompt)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    sampling = sampling_of(body, most, logprobs, engine.engine.runner.config.vocab_size)
+    sampling = sampling_of(body, most, logprobs, vocab_size)
     grammar = answer_grammar(body, host.grammars)
-    requests, readers = [], []
-    for index in range(body.n or 1):
-        mask = dialect.mask(body, text, host.grammars, grammar)
-        requests.append(numbered(Request(prompt, sampling, mask=mask, experts=body.experts), index))
-        readers.append(dialect.reader(body, text))
+    request = Request(prompt, sampling, mask=dialect.form(body, text, host.grammars, grammar), experts=body.experts)
+    requests = [numbered(request, index) for index in range(body.n or 1)]
+    readers = [dialect.reader(body, text) for _ in requests]
     return Turn(host, requests, readers, began, len(requests))
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Coroutine
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..config import ServeCommand, UserError
-from ..engine import load
 from ..formats.locate import locate_model
+from ..runtime import give_way
+from .backend import engine_process
 from .host import Host, State, with_template
 
 if TYPE_CHECKING:
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 NICENESS = 10
 """By which the thread that answers over HTTP stands back: where it pushes one of the engine's threads off its core within a step, the
 others wait for it."""
-SWITCH_SECONDS = 0.0001
-"""How long the event loop may keep the interpreter from the engine's thread, and the other way round. Python's own 5 ms is as long as a
-step of a small model, which would halve its speed."""
 CLOSING_SECONDS = 5
 """For connections to close once all answers are sent."""
 
@@ -41,12 +38,11 @@ def run_serve(command: ServeCommand) -> None:
     except ImportError as error:
         raise UserError(f"shoal serve needs {error.name}: install it with pip install 'shoal[serve]'") from None
     folder = locate_model(command.model)
-    host = Host(command, command.name or model_name(command.model), lambda: load(str(folder), command.machine))
+    host = Host(command, command.name or model_name(command.model), partial(engine_process, folder, command.machine, command.engine))
     if command.chat_template is not None:
         check_template(command)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     with listen(command) as sock:
-        sys.setswitchinterval(SWITCH_SECONDS)
         _run(_serve(host, sock))
     if host.failure is not None:
         raise UserError(f"{command.model} cannot be loaded: {host.failure}")
@@ -141,9 +137,9 @@ async def _announce(host: Host, server: Any, sock: socket.socket) -> None:
     if host.state is not State.READY:
         server.should_exit = True
         return
-    _give_way()
-    engine = host.engine.engine
-    config, stats = engine.runner.config, engine.stats()
+    give_way(NICENESS)
+    engine = host.engine
+    config, stats = engine.config, engine.stats()
     _say(f"{host.name}: {config.num_hidden_layers} layers, context {engine.context}, cache {stats.pages * 32} tokens")
     _say(f"  API   http://{shown}:{port}/v1")
     if not command.api_only:
@@ -153,13 +149,6 @@ async def _announce(host: Host, server: Any, sock: socket.socket) -> None:
     if not command.is_local and not command.keys():
         _say("  anyone who reaches this address can use the model: set --api-key-file")
     _say("Ctrl-C to stop")
-
-
-def _give_way() -> None:
-    """Let this thread take the time that the engine's threads leave. Only Linux knows priorities of single threads."""
-    if sys.platform == "linux":
-        thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, min(os.getpriority(os.PRIO_PROCESS, thread) + NICENESS, 19))
 
 
 def _say(line: str) -> None:

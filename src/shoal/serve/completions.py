@@ -16,7 +16,7 @@ from ..engine import Request, Token
 from .chat import failed
 from .errors import bad
 from .form import answer_grammar
-from .grammar import AnswerMask
+from .grammar import AnswerForm
 from .host import Host, numbered
 from .options import sampling_of
 from .protocol import CompletionBody
@@ -52,7 +52,7 @@ def prepare(host: Host, body: CompletionBody) -> Turn:
         raise bad("suffix is not supported: this model only continues text", "suffix")
     if body.best_of not in (None, count):
         raise bad("best_of is not supported: leave it away", "best_of")
-    vocab_size = host.engine.engine.runner.config.vocab_size
+    vocab_size = host.engine.config.vocab_size
     grammar = answer_grammar(body, host.grammars)
     most = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
     sampling = sampling_of(body, most, body.logprobs, vocab_size)
@@ -65,9 +65,8 @@ def prepare(host: Host, body: CompletionBody) -> Turn:
     for prompt in prompts:
         if most:
             host.check_prompt(prompt)
-        for index in range(count):
-            mask = None if grammar is None else AnswerMask(host.grammars, grammar)
-            requests.append(numbered(Request(prompt, sampling, mask=mask, experts=body.experts), index))
+        request = Request(prompt, sampling, mask=None if grammar is None else AnswerForm(grammar), experts=body.experts)
+        requests += [numbered(request, index) for index in range(count)]
     return Turn(host, requests, [AnswerReader() for _ in requests], began, count)
 
 

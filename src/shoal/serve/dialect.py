@@ -8,7 +8,7 @@ from typing import Any
 from ..data import Tokenizer
 from ..data.chat_template import encode_chat
 from .errors import bad
-from .grammar import AnswerMask, Grammars, bounded
+from .grammar import AnswerForm, Grammars, bounded
 from .protocol import ChatBody, Message, Tool
 from .reader import CALL, CALLS, END_CALL, END_CALLS, END_THINK, SEPARATOR, THINK, AnswerReader
 
@@ -52,16 +52,15 @@ class Dialect:
         thinking = prompt.rstrip().endswith(THINK)
         return AnswerReader(thinking, self._may_think(prompt), calls, body.parallel_tool_calls is not False)
 
-    def mask(self, body: ChatBody, prompt: str, grammars: Grammars, answer: str | None) -> AnswerMask | None:
-        """What holds one answer to the form asked for; None where it is free. `answer` is the grammar of `response_format`."""
+    def form(self, body: ChatBody, prompt: str, grammars: Grammars, answer: str | None) -> AnswerForm | None:
+        """What the answers have to look like; None where they are free. `answer` is the grammar of `response_format`."""
         tools, must_call = chosen_tools(body)
         calls = self._calls_grammar(tools, body.parallel_tool_calls is not False, grammars) if tools else None
         if answer is None and calls is None:
             return None
         token = self.tokenizer.token_id
         thinking = prompt.rstrip().endswith(THINK)
-        return AnswerMask(
-            grammars,
+        return AnswerForm(
             answer,
             calls=calls,
             calls_begin=token(CALLS) if calls is not None else None,

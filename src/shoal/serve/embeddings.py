@@ -23,7 +23,7 @@ from .turn import Turn
 async def create(host: Host, body: EmbeddingBody, http: HTTPRequest) -> Response:
     """Embed one or several texts."""
     host.check_model(body.model)
-    size = host.engine.engine.runner.config.hidden_size
+    size = host.engine.config.hidden_size
     if body.dimensions not in (None, size):
         raise bad(f"the embeddings of this model have {size} dimensions", "dimensions")
     prompts = prompts_of(body.input, host.tokenizer)

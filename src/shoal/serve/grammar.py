@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
@@ -54,6 +55,10 @@ class Grammars:
         """A fresh walk through a grammar."""
         return Matcher(llguidance.LLMatcher(self._tokenizer, grammar, log_level=0), self.vocab_size)
 
+    def mask(self, form: AnswerForm) -> AnswerMask:
+        """The mask that holds one answer to a form."""
+        return AnswerMask(self, form)
+
     def _checked(self, grammar: str, what: str, param: str) -> str:
         if len(grammar) > MOST_GRAMMAR:
             raise bad(f"{what} is too large", param)
@@ -100,38 +105,39 @@ class Phase(Enum):
     """In a grammar, to the end."""
 
 
-class AnswerMask:
-    """The form of one answer: free thought, then what `answer` prescribes (None: anything), or tool calls of the form `calls`.
+@dataclass(frozen=True)
+class AnswerForm:
+    """What an answer has to look like: free thought, then what `answer` prescribes (None: anything), or tool calls of the form `calls`.
 
     Calls begin with the token `calls_begin`; with `must_call` the answer is made of them. `think_end` ends the thought;
-    `may_think` is the token that may open one before the answer. Implements the engine's `TokenMask`.
+    `may_think` is the token that may open one before the answer.
     """
 
-    def __init__(
-        self,
-        grammars: Grammars,
-        answer: str | None = None,
-        *,
-        calls: str | None = None,
-        calls_begin: int | None = None,
-        must_call: bool = False,
-        thinking: bool = False,
-        think_end: int | None = None,
-        may_think: int | None = None,
-    ) -> None:
-        self._grammars = grammars
-        self._answer, self._calls, self._calls_begin, self._must_call = answer, calls, calls_begin, must_call
-        self._think_end, self._may_think = think_end, may_think
-        self._phase = Phase.THINKING if thinking else Phase.OPEN
+    answer: str | None = None
+    calls: str | None = None
+    calls_begin: int | None = None
+    must_call: bool = False
+    thinking: bool = False
+    think_end: int | None = None
+    may_think: int | None = None
+
+
+class AnswerMask:
+    """Where one answer stands in its form. Implements the engine's `TokenMask`."""
+
+    def __init__(self, grammars: Grammars, form: AnswerForm) -> None:
+        self._grammars, self._form = grammars, form
+        self._may_think = form.may_think
+        self._phase = Phase.THINKING if form.thinking else Phase.OPEN
         self._matcher: Matcher | None = None
-        if answer is not None and not must_call:
-            self._matcher = grammars.matcher(answer)
+        if form.answer is not None and not form.must_call:
+            self._matcher = grammars.matcher(form.answer)
 
     def allowed(self) -> np.ndarray | None:
         if self._phase is Phase.FORMED:
             assert self._matcher is not None
             return self._matcher.allowed()
-        prescribes = self._must_call or self._answer is not None
+        prescribes = self._form.must_call or self._form.answer is not None
         if self._phase is Phase.FREE or not prescribes:
             return None
         if self._phase is Phase.THINKING:
@@ -139,20 +145,20 @@ class AnswerMask:
             mask[self._grammars.eos_id] = False  # the answer is still to come
             return mask
         mask = np.zeros(self._grammars.vocab_size, bool) if self._matcher is None else self._matcher.allowed().copy()
-        for token in (self._calls_begin, self._may_think):
+        for token in (self._form.calls_begin, self._may_think):
             if token is not None:
                 mask[token] = True
         return mask
 
     def accept(self, token: int) -> None:
         if self._phase is Phase.THINKING:
-            if token == self._think_end:
+            if token == self._form.think_end:
                 self._phase, self._may_think = Phase.OPEN, None
         elif self._phase is Phase.FORMED:
             assert self._matcher is not None
             self._matcher.accept(token)
-        elif self._calls is not None and token == self._calls_begin:
-            self._phase, self._matcher = Phase.FORMED, self._grammars.matcher(self._calls)
+        elif self._form.calls is not None and token == self._form.calls_begin:
+            self._phase, self._matcher = Phase.FORMED, self._grammars.matcher(self._form.calls)
         elif self._phase is Phase.OPEN and token == self._may_think:
             self._phase = Phase.THINKING
         elif self._matcher is not None:

@@ -14,14 +14,14 @@ from pathlib import Path
 from ..config import ServeCommand, UserError
 from ..data import Tokenizer
 from ..data.chat_template import BUILT_IN, built_in_template
-from ..engine import AsyncEngine, Engine, Increment, Loaded, Request
+from ..engine import AsyncEngine, Increment, Place, Request
 from ..engine.async_engine import Ticket
 from .errors import APIError, bad, broken, busy, closing, loading, too_long
 from .grammar import Grammars
 from .metrics import Metrics
 
 LOG = logging.getLogger("shoal.serve")
-Load = Callable[[], Loaded]
+Load = Callable[[], tuple[Place, Tokenizer]]
 
 
 class State(str, Enum):
@@ -90,22 +90,19 @@ class Host:
     @property
     def context(self) -> int:
         """Tokens of prompt and answer together."""
-        return self.engine.engine.context
+        return self.engine.context
 
     async def start(self) -> None:
         """Load the model; where that fails, `failure` says why."""
         try:
-            engine, tokenizer = await asyncio.to_thread(self._make)
-            self._tokenizer, self._grammars = tokenizer, Grammars(tokenizer, engine.runner.config.vocab_size)
-            self._engine = AsyncEngine(engine)
+            place, tokenizer = await asyncio.to_thread(self._load)
+            self._tokenizer = with_template(tokenizer, self.command.chat_template)
+            self._grammars = await asyncio.to_thread(Grammars, tokenizer, place.config.vocab_size)
+            self._engine = AsyncEngine(place)
             self.metrics.watch(self._engine.stats)
         except Exception as error:
             self.failure = error
             raise
-
-    def _make(self) -> tuple[Engine, Tokenizer]:
-        loaded = self._load()
-        return Engine(loaded.runner, loaded.tokenizer, self.command.engine), with_template(loaded.tokenizer, self.command.chat_template)
 
     async def drain(self) -> None:
         """Refuse new requests, let those there are end within the time of grace, stop the engine."""

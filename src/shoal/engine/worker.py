@@ -1,0 +1,119 @@
+"""The loop that an engine works in, for whoever asks: commands in, news out, both plain data that can go to another process."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from ..config import UserError
+from .engine import Engine, EngineStats
+from .requests import Increment, Request
+
+DELIVERY_SECONDS = 0.01
+"""Steps faster than this are told together: waking every reader for every token would cost a small model half its speed."""
+PROMPT_READERS = 8
+"""So many answers are told as fast as that."""
+GATHER_SECONDS, MOST_GATHER_SECONDS = 0.003, 0.2
+"""For every answer beyond those, tokens wait longer for each other: passing on a piece of text costs a server about as much as computing
+one token of a small model."""
+
+
+class Add(NamedTuple):
+    """Serve a request. `key` is what the asker calls it."""
+
+    key: int
+    request: Request
+
+
+class Cancel(NamedTuple):
+    """End a request and free its pages; nothing happens if there is none with this key."""
+
+    key: int
+
+
+class Stop(NamedTuple):
+    """Leave the loop; answers that are not finished end with reason `abort`."""
+
+
+Command = Add | Cancel | Stop
+
+
+class News(NamedTuple):
+    """What happened since the last news."""
+
+    decided: list[tuple[int, Exception | None]]
+    """Requests that were accepted (None) or refused."""
+    increments: list[tuple[int, list[Increment]]]
+    stats: EngineStats
+
+
+class Worker:
+    """Works for one asker, who hears by `tell`."""
+
+    def __init__(self, engine: Engine, tell: Callable[[News], None]) -> None:
+        self._engine, self._tell = engine, tell
+        self._numbers: dict[int, int] = {}
+        """Of requests in the engine, by key."""
+        self._keys: dict[int, int] = {}
+        """The other way round."""
+        self._decided: list[tuple[int, Exception | None]] = []
+        self._mail: defaultdict[int, list[Increment]] = defaultdict(list)
+        """What is still to be told, by key."""
+        self._due: dict[int, float] = {}
+        """When more of an answer may be told (by the monotonic clock); its beginning and end are at once."""
+        self._told = 0.0
+        """When news were told last."""
+
+    def run(self, take: Callable[[bool], Iterable[Command]]) -> None:
+        """Obey and compute until told to stop. `take(wait)` gives the commands there are, at least one with `wait`."""
+        while self._obey(take(not self._engine.has_work)):
+            self._collect(self._engine.step())
+            if self._decided or not self._engine.has_work or time.monotonic() - self._told >= DELIVERY_SECONDS:
+                self._report()
+        self._collect({number: last for number in self._keys if (last := self._engine.abort(number)) is not None})
+        self._report()
+
+    def _obey(self, commands: Iterable[Command]) -> bool:
+        """False where one of them was to stop."""
+        for command in commands:
+            if isinstance(command, Stop):
+                return False
+            if isinstance(command, Add):
+                self._decided.append((command.key, self._add(command)))
+            elif (number := self._numbers.get(command.key)) is not None:
+                self._engine.abort(number)
+                self._forget(command.key)
+        return True
+
+    def _add(self, command: Add) -> Exception | None:
+        try:
+            number = self._engine.add_request(command.request)
+        except Exception as error:  # a request that cannot be served, say: the business of who sent it
+            return error if isinstance(error, UserError) else RuntimeError(f"{type(error).__name__}: {error}")
+        self._numbers[command.key], self._keys[number], self._due[command.key] = number, command.key, 0.0
+        return None
+
+    def _collect(self, increments: dict[int, Increment]) -> None:
+        for number, increment in increments.items():
+            self._mail[self._keys[number]].append(increment)
+
+    def _report(self) -> None:
+        """Tell what is due."""
+        clock = self._told = time.monotonic()
+        due = clock + min(GATHER_SECONDS * max(len(self._keys) - PROMPT_READERS, 0), MOST_GATHER_SECONDS)
+        increments = []
+        for key, letters in list(self._mail.items()):
+            ends = letters[-1].finish_reason is not None
+            if ends or clock >= self._due[key]:
+                self._due[key] = due
+                increments.append((key, self._mail.pop(key)))
+            if ends:
+                self._forget(key)
+        decided, self._decided = self._decided, []
+        self._tell(News(decided, increments, self._engine.stats()))
+
+    def _forget(self, key: int) -> None:
+        del self._keys[self._numbers.pop(key)], self._due[key]
+        self._mail.pop(key, None)

@@ -23,7 +23,7 @@ def test_a_budget_of_flops_is_spent(order: list[str], workshop: Path, tmp_path: 
         assert config.model.num_hidden_layers == 3
     else:  # the tokenizer of so small a text is smaller than planned, and so is the head
         assert 0.2e9 < summary["train_flops"] < 1.1e9
-    assert main(["generate", str(tmp_path / "run"), "red", "--max-tokens", "3", "--threads", "1", "--json"]) == 0
+    assert main(["generate", str(tmp_path / "run"), "red", "--max-tokens", "3", "--ignore-eos", "--threads", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"] == 3
     if order[0] == "full":
         assert main(["quantize", str(tmp_path / "run"), str(tmp_path / "small")]) == 2

@@ -21,15 +21,15 @@ class Ngrams(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.order, self.rows = config.ngram_order, config.ngram_rows
+        self.sparse_gradient = False
+        """Whether the gradient holds only the rows that were read; for a process by itself, whose optimizer knows how."""
         self.weight = nn.Parameter(torch.empty((self.order - 1) * self.rows, config.hidden_size))
 
     def forward(self, ids: Tensor, positions: Tensor, before: Tensor | None) -> Tensor:
         """The sum of the rows of the n-grams that end at every token, `[B, T, D]`; see `keys`."""
         keys = self.keys(ids, positions, before)
-        found = nn.functional.embedding(keys[0], self.weight)
-        for longer in keys[1:]:
-            found = found + nn.functional.embedding(longer, self.weight)
-        return found
+        found = nn.functional.embedding(torch.stack(keys), self.weight, sparse=self.sparse_gradient)
+        return found.sum(0)
 
     def keys(self, ids: Tensor, positions: Tensor, before: Tensor | None) -> list[Tensor]:
         """Row of every n-gram `[B, T]`, by length.

@@ -12,10 +12,11 @@ from ..model.layers import TokenTable
 from ..model.ngrams import Ngrams
 from ..parallel import Piece, Shards, SplitMatrices
 from .muon import Muon
+from .table_adam import TableAdam
 
 
 class Optimizers:
-    """Muon for hidden matrices and AdamW for embedding, head, router and norms, driven as one."""
+    """Muon for hidden matrices, AdamW for embedding, head, router and norms, `TableAdam` for n-grams, driven as one."""
 
     def __init__(self, model: Transformer, config: OptimizerConfig, shards: Shards | None = None) -> None:
         """For what this process holds of the model: `shards`, or all of it."""
@@ -24,7 +25,7 @@ class Optimizers:
         self.names = {id(piece.local): piece.name for part in pieces for piece in part}
         # Of a matrix that is cut, processes without rows help to orthogonalise the others'.
         muon = [piece.local for piece in pieces[0] if piece.local.numel() or piece.is_split_matrix]
-        hidden, embed, head, small = ([piece.local for piece in part if piece.local.numel()] for part in pieces)
+        hidden, embed, head, small, tables = ([piece.local for piece in part if piece.local.numel()] for part in pieces)
         groups = [
             {"params": embed, "lr": config.embed_lr, "weight_decay": 0.0},
             {"params": head, "lr": config.head_lr, "weight_decay": 0.0},
@@ -38,6 +39,8 @@ class Optimizers:
             groups.append({"params": hidden, "lr": config.adam_lr, "weight_decay": config.weight_decay})
         groups = [group for group in groups if group["params"]]
         self.all.append(torch.optim.AdamW(groups, betas=config.adam_betas, eps=config.adam_eps, fused=True))
+        if tables:
+            self.all.append(TableAdam(tables, config.embed_lr, config.adam_betas[1], config.adam_eps))
         for optimizer in self.all:
             for group in optimizer.param_groups:
                 group["peak_lr"] = group["lr"]
@@ -66,17 +69,18 @@ class Optimizers:
 
 
 def _partition(model: Transformer) -> tuple[list[nn.Parameter], ...]:
-    """Hidden matrices, embedding, head, and the rest (routers, norms, biases)."""
+    """Hidden matrices, embedding, head, the rest (routers, norms, biases, convolutions), and tables of n-grams."""
     # A pipeline stage may have neither.
     embed = list(model.model.embed_tokens.parameters())
-    embed += [module.weight for module in model.modules() if isinstance(module, TokenTable | Ngrams)]
+    embed += [module.weight for module in model.modules() if isinstance(module, TokenTable)]
+    tables = [module.weight for module in model.modules() if isinstance(module, Ngrams)]
     head = [] if model.config.tie_word_embeddings else list(model.lm_head.parameters())
-    ends, routers = {id(p) for p in embed + head}, {id(layer.gate.weight) for layer in model.moe_layers}
+    ends, routers = {id(p) for p in embed + head + tables}, {id(layer.gate.weight) for layer in model.moe_layers}
     routers |= {id(module.weight) for module in model.modules() if isinstance(module, ShortConvolution)}
     rest = [p for p in model.parameters() if id(p) not in ends]
     hidden = [p for p in rest if id(p) not in routers and p.ndim >= 2]
     small = [p for p in rest if id(p) in routers or p.ndim < 2]
-    return hidden, embed, head, small
+    return hidden, embed, head, small, tables
 
 
 def clip_gradients(shards: Shards, limit: float) -> Tensor:

@@ -67,6 +67,8 @@ class TrainState:
             init_weights(model, config.seed)
         model = model.to(machine.device)
         shards = divide(model, config.parallel, team)
+        if model.model.ngrams is not None:
+            model.model.ngrams.sparse_gradient = team.is_alone
         state = cls(config, folder, data, model, Optimizers(model, config.optimizer, shards), batches, team, shards)
         if complete:
             state._load(complete[-1])

@@ -64,6 +64,9 @@ class Shards:
     def collect_gradients(self) -> None:
         """After the last backward pass of a step: sum what is not yet summed, and hand gradients to what optimizers work on."""
         if self.team.is_alone:
+            for piece in self.pieces:
+                if piece.local.grad is not None and piece.local.grad.is_sparse:
+                    piece.local.grad = piece.local.grad.coalesce()
             return
         from torch.distributed.tensor import DTensor
 
@@ -87,7 +90,9 @@ class Shards:
             piece.parameter.grad = piece.local.grad = None
 
     def gradients(self) -> list[Tensor]:
-        return [piece.local.grad for piece in self.pieces if piece.local.grad is not None]
+        """Of the sparse ones, the rows that they hold."""
+        grads = [piece.local.grad for piece in self.pieces if piece.local.grad is not None]
+        return [grad.values() if grad.is_sparse else grad for grad in grads]
 
     def gradient_norm(self) -> Tensor:
         """Norm of the whole model's gradient, the same on every process."""

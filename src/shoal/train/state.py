@@ -78,6 +78,8 @@ class TrainState:
             round_weights(model)
         recompute(model, config.recompute)
         shards = divide(model, config.parallel, team)
+        if model.model.ngrams is not None:
+            model.model.ngrams.sparse_gradient = team.is_alone
         offload = folder.path if config.offload else None
         optimizers = Optimizers(model, config.optimizer, shards, offload, one_by_one=config.update_early)
         state = cls(config, folder, data, model, optimizers, batches, team, shards)

@@ -92,13 +92,24 @@ class Stage(nn.Module):
         context: Surroundings,
     ) -> None:
         super().__init__()
-        self.model, self.context, self.finish = model, context, finish
+        self.context, self.finish = context, finish
         self.layers = layers_of(model.config.num_hidden_layers, stages, number)
         self.is_first, self.is_last = number == 0, number == stages - 1
+        self._whole = (model,)  # not as a module: the other stages' parameters are none of this one's
+        parts: list[nn.Module] = [model.model.layers[layer] for layer in self.layers]
+        if self.is_first or (self.is_last and (model.mtp_modules or model.config.tie_word_embeddings)):
+            parts.append(model.model.embed_tokens)
+        if self.is_last:
+            parts += [*model.mtp_modules, model.model.norm, model.lm_head]
+        self.parts = nn.ModuleList(parts)
         self.mtp_depth = 0
         self.balance_share = 0.0
         """What the gradient of a micro-batch's balance losses counts, on a stage that is not the last."""
         self.seen: list[Seen] = []
+
+    @property
+    def model(self) -> Transformer:
+        return self._whole[0]
 
     def hidden(self, x: Tensor, length: int, ids: Tensor) -> tuple[Tensor, list[RoutingStats]]:
         """`ids [B, L]` or hidden states `x [B, length, D]` through the layers."""
@@ -179,7 +190,11 @@ class Pipeline:
         micro_batches: int,
     ) -> None:
         """`rows` is the shape of one micro-batch of token ids; `finish` turns the last stage's output into what is differentiated."""
-        from .traced import SCHEDULES, TracedStage  # only here: they bring torch's compiler with them, 110 MB
+        # Only here: they bring torch's compiler with them, 150 MB.
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+        from torch.distributed.tensor import DTensor
+
+        from .traced import SCHEDULES, TracedStage
 
         self.model, self.team = model, team
         layout, config = team.layout, model.config
@@ -190,6 +205,11 @@ class Pipeline:
         device = next(model.parameters()).device
         group = team.group("pipeline")
         self.stages = {n: Stage(model, n, layout.stages, finish, context) for n in stages_of(layout, team.stage)}
+        for stage in self.stages.values():
+            if any(isinstance(part, FSDPModule) for part in stage.modules()):
+                # As the root of its layers: torch's stages then leave their gradients alone until the last micro-batch is through.
+                own = {p for p in stage.parameters() if not isinstance(p, DTensor)}
+                fully_shard(stage, mesh=team.data_mesh, reshard_after_forward=False, ignored_params=own)
         ids = torch.empty(rows, dtype=torch.int64, device=device)
         hidden = torch.empty(rows[0], rows[1] - 1 - config.num_nextn_predict_layers, config.hidden_size, device=device).requires_grad_()
         runners = []

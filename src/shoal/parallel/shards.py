@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -190,22 +191,31 @@ def _mixtures(model: Transformer) -> Iterator[tuple[str, MoE]]:
 
 
 def _fully_shard(model: Transformer, team: Team) -> None:
-    """FSDP2: one unit per decoder layer. What the model uses outside of its layers' calls belongs to the root, which stays gathered."""
+    """FSDP2: one unit per decoder layer. What the model uses outside of its layers' calls belongs to the root, which stays gathered.
+
+    In a pipeline layers are gathered once a step, for all micro-batches, and what lies outside of layers is not divided (`Pipeline` makes
+    stages their roots).
+    """
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
+    in_pipeline = team.layout.pipeline > 1
     experts: set[nn.Parameter] = set()
     if team.layout.expert > 1:
         for _, moe in _mixtures(model):
             if team.layout.replica > 1:
-                fully_shard(moe.experts, mesh=team.submesh("replica"))
+                fully_shard(moe.experts, mesh=team.submesh("replica"), reshard_after_forward=not in_pipeline)
             else:
                 experts |= set(moe.experts.parameters())
     mesh = team.data_mesh
     mtp = set(model.mtp_modules)
+    keep: dict[str, Any] = {"reshard_after_forward": False} if in_pipeline else {}
     for layer in model.model.layers:
+        if isinstance(layer, nn.Identity):  # of another stage
+            continue
         for unit in (layer.self_attn, layer.mlp) if layer in mtp else (layer,):
-            fully_shard(unit, mesh=mesh, ignored_params=experts)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=experts)
+            fully_shard(unit, mesh=mesh, ignored_params=experts, **keep)
+    if not in_pipeline:
+        fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=experts)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Losses are divided by the number of processes before they are differentiated: gradients add up.

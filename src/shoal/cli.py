@@ -18,6 +18,8 @@ from .config import (
     BenchDispatchCommand,
     BenchEfficiencyCommand,
     BenchEngineCommand,
+    BenchFP8Command,
+    BenchMemoryCommand,
     BenchQuantizationCommand,
     BenchRolloutsCommand,
     BenchServeCommand,
@@ -92,6 +94,10 @@ def train(args: list[str]) -> None:
     if config.nproc > 1 and "RANK" not in os.environ:
         _start_processes(config, ["train", *given])
         return
+    if config.memory_limit and not config.resume:
+        from .memory_limit import fit
+
+        config = fit(config)
     trained = run(config)
     if trained.reports:
         finish(present(trained, config), config.json)
@@ -253,6 +259,8 @@ def bench(args: list[str]) -> None:
         "train": _bench_train,
         "engine": _bench_engine,
         "quantization": _bench_quantization,
+        "fp8": _bench_fp8,
+        "memory": _bench_memory,
         "rollouts": _bench_rollouts,
         "serve": _bench_serve,
         "dispatch": _bench_dispatch,
@@ -286,6 +294,22 @@ def _bench_quantization(args: list[str]) -> None:
     command = parse(BenchQuantizationCommand, args, "bench quantization")
 
     from .bench.quantization import run_bench
+
+    finish(run_bench(command), as_json=True)
+
+
+def _bench_fp8(args: list[str]) -> None:
+    command = parse(BenchFP8Command, args, "bench fp8")
+
+    from .bench.fp8 import run_bench
+
+    finish(run_bench(command), as_json=True)
+
+
+def _bench_memory(args: list[str]) -> None:
+    command = parse(BenchMemoryCommand, args, "bench memory")
+
+    from .bench.memory import run_bench
 
     finish(run_bench(command), as_json=True)
 

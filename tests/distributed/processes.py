@@ -13,7 +13,7 @@ import torch
 import torch.multiprocessing as mp
 from torch.distributed import TCPStore
 
-PATIENCE_SECONDS = 60
+PATIENCE_SECONDS = 300
 
 
 class Processes:

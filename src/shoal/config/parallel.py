@@ -18,7 +18,7 @@ class ParallelConfig:
     """Processes that share one set of experts; it must divide the data-parallel processes and the experts."""
     dense: Literal["auto", "shard", "replicate"] = "auto"
     """Parameters that are not experts: divided among the data-parallel processes (FSDP2) or held by each. `auto` divides them
-    where neither pipeline nor overlap is asked for."""
+    where neither pipeline nor overlap is asked for; in a pipeline, `shard` gathers a stage's layers once a step."""
     dispatch: Literal["flat", "two-hop"] = "two-hop"
     """How tokens travel to experts: `flat` sends one copy for every expert chosen; `two-hop` one to every node, which passes it on."""
     dispatch_format: Literal["exact", "bf16", "fp8"] = "exact"
@@ -43,8 +43,6 @@ class ParallelConfig:
             raise UserError("parallel.overlap runs two halves at once, for which parameters must stay: use parallel.dense replicate")
         if self.overlap and self.pipeline > 1:
             raise UserError("parallel.overlap and parallel.pipeline exclude each other: leave one of them out")
-        if self.pipeline > 1 and self.dense == "shard":
-            raise UserError("a pipeline's stages hold their parameters: use parallel.dense replicate, or parallel.pipeline 1")
 
     @property
     def shards_dense(self) -> bool:

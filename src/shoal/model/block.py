@@ -34,6 +34,10 @@ class Block(nn.Module):
         self, x: Tensor, context: Context, cache: LayerCache | None, chosen: Tensor | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
         """`x [B, T, D]` -> `[B, T, D]`, and what the router did where there is one; see `Router` about `chosen`."""
+        return self.feed(self.attend(x, context, cache), chosen)
+
+    def attend(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
+        """The first half of the layer."""
         if self.embedding_skip is not None and context.start is not None:
             x = self.embedding_skip(x, context.start)
         normed = self.input_layernorm(x)
@@ -41,7 +45,10 @@ class Block(nn.Module):
             behind = None if cache is None else Behind(cache, normed, self.kept)
             history = None if behind is None else behind.history(context.positions)
             normed, cache = self.convolution(normed, context.positions, history), behind
-        x = x + self.self_attn(normed, context, cache)
+        return x + self.self_attn(normed, context, cache)
+
+    def feed(self, x: Tensor, chosen: Tensor | None) -> tuple[Tensor, RoutingStats | None]:
+        """The second half."""
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
             out, stats = self.mlp(normed, chosen)

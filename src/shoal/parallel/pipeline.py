@@ -16,13 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleDualPipeV, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
 
 from ..model import Context, Output, RoutingStats, Transformer, rotary_tables
 from .layout import Layout
 from .team import Team
 
-SCHEDULES = {"1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B, "zbv": ScheduleZBVZeroBubble, "dualpipev": ScheduleDualPipeV}
 Finish = Callable[[Output, Tensor], Tensor]
 """Turns the output of the last stage and the token ids of a micro-batch into what is differentiated."""
 Surroundings = Callable[[], AbstractContextManager]
@@ -94,13 +92,24 @@ class Stage(nn.Module):
         context: Surroundings,
     ) -> None:
         super().__init__()
-        self.model, self.context, self.finish = model, context, finish
+        self.context, self.finish = context, finish
         self.layers = layers_of(model.config.num_hidden_layers, stages, number)
         self.is_first, self.is_last = number == 0, number == stages - 1
+        self._whole = (model,)  # not as a module: the other stages' parameters are none of this one's
+        parts: list[nn.Module] = [model.model.layers[layer] for layer in self.layers]
+        if self.is_first or (self.is_last and (model.mtp_modules or model.config.tie_word_embeddings)):
+            parts.append(model.model.embed_tokens)
+        if self.is_last:
+            parts += [*model.mtp_modules, model.model.norm, model.lm_head]
+        self.parts = nn.ModuleList(parts)
         self.mtp_depth = 0
         self.balance_share = 0.0
         """What the gradient of a micro-batch's balance losses counts, on a stage that is not the last."""
         self.seen: list[Seen] = []
+
+    @property
+    def model(self) -> Transformer:
+        return self._whole[0]
 
     def hidden(self, x: Tensor, length: int, ids: Tensor) -> tuple[Tensor, list[RoutingStats]]:
         """`ids [B, L]` or hidden states `x [B, length, D]` through the layers."""
@@ -168,33 +177,6 @@ class Interval:
     end: float
 
 
-class _TracedStage(PipelineStage):
-    """A stage that notes when its passes begin and end."""
-
-    trace: list[Interval]
-    pace: dict[str, float]
-    """Seconds that passes of a kind take at least, where they are to take turns as on devices of their own."""
-
-    def _timed(self, kind: str, microbatch: int, work: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
-        result = work()
-        time.sleep(max(0.0, start + self.pace.get(kind, 0.0) - time.perf_counter()))
-        self.trace.append(Interval(kind, self.stage_index, microbatch, start, time.perf_counter()))
-        return result
-
-    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        return self._timed("F", fwd_chunk_id, lambda: super(_TracedStage, self).forward_one_chunk(fwd_chunk_id, *args, **kwargs))
-
-    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, full_backward: bool = True, **kwargs: Any) -> Any:
-        kwargs["full_backward"] = full_backward
-        return self._timed(
-            "B" if full_backward else "I", bwd_chunk_id, lambda: super(_TracedStage, self).backward_one_chunk(bwd_chunk_id, *args, **kwargs)
-        )
-
-    def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        return self._timed("W", bwd_chunk_id, lambda: super(_TracedStage, self).backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs))
-
-
 class Pipeline:
     """The stages of this process, and the schedule that runs them with those of the others."""
 
@@ -208,6 +190,12 @@ class Pipeline:
         micro_batches: int,
     ) -> None:
         """`rows` is the shape of one micro-batch of token ids; `finish` turns the last stage's output into what is differentiated."""
+        # Only here: they bring torch's compiler with them, 110 MB.
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+        from torch.distributed.tensor import DTensor
+
+        from .traced import SCHEDULES, TracedStage
+
         self.model, self.team = model, team
         layout, config = team.layout, model.config
         self.trace: list[Interval] = []
@@ -217,12 +205,17 @@ class Pipeline:
         device = next(model.parameters()).device
         group = team.group("pipeline")
         self.stages = {n: Stage(model, n, layout.stages, finish, context) for n in stages_of(layout, team.stage)}
+        for stage in self.stages.values():
+            if any(isinstance(part, FSDPModule) for part in stage.modules()):
+                # As the root of its layers: torch's stages then leave their gradients alone until the last micro-batch is through.
+                own = {p for p in stage.parameters() if not isinstance(p, DTensor)}
+                fully_shard(stage, mesh=team.data_mesh, reshard_after_forward=False, ignored_params=own)
         ids = torch.empty(rows, dtype=torch.int64, device=device)
         hidden = torch.empty(rows[0], rows[1] - 1 - config.num_nextn_predict_layers, config.hidden_size, device=device).requires_grad_()
         runners = []
         for number, stage in self.stages.items():
             output = torch.empty((), device=device).requires_grad_() if stage.is_last else hidden
-            runner = _TracedStage(stage, number, layout.stages, device, ids if stage.is_first else hidden, output, group=group)
+            runner = TracedStage(stage, number, layout.stages, device, ids if stage.is_first else hidden, output, group=group)
             runner.trace, runner.pace = self.trace, self.pace
             runners.append(runner)
         make: Any = SCHEDULES[layout.schedule]

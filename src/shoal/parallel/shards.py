@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 
 from ..config import ParallelConfig
 from ..model import MoE, Transformer
@@ -69,6 +68,8 @@ class Shards:
                 if piece.local.grad is not None and piece.local.grad.is_sparse:
                     piece.local.grad = piece.local.grad.coalesce()
             return
+        from torch.distributed.tensor import DTensor
+
         to_sum: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
         for piece in self.pieces:
             grad = piece.parameter.grad
@@ -146,6 +147,8 @@ def divide(model: Transformer, config: ParallelConfig, team: Team) -> Shards:
     """Keep of a whole model what belongs to this process; every process must start from the same weights."""
     if team.is_alone:
         return Shards.whole(model)
+    from torch.distributed.tensor import DTensor  # not for a process by itself: it takes 40 MB
+
     layout = team.layout
     twice = holds_embedding_twice(model, layout)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -193,20 +196,31 @@ def _mixtures(model: Transformer) -> Iterator[tuple[str, MoE]]:
 
 
 def _fully_shard(model: Transformer, team: Team) -> None:
-    """FSDP2: one unit per decoder layer. What the model uses outside of its layers' calls belongs to the root, which stays gathered."""
+    """FSDP2: one unit per decoder layer. What the model uses outside of its layers' calls belongs to the root, which stays gathered.
+
+    In a pipeline layers are gathered once a step, for all micro-batches, and what lies outside of layers is not divided (`Pipeline` makes
+    stages their roots).
+    """
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    in_pipeline = team.layout.pipeline > 1
     experts: set[nn.Parameter] = set()
     if team.layout.expert > 1:
         for _, moe in _mixtures(model):
             if team.layout.replica > 1:
-                fully_shard(moe.experts, mesh=team.submesh("replica"))
+                fully_shard(moe.experts, mesh=team.submesh("replica"), reshard_after_forward=not in_pipeline)
             else:
                 experts |= set(moe.experts.parameters())
     mesh = team.data_mesh
     mtp = set(model.mtp_modules)
+    keep: dict[str, Any] = {"reshard_after_forward": False} if in_pipeline else {}
     for layer in model.model.layers:
+        if isinstance(layer, nn.Identity):  # of another stage
+            continue
         for unit in (layer.self_attn, layer.mlp) if layer in mtp else (layer,):
-            fully_shard(unit, mesh=mesh, ignored_params=experts)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=experts)
+            fully_shard(unit, mesh=mesh, ignored_params=experts, **keep)
+    if not in_pipeline:
+        fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=experts)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Losses are divided by the number of processes before they are differentiated: gradients add up.

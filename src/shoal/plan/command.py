@@ -26,6 +26,7 @@ from .cost import (
     mtp_parameters,
     optimizer_flops,
 )
+from .expert_load import balance, read_expert_load
 from .hardware import MACHINES, Machine, load_machine
 from .layout import Layout
 from .models import BUILT_IN, PUBLISHED
@@ -114,6 +115,11 @@ class PlanCommand:
     serve_batch: int | None = None
     """Sequences decoded together. Default: what fits, at most 128."""
 
+    expert_load: str | None = None
+    """Place experts on --devices by their measured load: a file with what a server's /metrics said, or the folder of a run."""
+    redundant_experts: int = 0
+    """Second (third, ...) copies of busy experts in every layer, for --expert-load."""
+
     intra_node_gb_s: float | None = None
     """Override the machine's link inside a node."""
     inter_node_gb_s: float | None = None
@@ -126,6 +132,8 @@ class PlanCommand:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= limit:
                 raise UserError(f"--{name.replace('_', '-')} is {value}: it must lie between 1 and {limit:,}")
+        if not 0 <= self.redundant_experts <= _COUNTS["expert"]:
+            raise UserError(f"--redundant-experts is {self.redundant_experts}: it must lie between 0 and {_COUNTS['expert']:,}")
         if not 1 <= self.tokens <= _MOST_TOKENS:
             raise UserError(f"--tokens is {self.tokens:g}: it must lie between 1 and {_MOST_TOKENS:g}")
         for name in ("intra_node_gb_s", "inter_node_gb_s", "price_per_hour"):
@@ -168,6 +176,8 @@ def run(command: PlanCommand, measurements: Measurements | None = None) -> dict[
         _cost(command.model, model, command.sequence_length, tables, figures)
     if machine is not None:
         _on_machine(command, model, machine, tables, figures)
+    if command.expert_load is not None:
+        _place_experts(command, command.expert_load, model, machine, tables, figures)
     if command.check:
         _check(command, model, machine, measurements, tables, figures)
 
@@ -386,6 +396,23 @@ def _what_trains(command: PlanCommand, machine: Machine, tables: list[report.Tab
         f"the demo recipe ({recipe.batch_size} x {recipe.sequence_length} tokens a step, Muon, {precision}) and larger models of its kind"
     )
     tables.append(report.Table("What this machine can train", columns, rows, note))
+
+
+def _place_experts(
+    command: PlanCommand, file: str, model: ModelConfig | None, machine: Machine | None, tables: list[report.Table], figures: dict[str, Any]
+) -> None:
+    """What redundant experts and their places do for the load in `file`."""
+    if model is None or not (model.uses_mla and model.n_routed_experts):
+        raise UserError("--expert-load is for models with experts: name one")
+    if command.nodes is not None and machine is None:
+        raise UserError("--nodes counts nodes of a machine: name it with --machine, or give --devices")
+    per_node = machine.devices_per_node if machine else command.devices or 1
+    devices = command.devices or (command.nodes or 1) * per_node
+    nodes = max(1, devices // per_node)
+    load = read_expert_load(file, model.n_routed_experts)
+    placed = balance(model, load, devices, nodes, command.redundant_experts)
+    tables.append(report.placement_table(placed, model))
+    figures["expert_placement"] = {**asdict(placed), "placements": [placement.experts for placement in placed.placements]}
 
 
 def _check(

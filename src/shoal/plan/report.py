@@ -22,6 +22,7 @@ from .cost import (
     mtp_parameters,
     optimizer_flops,
 )
+from .expert_load import Balance
 from .hardware import GIB, Machine
 from .models import Published
 from .serving import Serving
@@ -206,6 +207,22 @@ def serving_table(plans: Sequence[Serving], machine: Machine, cache: str) -> Tab
     context, devices = plans[0].context, plans[0].devices
     columns = ("weights", "size", f"sequences of {context}", "prefill tok/s", "decode tok/s, 1", "decode tok/s (batch)", "with MTP")
     return Table(f"Serving on {devices} x {machine.name}, cache in {cache} (roofline)", columns, rows)
+
+
+def placement_table(balance: Balance, model: ModelConfig) -> Table:
+    """Busiest over mean device, in the mean of the layers and in the worst one, for each way to place the experts."""
+    ways = {
+        "by number": balance.in_order,
+        "by load": balance.placed,
+        f"by load, {balance.redundant} redundant": balance.with_copies if balance.redundant else None,
+    }
+    rows = [(way, f"{sum(ratios) / len(ratios):.3f}", f"{max(ratios):.3f}") for way, ratios in ways.items() if ratios]
+    copies = 3 * model.hidden_size * model.moe_intermediate_size * balance.redundant * len(balance.placements) / balance.devices
+    places = (model.n_routed_experts or 0) + balance.redundant
+    note = f"{places} experts a layer, {places // balance.devices} on a device; copies take {count(copies)} parameters of every device"
+    nodes = f" in {balance.nodes} nodes" if balance.nodes > 1 else ""
+    columns = ("experts placed", "busiest / mean device", "worst layer")
+    return Table(f"Expert load on {balance.devices} devices{nodes}, {len(balance.placements)} layers", columns, rows, note)
 
 
 def check_table(comparisons: list[Comparison], before: float, after: float) -> Table:

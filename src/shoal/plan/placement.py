@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import UserError
+from shoal.config import UserError
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,5 @@
+"""Placement of experts (EPLB): the published example, invariants, what copies are worth."""
+
 from __future__ import annotations
 
 import pytest
@@ -5,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.config import UserError
-from shoal.parallel.balance import pack, place_experts
+from shoal.plan.placement import pack, place_experts
 
 LOADS = [[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86], [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27]]
 

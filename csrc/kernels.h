@@ -76,6 +76,11 @@ struct Kernels {
     // Each matrix of x [batch, rows, columns], divided by its Frobenius norm, after the steps.
     void (*newton_schulz)(int64_t batch, int64_t rows, int64_t columns, const float* x, NewtonSchulz iteration, float* y, int threads);
 
+    // winners[r] = the token drawn from row index[r] of logits at temperatures[r], with random numbers that begin at starts[r]; -1 where
+    // the row has no finite maximum.
+    void (*draw)(int64_t rows, int64_t vocab, Rows logits, const int64_t* index, const double* temperatures, const uint64_t* starts,
+                 int64_t* winners, int threads);
+
     // The engine's (weights.h). hidden [T, D] after the final norm; experts [mixtures, T, K] may be null.
     void (*decoder_forward)(const Model& model, int64_t layers, const Step& step, float* hidden, int32_t* experts, Workspace& workspace,
                             int threads);

@@ -187,6 +187,18 @@ class Cpu {
         run_->newton_schulz(x.size(0), x.size(1), x.size(2), from, {a, b, c, steps}, to, threads);
     }
 
+    std::vector<int64_t> draw(Tensor logits, const std::vector<int64_t>& rows, const std::vector<double>& temperatures,
+                              const std::vector<uint64_t>& starts, int threads) {
+        Rows table = logits.rows();
+        expect(temperatures.size() == rows.size() && starts.size() == rows.size() && logits.size(1) > 0);
+        for (int64_t row : rows) expect(0 <= row && row < logits.size(0));
+        for (double temperature : temperatures) expect(temperature > 0);
+        std::vector<int64_t> winners(rows.size());
+        nb::gil_scoped_release release;
+        run_->draw(int64_t(rows.size()), logits.size(1), table, rows.data(), temperatures.data(), starts.data(), winners.data(), threads);
+        return winners;
+    }
+
   private:
     const Kernels* run_;
 };
@@ -230,5 +242,6 @@ NB_MODULE(_cpu, m) {
              nb::arg("nats"), nb::arg("threads"))
         .def("combine", &Cpu::combine, nb::arg("x"), nb::arg("weights").none(), nb::arg("index"), nb::arg("y"), nb::arg("threads"))
         .def("combine_backward", &Cpu::combine_backward)
-        .def("newton_schulz", &Cpu::newton_schulz);
+        .def("newton_schulz", &Cpu::newton_schulz)
+        .def("draw", &Cpu::draw);
 }

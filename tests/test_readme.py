@@ -56,6 +56,9 @@ def small(command: list[str], recipe: Path, cache: Path) -> list[str]:
         return command + FEW[command[0]]
     if command[0] != "train" or "--resume" in command:
         return command
+    if "--flops" in command:
+        at = command.index("--flops") + 1
+        return [*command[:at], "1e9", *command[at + 1 :], "--corpus.cache", str(cache)]
     rest = command[2:] if command[1] == "demo" else command[1:]
     sizes = {"--minutes": "0.02", "--steps": "2"}
     rest = [sizes.get(before, word) for before, word in zip(["", *rest], rest, strict=False)]

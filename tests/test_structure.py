@@ -33,6 +33,9 @@ SERVER = {"pydantic", "starlette", "prometheus_client", "llguidance"}
 """What `serve` may import when it is loaded, as it is itself loaded only when a server starts."""
 HEAVY |= SERVER
 
+TRITON = "shoal.kernels.fp8_triton"
+"""Kernels are functions that Triton decorates: this module cannot be loaded without it, and is loaded by no other."""
+
 FLOOR = {"config", "runtime", "atomic", "memory"}
 MATHS = FLOOR | {"kernels", "numerics", "model"}
 PARTS = {"formats", "data", "parallel", "plan"}
@@ -44,12 +47,13 @@ MAY_KNOW: dict[str, set[str]] = {
     "config": set(),
     "runtime": {"config"},
     "kernels": FLOOR,
-    "numerics": FLOOR,
+    "numerics": FLOOR | {"kernels"},
     "model": {"config", "kernels"},
     **dict.fromkeys(PARTS, MATHS),
     **dict.fromkeys(WORK, MATHS | PARTS),
     "post": MATHS | PARTS | WORK,
     **dict.fromkeys(("evaluate", "serve", "bench", "showcase", "exporting", "doctor"), MATHS | PARTS | WORK | {"post"}),
+    "memory_limit": MATHS | PARTS | WORK | {"post", "showcase"},
     "quantizing": MATHS | PARTS | WORK | {"evaluate"},
 }
 TOP = {"cli", "__main__"}
@@ -118,7 +122,9 @@ def test_there_are_no_cycles_between_modules() -> None:
 def test_heavy_packages_are_imported_only_where_they_are_used(name: str) -> None:
     loaded = {other.split(".")[0] for other in imports(name, at_load=True)}
     loaded |= {"tensorboard" for other in imports(name, at_load=True) if other.startswith("torch.utils.tensorboard")}
-    assert not loaded & (HEAVY - SERVER if unit(name) == "serve" else HEAVY)
+    allowed = SERVER if unit(name) == "serve" else {"triton"} if name == TRITON else set()
+    assert not loaded & (HEAVY - allowed)
+    assert TRITON not in imports(name, at_load=True)
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(MODULES) if unit(name) != "serve"])

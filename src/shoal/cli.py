@@ -16,7 +16,10 @@ import tyro
 from . import __version__
 from .config import (
     BenchDispatchCommand,
+    BenchEfficiencyCommand,
     BenchEngineCommand,
+    BenchFP8Command,
+    BenchMemoryCommand,
     BenchQuantizationCommand,
     BenchRolloutsCommand,
     BenchServeCommand,
@@ -72,9 +75,12 @@ def train(args: list[str]) -> None:
 
     given = list(args)
     named = bool(args) and not args[0].startswith("-")
-    default = load_recipe(args.pop(0) if named else "default")
+    default = _derived(args) or load_recipe(args.pop(0) if named else "default")
     if "--help" in args or "-h" in args:
-        print(f"shoal train [RECIPE] [OPTIONS]; RECIPE is a TOML file or one of: {', '.join(recipe_names())}\n")
+        print(f"shoal train [RECIPE] [OPTIONS]; RECIPE is a TOML file or one of: {', '.join(recipe_names())}")
+        print(
+            "shoal train [RULES] --flops 1e13 [OPTIONS]; shape, batch, rates and steps from a budget; RULES: exportable, full or baseline\n"
+        )
     config = parse(TrainConfig, args, "train", default)
 
     from .showcase import present
@@ -88,9 +94,31 @@ def train(args: list[str]) -> None:
     if config.nproc > 1 and "RANK" not in os.environ:
         _start_processes(config, ["train", *given])
         return
+    if config.memory_limit and not config.resume:
+        from .memory_limit import fit
+
+        config = fit(config)
     trained = run(config)
     if trained.reports:
         finish(present(trained, config), config.json)
+
+
+def _derived(args: list[str]) -> TrainConfig | None:
+    """Settings that rules derive from `--flops`, which is taken out of `args` with the name of the rules; None where it is not given."""
+    at = next((i for i, arg in enumerate(args) if arg == "--flops" or arg.startswith("--flops=")), None)
+    if at is None:
+        return None
+    from .plan.rules import Rules
+
+    joined = "=" in args[at]
+    text = args[at].partition("=")[2] if joined else "".join(args[at + 1 : at + 2])
+    del args[at : at + 1 + (not joined)]
+    name = args.pop(0) if args and not args[0].startswith("-") else "exportable"
+    try:
+        flops = float(text)
+    except ValueError:
+        raise UserError(f"--flops is {text!r}: it must be a number such as 1e13") from None
+    return Rules.load(name).config(flops)
 
 
 def _start_processes(config: TrainConfig, args: list[str]) -> None:
@@ -231,9 +259,12 @@ def bench(args: list[str]) -> None:
         "train": _bench_train,
         "engine": _bench_engine,
         "quantization": _bench_quantization,
+        "fp8": _bench_fp8,
+        "memory": _bench_memory,
         "rollouts": _bench_rollouts,
         "serve": _bench_serve,
         "dispatch": _bench_dispatch,
+        "efficiency": _bench_efficiency,
     }
     if args[:1] in (["-h"], ["--help"]):
         print(f"shoal bench NAME [OPTIONS]; NAME is one of: {', '.join(benches)}")
@@ -267,6 +298,22 @@ def _bench_quantization(args: list[str]) -> None:
     finish(run_bench(command), as_json=True)
 
 
+def _bench_fp8(args: list[str]) -> None:
+    command = parse(BenchFP8Command, args, "bench fp8")
+
+    from .bench.fp8 import run_bench
+
+    finish(run_bench(command), as_json=True)
+
+
+def _bench_memory(args: list[str]) -> None:
+    command = parse(BenchMemoryCommand, args, "bench memory")
+
+    from .bench.memory import run_bench
+
+    finish(run_bench(command), as_json=True)
+
+
 def _bench_rollouts(args: list[str]) -> None:
     command = parse(BenchRolloutsCommand, args, "bench rollouts")
 
@@ -288,6 +335,14 @@ def _bench_dispatch(args: list[str]) -> None:
     command = parse(BenchDispatchCommand, args, "bench dispatch")
 
     from .bench.dispatch import run_bench
+
+    finish(run_bench(command), as_json=True)
+
+
+def _bench_efficiency(args: list[str]) -> None:
+    command = parse(BenchEfficiencyCommand, args, "bench efficiency")
+
+    from .bench.efficiency import run_bench
 
     finish(run_bench(command), as_json=True)
 

@@ -10,6 +10,7 @@ import torch
 from .config import ExportCommand
 from .data import Tokenizer
 from .formats.export import export_model
+from .formats.fp8 import quantizer_for
 from .formats.gguf import GgufType, export_gguf
 from .formats.huggingface import load_model
 from .formats.locate import locate_model
@@ -25,12 +26,18 @@ def run_export(command: ExportCommand) -> dict[str, Any]:
 
 
 def _hf(command: ExportCommand, folder: Path, out: Path) -> dict[str, Any]:
-    model = load_model(folder)
-    dtype = DTYPES[command.dtype] if command.dtype else model.lm_head.weight.dtype
-    export_model(model, Tokenizer.load(folder), out, dtype)
+    model, tokenizer = load_model(folder), Tokenizer.load(folder)
+    if command.dtype == "fp8":
+        with quantizer_for(folder) as quantizer:
+            export_model(model, tokenizer, out, torch.bfloat16, fp8=quantizer)
+        dtype = "float8_e4m3fn"
+    else:
+        wanted = DTYPES[command.dtype] if command.dtype else model.lm_head.weight.dtype
+        export_model(model, tokenizer, out, wanted)
+        dtype = str(wanted).removeprefix("torch.")
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"{out}: {model.config.model_type}, {dtype}, {size / 1e6:.1f} MB; opens with transformers, vLLM and SGLang")
-    return {"out": str(out), "model_type": model.config.model_type, "dtype": str(dtype).removeprefix("torch."), "bytes": size}
+    return {"out": str(out), "model_type": model.config.model_type, "dtype": dtype, "bytes": size}
 
 
 def _gguf(command: ExportCommand, folder: Path, out: Path) -> dict[str, Any]:

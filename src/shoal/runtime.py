@@ -28,7 +28,8 @@ class Machine:
 
     device: torch.device
     precision: str
-    """`fp32` or `bf16`: what matmuls of activations run in; weights and optimizer are fp32 either way."""
+    """`fp32`, `bf16` or `fp8`: what matmuls of activations run in; weights and optimizer are fp32 either way. With `fp8`, products that are
+    not in FP8 run in fp32 on a CPU, in bf16 on a GPU."""
     threads: int
     peak_flops: float
     """Measured matmul rate in `precision`, FLOP/s."""
@@ -36,7 +37,12 @@ class Machine:
 
     def autocast(self) -> torch.autocast:
         """Context in which matmuls run in `precision`."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.plain_precision == "bf16")
+
+    @property
+    def plain_precision(self) -> str:
+        """Of products that are not in FP8."""
+        return plain_precision(self.precision, self.device)
 
     def describe(self) -> str:
         where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{self.threads} CPU threads"
@@ -52,13 +58,21 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def start(device: str = "auto", precision: str = "auto", threads: int = 0) -> Machine:
-    """Set threads, choose device and precision, measure the matmul peak (about half a second)."""
+def plain_precision(precision: str, device: torch.device) -> str:
+    """Of products that are not in FP8."""
+    return precision if precision != "fp8" else "bf16" if device.type == "cuda" else "fp32"
+
+
+def start(device: str = "auto", precision: str = "auto", threads: int = 0, return_memory: bool = False) -> Machine:
+    """Set threads, choose device and precision, measure the matmul peak (about half a second).
+
+    `return_memory`: freed memory goes back to the system at once, instead of being kept for the next step.
+    """
     if threads < 0:
         raise UserError(f"--threads is {threads}: it must be 0 (one per core) or more")
     count = threads or available_cores()
     torch.set_num_threads(count)
-    keep_freed_memory()
+    return_freed_memory() if return_memory else keep_freed_memory()
     target = choose_device(device)
     torch.set_float32_matmul_precision("high")
     rates = matmul_rates(target, ("fp32",) if precision == "fp32" else ("fp32", "bf16"))
@@ -67,7 +81,7 @@ def start(device: str = "auto", precision: str = "auto", threads: int = 0) -> Ma
         reason = f"matmul {rates['fp32'] / 1e9:.0f} GFLOP/s in fp32, {rates['bf16'] / 1e9:.0f} in bf16"
     else:
         reason = "as asked"
-    return Machine(target, precision, count, rates[precision], reason)
+    return Machine(target, precision, count, rates[plain_precision(precision, target)], reason)
 
 
 def keep_freed_memory() -> None:
@@ -82,6 +96,19 @@ def keep_freed_memory() -> None:
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2**31 - 1)
         libc.mallopt(top_pad, 64 << 20)
+    except (OSError, AttributeError):
+        return
+
+
+def return_freed_memory() -> None:
+    """Ask glibc to give every block of some size back at once, and to have all threads take small ones from the same place."""
+    mmap_threshold, trim_threshold, top_pad, arena_max = -3, -1, -2, -8
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_threshold, 128 << 10)
+        libc.mallopt(trim_threshold, 1 << 20)
+        libc.mallopt(top_pad, 1 << 20)
+        libc.mallopt(arena_max, 1)
     except (OSError, AttributeError):
         return
 

@@ -35,7 +35,7 @@ def present(trained: Trained, config: TrainConfig) -> dict[str, Any]:
 def _samples(folder: Path, config: TrainConfig) -> list[dict[str, str]]:
     if not config.prompts:
         return []
-    loaded = load(str(folder), MachineOptions(config.device, config.precision, config.threads))
+    loaded = load(str(folder), MachineOptions(config.device, "auto" if config.precision == "fp8" else config.precision, config.threads))
     sampling = SamplingOptions(max_tokens=SAMPLE_TOKENS, temperature=0.5, seed=config.seed)
     samples = []
     for prompt in config.prompts:

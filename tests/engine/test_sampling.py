@@ -14,7 +14,20 @@ from hypothesis import strategies as st
 
 from shoal.config import SamplingOptions, UserError
 from shoal.engine import sampling
-from shoal.engine.sampling import Rows, Sampler, SamplingError, log_probabilities, most_likely, race_times
+from shoal.engine.sampling import (
+    _GOLDEN,
+    NEVER,
+    Room,
+    Rows,
+    Sampler,
+    SamplingError,
+    _draw_rows,
+    _times,
+    log_probabilities,
+    most_likely,
+    race_times,
+)
+from shoal.kernels.serving import draw_rows
 
 SIZE = 40
 logits_of = st.integers(0, 10_000).map(lambda seed: np.random.default_rng(seed).normal(size=SIZE).astype(np.float32) * 3)
@@ -210,3 +223,43 @@ def test_log_probabilities_and_the_most_likely() -> None:
     assert [value for _, value in top] == pytest.approx(values.tolist(), rel=1e-4)
     assert most_likely(log_probabilities(logits)[0], 0) == ()
     assert len(most_likely(log_probabilities(logits)[0], 2 * SIZE)) == SIZE
+
+
+def race(table: np.ndarray, temperatures: list[float], starts: list[int]) -> np.ndarray:
+    """How fast every token of every row is, in double precision: the largest wins."""
+    counters = np.arange(table.shape[1], dtype=np.uint64) * np.uint64(_GOLDEN) + np.array(starts, np.uint64)[:, None]
+    heats = np.array(temperatures)[:, None]
+    scores = (table - table.max(1, keepdims=True)).astype(np.float64) / heats
+    return np.where(scores < -NEVER, 0.0, np.exp(scores) / _times(counters))
+
+
+@given(
+    vocab=st.sampled_from([1, 2, 15, 16, 100, 127, 128, 129, 1000, 4096, 5003]),
+    spread=st.sampled_from([0.0, 0.1, 1.0, 5.0, 100.0]),
+    temperature=st.sampled_from([1e-6, 0.3, 1.0, 2.0, 100.0]),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=150, deadline=None)
+def test_the_kernel_draws_what_numpy_draws(vocab: int, spread: float, temperature: float, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    table = (spread * draw.standard_normal((6, vocab))).astype(np.float32)
+    rows, temperatures = [0, 5, 2, 3], [temperature] * 4
+    starts = [int(start) for start in draw.integers(0, 2**64, 4, np.uint64)]
+    winners = draw_rows(table, rows, temperatures, starts)
+    if winners is None:
+        pytest.skip("no C++ kernels")
+    specified = _draw_rows(table, rows, temperatures, starts, Room())
+    speeds = race(table[rows], temperatures, starts)
+    for speed, here, there in zip(speeds, winners, specified, strict=True):
+        assert speed[here] >= speed[there] * (1 - 1e-6)  # the same token, or one that is as fast but for rounding
+
+
+def test_the_kernel_leaves_out_rows_without_a_finite_maximum() -> None:
+    table = np.zeros((5, 300), np.float32)
+    table[1, 7], table[2, 299], table[3], table[4, 1:] = np.nan, np.inf, -np.inf, -np.inf
+    winners = draw_rows(table, [0, 1, 2, 3, 4], [1.0] * 5, [5] * 5)
+    if winners is None:
+        pytest.skip("no C++ kernels")
+    assert winners[0] >= 0
+    assert winners[1:] == [-1, -1, -1, 0]
+    assert _draw_rows(table, [0, 1, 2, 3, 4], [1.0] * 5, [5] * 5, Room()) == winners

@@ -45,6 +45,12 @@ def test_a_dense_model_has_no_experts_to_divide() -> None:
         layout_of(dense, 2)
 
 
+def test_stages_pass_hidden_states_alone() -> None:
+    more = replace(config(batch=4, pipeline=2), model=ModelConfig(ngram_order=3))
+    with pytest.raises(UserError, match=r"pipeline passes hidden states alone.*ngram_order is 3: the nearest layout .*pipeline 1,"):
+        layout_of(more, 2)
+
+
 @given(
     st.integers(1, 16),
     st.integers(1, 16),

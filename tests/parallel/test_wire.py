@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.parallel.wire import FP8_MAX, TILE, Format, from_fp8, pack, row_bytes, unpack
+from shoal.numerics.fp8 import FP8_MAX, TILE, decode
+from shoal.parallel.wire import Format, pack, row_bytes, unpack
 
 
 @given(st.integers(0, 5), st.integers(1, 300), st.integers(0, 1000), st.sampled_from(["exact", "bf16", "fp8"]))
@@ -30,7 +31,7 @@ def test_every_fp8_number_is_read_as_torch_reads_it() -> None:
     expected = numbers.view(torch.float8_e4m3fn).float()
     finite = expected.isfinite()
     assert finite.sum() == 254
-    assert from_fp8(numbers.unsqueeze(0))[0][finite].equal(expected[finite])
+    assert decode(numbers.unsqueeze(0))[0][finite].equal(expected[finite])
 
 
 @pytest.mark.parametrize("format", ["exact", "bf16", "fp8"])

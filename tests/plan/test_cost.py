@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from shoal.config import ModelConfig, UserError
 from shoal.engine.weights import quantized_scheme
 from shoal.formats.parts import parts_of
+from shoal.kernels.reference import newton_schulz
 from shoal.model import Transformer
 from shoal.plan import cost
 from shoal.plan.models import BUILT_IN
@@ -90,6 +91,11 @@ CONFIGS = st.builds(
     num_nextn_predict_layers=st.integers(0, 2),
     tie_word_embeddings=st.booleans(),
     qk_norm=st.booleans(),
+    ngram_order=st.sampled_from([0, 2, 4]),
+    ngram_rows=st.integers(1, 50),
+    embedding_skip=st.booleans(),
+    value_embedding=st.booleans(),
+    convolution=st.integers(0, 3),
 )
 
 
@@ -129,11 +135,19 @@ TINY = ModelConfig(
 
 @pytest.mark.parametrize(
     "config",
-    [TINY, replace(TINY, q_lora_rank=None, n_routed_experts=None), replace(TINY, model_type="llama", num_nextn_predict_layers=0)],
-    ids=["moe-mtp", "dense-mla", "llama"],
+    [
+        TINY,
+        replace(TINY, q_lora_rank=None, n_routed_experts=None),
+        replace(TINY, model_type="llama", num_nextn_predict_layers=0),
+        replace(TINY, ngram_order=3, embedding_skip=True, value_embedding=True, convolution=3),
+    ],
+    ids=["moe-mtp", "dense-mla", "llama", "additions"],
 )
 def test_flops_equal_those_of_torch_flop_counter(config: ModelConfig) -> None:
-    """Forward and backward; the counter charges attention for the whole square, which is a mean context of T, not (T + 1) / 2."""
+    """Forward and backward; the counter charges attention for the whole square, which is a mean context of T, not (T + 1) / 2.
+
+    It does not see convolutions over time, which are sums of products here.
+    """
     torch.manual_seed(0)
     length = 16
     model = Transformer(config).double()  # fused kernels, which the counter does not know, leave fp64 to plain torch
@@ -150,7 +164,9 @@ def test_flops_equal_those_of_torch_flop_counter(config: ModelConfig) -> None:
             loss = step()
         with FlopCounterMode(display=False) as backward:
             loss.backward()
-    expected = length * cost.forward_flops(config, context=length, mtp=True).total
+    counted = cost.forward_flops(config, context=length, mtp=True)
+    assert counted.convolutions == 2 * 3 * config.hidden_size * config.convolution
+    expected = length * (counted.total - counted.convolutions)
     assert forward.get_total_flops() == expected
     assert backward.get_total_flops() == 2 * expected
 
@@ -158,6 +174,13 @@ def test_flops_equal_those_of_torch_flop_counter(config: ModelConfig) -> None:
 def test_causal_context_is_the_mean_over_the_sequence() -> None:
     exact = sum(cost.forward_flops(V3, context).total for context in range(1, 65)) / 64
     assert cost.flops_per_token(V3, 64, training=False).total == pytest.approx(exact)
+
+
+def test_newton_schulz_costs_what_torch_counts() -> None:
+    """The C++ kernel and torch take the same products; the counter sees torch's, in fp64."""
+    with FlopCounterMode(display=False) as counter:
+        newton_schulz(torch.randn(3, 20, 64, dtype=torch.float64), 5)
+    assert counter.get_total_flops() == 3 * cost.newton_schulz_flops(20, 64, 5)
 
 
 def test_newton_schulz_is_counted_on_the_smaller_side_and_for_every_expert() -> None:

@@ -3,6 +3,8 @@
 from .bench import CASES as CASES
 from .bench import BenchDispatchCommand as BenchDispatchCommand
 from .bench import BenchEngineCommand as BenchEngineCommand
+from .bench import BenchFP8Command as BenchFP8Command
+from .bench import BenchMemoryCommand as BenchMemoryCommand
 from .bench import BenchQuantizationCommand as BenchQuantizationCommand
 from .bench import BenchRolloutsCommand as BenchRolloutsCommand
 from .bench import BenchServeCommand as BenchServeCommand
@@ -15,6 +17,7 @@ from .commands import ExportCommand as ExportCommand
 from .commands import GenerateCommand as GenerateCommand
 from .commands import MachineOptions as MachineOptions
 from .commands import QuantizeCommand as QuantizeCommand
+from .efficiency import BenchEfficiencyCommand as BenchEfficiencyCommand
 from .engine import CacheFormat as CacheFormat
 from .engine import EngineOptions as EngineOptions
 from .engine import RunOptions as RunOptions
@@ -34,7 +37,10 @@ from .serve import serve_options as serve_options
 from .train import BalanceConfig as BalanceConfig
 from .train import CheckpointConfig as CheckpointConfig
 from .train import CorpusConfig as CorpusConfig
+from .train import FP8Config as FP8Config
 from .train import MTPConfig as MTPConfig
 from .train import OptimizerConfig as OptimizerConfig
+from .train import Recomputed as Recomputed
 from .train import ScheduleConfig as ScheduleConfig
 from .train import TrainConfig as TrainConfig
+from .train import parse_bytes as parse_bytes

@@ -115,6 +115,66 @@ class BenchDispatchCommand:
 
 
 @dataclass
+class BenchFP8Command:
+    """Training in FP8 beside BF16 on the same data in the same order, and FP8 with a known mistake: gradients in blocks of 128x128.
+
+    Before that, errors of single products over sums of different lengths. A mixture of experts 160 wide is trained once for every variant
+    and seed.
+    """
+
+    data: tuple[str, ...] = ()
+    """Text to train on, as for `shoal train`."""
+    baseline: Literal["bf16", "fp32"] = "bf16"
+    """What FP8 is compared with."""
+    seeds: int = 3
+    """0: only the errors of single products."""
+    steps: int = 300
+    batch_size: int = 8
+    """Sequences of 128 tokens in a step."""
+    picture: str | None = None
+    """File to draw into, .png or .svg."""
+    threads: int = 0
+    """CPU threads; 0: one per core."""
+    json: bool = False
+    """A benchmark always ends with its JSON object; accepted for the sake of scripts."""
+
+    def validate(self) -> None:
+        """Raise `UserError` on the first option that cannot work."""
+        if self.seeds < 0:
+            raise UserError(f"--seeds is {self.seeds}: it must be 0 or more")
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+        if self.seeds and not self.data:
+            raise UserError("there is nothing to train on: give --data PATH...")
+
+
+@dataclass
+class BenchMemoryCommand:
+    """Peak memory of training, as the operating system counts it: what each measure saves and costs, and what transformers takes.
+
+    The shape is that of `shoal bench train`; every run has a process of its own.
+    """
+
+    vs: Literal["transformers"] | None = None
+    """Peer to run in the same call, with AdamW: in both precisions and with both forms of its experts."""
+    batch_size: int = 8
+    sequence_length: int = 512
+    steps: int = 3
+    """Of every run, after one that warms up; the median counts."""
+    threads: int = 0
+    """CPU threads; 0: one per core."""
+    json: bool = False
+    """A benchmark always ends with its JSON object; accepted for the sake of scripts."""
+
+    def validate(self) -> None:
+        """Raise `UserError` on the first option that cannot work."""
+        for name in ("batch_size", "sequence_length", "steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+
+
+@dataclass
 class BenchQuantizationCommand:
     """What small numbers cost: bits per byte of the same text under Shoal and llama.cpp, for the same weights in 16, 8 and 4 bits."""
 

@@ -17,7 +17,7 @@ Model = Annotated[
     tyro.conf.arg(metavar="MODEL", help="Run folder, checkpoint folder, or Hugging Face-style folder."),
 ]
 
-HF_DTYPES = ("fp32", "bf16", "fp16")
+HF_DTYPES = ("fp32", "bf16", "fp16", "fp8")
 GGUF_DTYPES = ("f32", "f16", "q8_0", "q4_0")
 
 
@@ -114,8 +114,9 @@ class ExportCommand:
     """Folder (hf) or file (gguf) to write; it must be new, empty, or an earlier export."""
     format: Literal["hf", "gguf"] = "hf"
     """`hf`: a Hugging Face folder for transformers, vLLM and SGLang; `gguf`: one file for llama.cpp."""
-    dtype: Literal["fp32", "bf16", "fp16", "f32", "f16", "q8_0", "q4_0"] | None = None
-    """Number format of the weights: fp32, bf16 or fp16 for `hf` (None: as they are); f32, f16 (also None), q8_0 or q4_0 for `gguf`."""
+    dtype: Literal["fp32", "bf16", "fp16", "fp8", "f32", "f16", "q8_0", "q4_0"] | None = None
+    """Number format of the weights: fp32, bf16, fp16 or fp8 (the official block-scaled layout) for `hf` (None: as they are);
+    f32, f16 (also None), q8_0 or q4_0 for `gguf`."""
     json: bool = False
 
     def validate(self) -> None:

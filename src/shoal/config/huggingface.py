@@ -36,7 +36,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _SUPPORTED = (*_DEFAULTS, "qwen2")
 _UNDERSTOOD = ("rope_parameters", "architectures", "hidden_act", "base_model_type")
-_OWN = ("qk_norm", "logit_softcap", "init", "zero_init_output")
+_OWN = (
+    *("qk_norm", "logit_softcap", "init", "zero_init_output"),
+    *("ngram_order", "ngram_rows", "embedding_skip", "value_embedding", "convolution"),
+)
 _NULLABLE = ("q_lora_rank", "num_key_value_heads", "head_dim", "n_routed_experts", "n_shared_experts", "rope_scaling", "logit_softcap")
 _MOE_FIELDS = (
     "n_routed_experts",
@@ -191,7 +194,7 @@ def model_config_to_dict(cfg: ModelConfig, dtype: str | None = None) -> dict[str
 
 def export_obstacles(cfg: ModelConfig) -> list[str]:
     """Why transformers would compute something else from plain files of this `model_type`: a phrase for each setting in the way."""
-    found = []
+    found = cfg.additions
     if cfg.qk_norm:
         found.append("model.qk_norm is on")
     if cfg.logit_softcap is not None:

@@ -27,6 +27,8 @@ SCALING_NUMBERS = {
 }
 """What must be a number where `rope_scaling` holds it and it is not null; above 0 but for the last two, which may be 0."""
 
+LONGEST_NGRAM = 8
+
 LARGEST = {"num_hidden_layers": 1000, "num_nextn_predict_layers": 100, "n_routed_experts": 2**14, "hidden_size": 2**20, "vocab_size": 2**24}
 """Above these no model is plausible; of other whole numbers the largest is 2^31 - 1."""
 
@@ -38,8 +40,8 @@ class ModelConfig:
     `model_type` decides the attention: `deepseek_v2` and `deepseek_v3` use MLA, `llama` uses GQA. A DeepSeek model
     with `n_routed_experts = None` is dense throughout.
 
-    The last four fields are Shoal's own. Each defaults to off, because a model that uses `qk_norm` or `logit_softcap`
-    cannot be exported as plain `deepseek_v3` or `llama` files; the two initialisation settings never hinder export.
+    The last fields are Shoal's own. Each defaults to off, because a model that uses them cannot be exported as plain
+    `deepseek_v3` or `llama` files; the two initialisation settings never hinder export.
     """
 
     model_type: ModelType = "deepseek_v3"
@@ -100,6 +102,16 @@ class ModelConfig:
     """`normal`: every matrix with std `initializer_range`; `fan_in`: hidden matrices with std 1/sqrt(fan_in)."""
     zero_init_output: bool = False
     """Start `o_proj` and `down_proj` at zero, so that every block starts as the identity."""
+    ngram_order: int = 0
+    """Tables of n-grams of 2 to so many tokens join the embedding; 0 for none. Not exportable."""
+    ngram_rows: int = 16384
+    """Rows of the table of every length."""
+    embedding_skip: bool = False
+    """Every layer starts from a learned mixture of its input and the embedding. Not exportable."""
+    value_embedding: bool = False
+    """Attention's values (MLA: its latent) get a vector of the token, from a table of every layer. Not exportable."""
+    convolution: int = 0
+    """Tokens that a causal convolution before attention looks back; 0 for none. Not exportable."""
 
     extra: Annotated[dict[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
     """Keys of a loaded `config.json` that Shoal does not use, kept so that saving loses nothing."""
@@ -135,10 +147,22 @@ class ModelConfig:
 
     @property
     def cache_values_per_token(self) -> int:
-        """Numbers cached per token and layer: the latent and the shared rotary key (MLA), or keys and values (GQA)."""
+        """Numbers cached per token and layer: what attention reads, and what a convolution does."""
+        return self.attention_values_per_token + (self.hidden_size if self.convolution else 0)
+
+    @property
+    def attention_values_per_token(self) -> int:
+        """Of them, the latent and the shared rotary key (MLA), or keys and values (GQA)."""
         if self.uses_mla:
             return self.kv_lora_rank + self.qk_rope_head_dim
         return 2 * self.kv_heads * self.qk_head_dim
+
+    @property
+    def additions(self) -> list[str]:
+        """The settings in use, each as a phrase, of parts that only the model in plain torch has."""
+        plain = ModelConfig()
+        names = ("ngram_order", "embedding_skip", "value_embedding", "convolution")
+        return [f"model.{name} is {value}" for name in names if (value := getattr(self, name)) != getattr(plain, name)]
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether the feed-forward part of `layer` is a mixture of experts.
@@ -168,6 +192,12 @@ class ModelConfig:
                 raise UserError(f"model.{name} is {value}: it must be more than 0")
         if not 0 <= self.initializer_range < math.inf:
             raise UserError(f"model.initializer_range is {self.initializer_range}: it must be 0 or more")
+        if self.ngram_order not in (0, *range(2, LONGEST_NGRAM + 1)):
+            raise UserError(f"model.ngram_order is {self.ngram_order}: it must be 0 for no tables, or 2 to {LONGEST_NGRAM}")
+        if self.ngram_rows < 1:
+            raise UserError(f"model.ngram_rows is {self.ngram_rows}: it must be at least 1")
+        if self.convolution < 0:
+            raise UserError(f"model.convolution is {self.convolution}: it must be 0 for none, or the tokens to look back")
         if self.rope_dim % 2:
             raise UserError(f"RoPE turns pairs of channels, but its width is {self.rope_dim}: make it even")
         if not self.uses_mla:

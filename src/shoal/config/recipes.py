@@ -40,11 +40,15 @@ def load_recipe(name: str) -> TrainConfig:
             raise UserError(f"recipe {name} cannot be read: {error}") from None
     else:
         raise UserError(f"there is no recipe {name!r}: give a TOML file or one of {', '.join(recipe_names())}")
+    return from_table(TrainConfig, read_toml(text, name), name)
+
+
+def read_toml(text: str, name: str) -> dict[str, Any]:
+    """The tables of a TOML text, called `name` where it is wrong."""
     try:
-        table = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"recipe {name} is not valid TOML: {error}") from None
-    return from_table(TrainConfig, table, name)
 
 
 def from_table(cls: type[T], table: dict[str, Any], where: str) -> T:

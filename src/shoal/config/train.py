@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Literal
@@ -11,12 +12,22 @@ from .errors import UserError
 from .model import ModelConfig
 from .parallel import ParallelConfig
 
+Recomputed = Literal["swiglu", "feed_forward", "attention"]
+
 NOT_NEGATIVE = (
     "eval_every_minutes", "threads", "optimizer.muon_lr", "optimizer.adam_lr", "optimizer.embed_lr", "optimizer.head_lr",
     "optimizer.adam_eps", "optimizer.weight_decay", "optimizer.clip", "balance.bias_update_speed", "balance.sequence_loss",
     "mtp.weight", "mtp.final_weight", "checkpoint.every_steps", "checkpoint.every_minutes",
 )  # fmt: skip
 SHARES = ("schedule.warmup", "schedule.decay", "schedule.final")
+
+
+def parse_bytes(text: str) -> int:
+    """`800M`, `4G`, `1.5GiB` as bytes; K, M, G and T are powers of 1024."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(?:i?B)?", text.strip(), re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise UserError(f"{text!r} is not an amount of memory: write 800M or 4G")
+    return int(float(match[1]) * 1024 ** (" KMGT".index(match[2].upper())))
 
 
 @dataclass
@@ -51,8 +62,20 @@ class OptimizerConfig:
     adam_eps: float = 1e-10
     weight_decay: float = 0.1
     """Decoupled, on matrices only (embedding and norms have none)."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """How both optimizers' moments are kept between steps; updates are computed in fp32."""
     clip: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
+
+
+@dataclass
+class FP8Config:
+    """Products in FP8 (DeepSeek-V3, 2412.19437, section 3.3); with precision = fp8 only."""
+
+    power_of_two_scales: bool = True
+    """Round scales up to powers of two: what is quantized again along another dimension then loses nothing but its smallest numbers."""
+    gradient_tiles: Literal["1x128", "128x128"] = "1x128"
+    """Numbers of an activation gradient that share a scale; 128x128 is known to do harm, and there to show it."""
 
 
 @dataclass
@@ -105,6 +128,10 @@ class TrainConfig:
     data: tuple[str, ...] = ()
     """Text, JSON Lines (.gz, .zst) or Parquet files or folders, or hf:NAME for a Hugging Face dataset.
     None: the Python standard library's source on this machine."""
+    start: str | None = None
+    """MODEL whose weights, shape and tokenizer to begin with, in place of random weights in the shape of `model`."""
+    qat: Literal["int4"] | None = None
+    """Round matrices to 4 bits in every forward pass, as `shoal quantize --bits 4` will do when training is over."""
     out: str | None = None
     """Run folder. None: a new one under runs/."""
     resume: bool = False
@@ -121,6 +148,18 @@ class TrainConfig:
     sequence_length: int = 512
     batch_size: int = 16
     """Sequences per optimizer step, over all ranks."""
+    memory_limit: str | None = None
+    """Most memory the run may take, as in 800M or 4G: the cheapest of the measures that keep it is taken (micro-batches, `recompute`,
+    `return_memory`, BF16 moments, and with --offload optimizer state on disk), found with the planner and tried before the run begins."""
+    recompute: tuple[Recomputed, ...] = ()
+    """What is computed again in the backward pass instead of being kept: `swiglu` (its result), `feed_forward` (all inside that half of a
+    layer), `attention` (the other half)."""
+    return_memory: bool = False
+    """Give freed memory back to the system at once: about a tenth slower, and fewer gaps."""
+    offload: bool = False
+    """Keep the experts' optimizer state in a file, of which only what is being updated is in memory."""
+    update_early: bool = False
+    """Update a parameter as soon as its gradient is there, which is then let go. Needs optimizer.clip = 0 and one micro-batch a step."""
     micro_batch_size: int | None = None
     """Sequences per forward pass; None: all that a process gets of a batch, or one in a pipeline."""
     eval_every_minutes: float = 1.0
@@ -128,8 +167,9 @@ class TrainConfig:
     eval_tokens: int = 32768
     """Held-out tokens of a quick evaluation; the final one reads everything, up to 64 times as many."""
     seed: int = 0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto` takes the faster one that this machine supports."""
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    """`auto` takes the faster of fp32 and bf16 on this machine. `fp8`: matrices of attention and feed-forward layers multiply in
+    block-scaled FP8, everything else runs in fp32 (on a GPU in bf16)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0
     """CPU threads; 0: one per core, divided among the processes on a machine."""
@@ -143,6 +183,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    fp8: FP8Config = field(default_factory=FP8Config)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     mtp: MTPConfig = field(default_factory=MTPConfig)
@@ -183,6 +224,14 @@ class TrainConfig:
         micro = self.micro_batch_size
         if micro is not None and (micro < 1 or self.batch_size % micro):
             raise UserError(f"micro_batch_size {micro} does not divide batch_size {self.batch_size}: choose a divisor")
+        if self.memory_limit is not None:
+            parse_bytes(self.memory_limit)
+        if self.qat and (self.precision == "fp8" or "swiglu" in self.recompute):
+            raise UserError("--qat int4 has products of its own: leave precision fp8 and recompute swiglu away")
+        if self.update_early and (self.optimizer.clip or (micro or self.batch_size) != self.batch_size):
+            raise UserError("update_early needs whole gradients at once: set optimizer.clip 0 and leave micro_batch_size away")
+        if self.precision == "fp8" and "swiglu" in self.recompute:
+            raise UserError("with precision fp8 the result of SwiGLU is always computed again: leave swiglu out of recompute")
         if not 0 < self.corpus.val_fraction < 1:
             raise UserError(f"corpus.val_fraction is {self.corpus.val_fraction}: it must lie between 0 and 1")
         if self.resume and self.overwrite:

@@ -12,7 +12,7 @@ import torch
 
 from ..config import MachineOptions, ModelConfig, UserError
 from ..data import Tokenizer
-from ..formats.huggingface import load_model
+from ..formats.huggingface import load_model, read_config
 from ..formats.locate import locate_model
 from ..formats.quantized import is_quantized
 from ..kernels.selection import BACKEND
@@ -58,7 +58,10 @@ def load(path: str, options: MachineOptions, bits: int | None = None, group: int
     folder = locate_model(path)
     tokenizer = Tokenizer.load(folder)
     machine = start(options.device, options.precision, options.threads)
-    if machine.device.type == "cpu" and BACKEND.cpu is not None:
+    additions = [] if is_quantized(folder) else read_config(folder).additions
+    if additions:
+        print(f"{' and '.join(additions)}: this model runs in plain torch, one sequence after the other", file=sys.stderr)
+    if machine.device.type == "cpu" and BACKEND.cpu is not None and not additions:
         weights = load_weights(folder, bits, group, precision=None if options.precision == "auto" else options.precision)
         _require_vocabulary(tokenizer, weights.config)
         available = available_memory(machine.device)

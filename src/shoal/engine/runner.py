@@ -119,10 +119,10 @@ class PagedLayer:
         self._pages, self._table, self._seen = pages, table, seen
 
     def extend(self, values: Tensor, positions: Tensor) -> Tensor:
-        """`values [1, T, C]` at `positions [1, T]` -> everything up to the last position, `[1, S, C]`."""
-        at = positions[0]
-        self._pages[self._table[at // PAGE], at % PAGE] = encode(values[0], self._pages.dtype)
-        kept = self._pages[self._table[: -(-self._seen // PAGE)]].flatten(0, 1)[: self._seen]
+        """`values [1, T, C]` at `positions [1, T]` -> everything up to the last position, `[1, S, C]`; there may be room for more."""
+        at, width = positions[0], values.shape[-1]
+        self._pages[self._table[at // PAGE], at % PAGE, :width] = encode(values[0], self._pages.dtype)
+        kept = self._pages[self._table[: -(-self._seen // PAGE)]].flatten(0, 1)[: self._seen, :width]
         return decode(kept).to(values.dtype).unsqueeze(0)
 
 
@@ -145,9 +145,13 @@ class TorchRunner:
         self.model, self.machine, self.config, self.device = model.eval(), machine, model.config, machine.device
         self.natural_cache: CacheFormat = "bf16" if machine.precision == "bf16" else "fp32"
         self._cache = torch.empty(0)
+        self._text = torch.empty(0, dtype=torch.long)
+        """Token of every cached position, `[pages, PAGE]`, for models that look n-grams up."""
 
     def allocate(self, pages: int, cache: CacheFormat) -> None:
         """See `Runner`. On a CPU, memory is taken only as pages are written."""
+        if self.config.ngram_order:
+            self._text = torch.zeros(pages, PAGE, dtype=torch.long, device=self.device)
         dtype = torch.uint8 if cache == "fp8" else DTYPES[cache]
         shape = (len(self.model.model.layers), pages, PAGE, self.config.cache_values_per_token)
         if self.device.type == "cpu":
@@ -159,8 +163,9 @@ class TorchRunner:
         """See `Runner`."""
         hidden, experts = [], []
         with inference(self.machine):
-            for ids, positions, caches in self._sequences(batch):
-                output = self.model(ids[None], positions[None], caches)
+            for i, (ids, positions, caches) in enumerate(self._sequences(batch)):
+                before = self._before(ids, positions, batch.tables[i].to(self.device)) if self.config.ngram_order else None
+                output = self.model(ids[None], positions[None], caches, before=before)
                 hidden.append(output.hidden[0])
                 experts.append(_chosen(output.routing))
         return Forward(torch.cat(hidden).float(), torch.cat(experts, 1) if experts[0] is not None else None)  # type: ignore[arg-type]
@@ -184,6 +189,15 @@ class TorchRunner:
     def copy_page(self, source: int, target: int) -> None:
         """See `Runner`."""
         self._cache[:, target] = self._cache[:, source]
+        if self.config.ngram_order:
+            self._text[target] = self._text[source]
+
+    def _before(self, ids: Tensor, positions: Tensor, table: Tensor) -> Tensor:
+        """Remember the new tokens of a sequence; the ones that stand before them, `[1, order - 1]`."""
+        pages = table.long()
+        self._text[pages[positions // PAGE], positions % PAGE] = ids
+        earlier = (positions[0] - torch.arange(self.config.ngram_order - 1, 0, -1, device=ids.device)).clamp(min=0)
+        return self._text[pages[earlier // PAGE], earlier % PAGE][None]
 
     def _sequences(self, batch: Batch) -> list[tuple[Tensor, Tensor, list[PagedLayer]]]:
         """Ids, positions and caches of every sequence, on the device."""

@@ -13,11 +13,13 @@ import math
 import secrets
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 from torch import Tensor
 
 from ..config import SamplingOptions, UserError
+from ..kernels.serving import draw_rows
 from .requests import TokenMask
 from .runner import on_host
 
@@ -189,15 +191,19 @@ class SamplingError(Exception):
 
 
 class Rows:
-    """Logits `[M, V]` of M places, brought to the host; the largest of each are found all at once.
+    """Logits `[M, V]` of M places, brought to the host; what can be chosen for many of them at once is.
 
-    `places`: the sampler and the position of every row, for drawing all at once as well, in `room`.
+    `places`: the sampler and the position of every row, for drawing all at once, in `room`.
     """
 
     def __init__(self, logits: Tensor, places: Sequence[tuple[Sampler, int]] = (), room: Room | None = None) -> None:
         self.table = on_host(logits)
-        self._best: list[int] = self.table.argmax(-1).tolist()
         self._drawn = draw(self.table, {row: place for row, place in enumerate(places) if place[0].is_free}, room or Room())
+
+    @cached_property
+    def _best(self) -> list[int]:
+        best: list[int] = self.table.argmax(-1).tolist()
+        return best
 
     def choose(self, row: int, sampler: Sampler, position: int) -> int:
         """See `Sampler.choose`."""
@@ -212,11 +218,11 @@ class Rows:
 
 
 DRAWN_AT_ONCE = 1 << 18
-"""Logits that `draw` works on at a time."""
+"""Logits that numpy works on at a time."""
 
 
 class Room:
-    """Memory for `draw` to work in. It is kept, as the system would have to clear new pages for every step."""
+    """Memory for numpy to draw in. It is kept, as the system would have to clear new pages for every step."""
 
     def __init__(self) -> None:
         self._memory = np.empty((3, 0))
@@ -233,32 +239,41 @@ class Room:
 def draw(table: np.ndarray, places: Mapping[int, tuple[Sampler, int]], room: Room) -> dict[int, int]:
     """What `Sampler.choose` gives for these rows of `table [M, V]` (samplers that are `is_free`, and positions), all of them at once.
 
-    One numpy call for many rows is faster, and leaves the interpreter to other threads meanwhile. Rows without a finite maximum are
-    left out.
+    By the C++ kernels where there are some, which round differently in the last bits of a double. Rows without a finite maximum are left
+    out.
     """
-    drawn: dict[int, int] = {}
     if not places:
-        return drawn
-    rows, many = list(places), max(DRAWN_AT_ONCE // table.shape[1], 1)
+        return {}
+    rows = list(places)
+    temperatures = [sampler.options.temperature for sampler, _ in places.values()]
+    starts = [_start(sampler.seed, position) for sampler, position in places.values()]
+    winners = draw_rows(table, rows, temperatures, starts)
+    if winners is None:
+        winners = _draw_rows(table, rows, temperatures, starts, room)
+    return {row: winner for row, winner in zip(rows, winners, strict=True) if winner >= 0}
+
+
+def _draw_rows(table: np.ndarray, rows: list[int], temperatures: list[float], starts: list[int], room: Room) -> list[int]:
+    """In numpy: one call for many rows is faster, and leaves the interpreter to other threads meanwhile."""
+    winners: list[int] = []
+    many = max(DRAWN_AT_ONCE // table.shape[1], 1)
     steps = np.arange(table.shape[1], dtype=np.uint64) * np.uint64(_GOLDEN)
     for first in range(0, len(rows), many):
-        part = rows[first : first + many]
-        weights, counters, shifted = room.take(len(part), table.shape[1])
-        scores = table if len(part) == len(table) else table[part]
+        part = slice(first, first + many)
+        scores = table if len(rows[part]) == len(table) else table[rows[part]]
+        weights, counters, shifted = room.take(*scores.shape)
         tops = scores.max(1, keepdims=True)
-        temperatures = np.array([places[row][0].options.temperature for row in part])[:, None]
+        heats = np.array(temperatures[part])[:, None]
         with np.errstate(invalid="ignore"):
-            never = scores < tops - (NEVER * temperatures).astype(np.float32)
+            never = scores < tops - (NEVER * heats).astype(np.float32)
             np.subtract(scores, tops, out=weights, dtype=np.float64)
-            weights /= temperatures
+            weights /= heats
             np.exp(weights, out=weights)
             weights[never] = 0.0
-            starts = [_start(sampler.seed, position) for sampler, position in map(places.__getitem__, part)]
-            np.add(steps, np.array(starts, np.uint64)[:, None], out=counters)
+            np.add(steps, np.array(starts[part], np.uint64)[:, None], out=counters)
             weights /= _times(counters, shifted)
-        finite = np.isfinite(tops[:, 0])
-        drawn |= {row: best for row, best, known in zip(part, weights.argmax(1).tolist(), finite.tolist(), strict=True) if known}
-    return drawn
+        winners += np.where(np.isfinite(tops[:, 0]), weights.argmax(1), -1).tolist()
+    return winners
 
 
 def _why_nothing(score: float) -> str:

@@ -13,6 +13,7 @@ from ..config import ModelConfig, UserError
 from ..config.huggingface import export_obstacles
 from ..model import Transformer
 from .checkpoints import SavesFiles
+from .fp8 import Quantizer
 from .huggingface import save_model
 
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -28,20 +29,23 @@ def export_model(
     *,
     training_tokens: int | None = None,
     license: str = "apache-2.0",
+    fp8: Quantizer | None = None,
 ) -> None:
     """Write a complete folder that transformers, vLLM and SGLang open without Shoal; it appears under its name when it is whole.
 
-    An earlier export at `folder` is replaced. Raises `UserError` when something else is there, or when the model uses
-    settings that the official architecture does not have.
+    With `fp8`, matrices are stored as it quantizes them, and everything else in `dtype`. An earlier export at `folder` is replaced.
+
+    Raises `UserError` when something else is there, or when the model uses settings that the official architecture does not have.
     """
     obstacles = export_obstacles(model.config)
     if obstacles:
         raise UserError(f"this model cannot become a plain {model.config.model_type} folder: {'; '.join(obstacles)}")
     if folder.exists() and not _replaceable(folder):
         raise UserError(f"{folder} exists and is not an earlier export: choose another folder or empty it")
-    card = model_card(folder.resolve().name, model, dtype, training_tokens, license)
+    weights = "float8_e4m3fn in blocks of 128x128" if fp8 else str(dtype).removeprefix("torch.")
+    card = model_card(folder.resolve().name, model, weights, training_tokens, license)
     with new_folder(folder.resolve()) as temporary:
-        save_model(model, temporary, dtype=dtype)
+        save_model(model, temporary, dtype=dtype, fp8=fp8)
         tokenizer.save(temporary, model.config.max_position_embeddings)
         if not (temporary / CHAT_TEMPLATE).exists():  # the one the model was tuned with comes with its tokenizer
             (temporary / CHAT_TEMPLATE).write_text(chat_template(), encoding="utf-8")
@@ -53,7 +57,7 @@ def chat_template() -> str:
     return resources.files(__package__).joinpath(CHAT_TEMPLATE).read_text(encoding="utf-8")
 
 
-def model_card(name: str, model: Transformer, dtype: torch.dtype, training_tokens: int | None, license: str) -> str:
+def model_card(name: str, model: Transformer, weights: str, training_tokens: int | None, license: str) -> str:
     """A `README.md` for the Hugging Face hub: YAML front matter, then the facts in a table."""
     config = model.config
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -66,7 +70,7 @@ def model_card(name: str, model: Transformer, dtype: torch.dtype, training_token
         f"- {config.model_type}",
     ]
     front.append(f"parameters: {parameters}")
-    rows = [("Parameters", f"{parameters:,}"), ("Weights", str(dtype).removeprefix("torch.")), *_shape(config)]
+    rows = [("Parameters", f"{parameters:,}"), ("Weights", weights), *_shape(config)]
     if training_tokens is not None:
         front.append(f"training_tokens: {training_tokens}")
         rows.append(("Training tokens", f"{training_tokens:,}"))

@@ -34,7 +34,7 @@ class GgufTensor:
 
 def gguf_obstacles(config: ModelConfig) -> list[str]:
     """Why llama.cpp would compute something else than Shoal from a GGUF file: a phrase for each setting in the way."""
-    found = []
+    found = config.additions
     if config.qk_norm:
         found.append("model.qk_norm is on")
     if config.logit_softcap is not None:

@@ -21,6 +21,7 @@ from ..config import ModelConfig, UserError
 from ..config.huggingface import model_config_from_dict, model_config_to_dict
 from ..model import Transformer
 from ..runtime import require_memory
+from .fp8 import SCALE, Quantizer, is_fp8_matrix
 from .weight_files import CONFIG, INDEX, WeightFiles, plan_shards, read_json, shard_names, write_json
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -28,12 +29,18 @@ _STACKED = re.compile(r"(.+\.mlp\.experts)\.(gate_proj|up_proj|down_proj)")
 
 
 def save_model(
-    model: Transformer, folder: Path, *, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 * 10**9, mtp_copies: bool = True
+    model: Transformer,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    mtp_copies: bool = True,
+    fp8: Quantizer | None = None,
 ) -> None:
     """Write `config.json`, `generation_config.json` and the weights, in one file or in shards of at most `max_shard_bytes`.
 
     `dtype` None keeps every tensor's own; the routing bias stays fp32 always. With `mtp_copies` every MTP layer repeats
-    embedding and output head as the official files do, which vLLM and SGLang look for.
+    embedding and output head as the official files do, which vLLM and SGLang look for. With `fp8` matrices are stored as it quantizes them.
 
     Raises `UserError` when the folder already holds weights.
     """
@@ -47,17 +54,30 @@ def save_model(
     def stored_dtype(name: str) -> torch.dtype:
         return tensors[name].dtype if dtype is None or name.endswith("e_score_correction_bias") else dtype
 
-    sizes = {name: tensor.numel() * stored_dtype(name).itemsize for name, tensor in tensors.items()}
-    shards = plan_shards(sizes, max_shard_bytes)
-    files = shard_names(len(shards))
-    for file, names in zip(files, shards, strict=True):
+    def stored(name: str) -> dict[str, Tensor]:
+        if fp8 is not None and is_fp8_matrix(name):
+            quantized = fp8(name, tensors[name].cpu())
+            return {name: quantized.data, name + SCALE: quantized.scales}
         # A copy of each: safetensors refuses tensors that share memory, as experts of one stack do.
-        shard = {name: tensors[name].to("cpu", stored_dtype(name), copy=True).contiguous() for name in names}
+        return {name: tensors[name].to("cpu", stored_dtype(name), copy=True).contiguous()}
+
+    def size(name: str) -> int:
+        return tensors[name].numel() * (1 if fp8 is not None and is_fp8_matrix(name) else stored_dtype(name).itemsize)
+
+    shards = plan_shards({name: size(name) for name in tensors}, max_shard_bytes)
+    files = shard_names(len(shards))
+    weight_map: dict[str, str] = {}
+    total = 0
+    for file, names in zip(files, shards, strict=True):
+        shard = {key: tensor for name in names for key, tensor in stored(name).items()}
+        weight_map |= dict.fromkeys(shard, file)
+        total += sum(tensor.nbytes for tensor in shard.values())
         save_file(shard, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     written = model_config_to_dict(model.config, dtype=str(stored_dtype(_EMBEDDING)).removeprefix("torch."))
+    if fp8 is not None:
+        written["quantization_config"] = fp8.settings
     write_json(folder / CONFIG, written)
     write_json(folder / "generation_config.json", {key: written[key] for key in ("bos_token_id", "eos_token_id")})
 

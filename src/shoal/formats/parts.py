@@ -105,7 +105,12 @@ def arrays_of(part: PackedMatrix | Tensor) -> dict[str, Tensor]:
 
 
 def parts_of(config: ModelConfig, scheme: Scheme) -> dict[str, Part]:
-    """Every part of a model by name, in the order of its layers; embedding first, head last."""
+    """Every part of a model by name, in the order of its layers; embedding first, head last.
+
+    Raises `UserError` for models with parts that neither the kernels nor quantized folders know.
+    """
+    if config.additions:
+        raise UserError(f"{' and '.join(config.additions)}: such a model runs in plain torch only, neither packed nor quantized")
     with torch.device("meta"):
         model = Transformer(config)
     found: dict[str, Part] = {}

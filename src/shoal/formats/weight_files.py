@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..config import UserError
-from ..numerics.fp8 import dequantize_blocks
+from ..numerics.fp8 import Quantized, dequantize_blocks
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -125,6 +125,14 @@ class WeightFiles:
         if not _all_finite(tensor):
             raise UserError(f"{self.folder}: {name} holds NaN or infinite numbers: the file is damaged or the run had diverged")
         return tensor
+
+    def read_fp8(self, name: str) -> Quantized | None:
+        """A tensor as it is stored in FP8; None where it is stored otherwise."""
+        self._require_readable(name)
+        if not self.is_fp8(name):
+            return None
+        data, scales = (self.file_of[part].get_tensor(part) for part in (name, name + _SCALE))
+        return Quantized(data, scales)
 
 
 def open_shard(path: Path) -> Any:

@@ -47,6 +47,18 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, offsets = ctx.saved_tensors
-        grad = grad.contiguous()
-        return F.grouped_mm(grad, weight, offs=offsets), F.grouped_mm(grad.T, x, offs=offsets), None
+        return *_gradients(grad.contiguous(), *ctx.saved_tensors), None
+
+
+def _gradients(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    return F.grouped_mm(grad, weight, offs=offsets), F.grouped_mm(grad.T, x, offs=offsets)
+
+
+def grouped_linear_gradients(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `x [R, I]` and `weight [E, O, I]` from that of `grouped_linear`'s result, `grad [R, O]`; all in one dtype."""
+    if _torch_runs(x, weight):
+        return _gradients(grad.contiguous(), x.contiguous(), weight.contiguous(), offsets)
+    with torch.enable_grad():
+        inputs = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        grad_x, grad_weight = torch.autograd.grad(reference.grouped_linear(*inputs, offsets), inputs, grad)
+    return grad_x, grad_weight

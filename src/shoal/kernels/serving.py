@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,15 @@ def decoder(shape: dict[str, Any], top: dict[str, Any], layers: list[dict[str, A
     if BACKEND.cpu is None:
         return None
     return BACKEND.module.Decoder(BACKEND.isa, shape, top, layers, main_layers)
+
+
+def draw_rows(table: np.ndarray, rows: list[int], temperatures: list[float], starts: list[int]) -> list[int] | None:
+    """A token of each of these rows of logits `table [M, V]` fp32, as `engine.sampling.draw` specifies it: -1 where the row has no finite
+    maximum. `starts`: where the random numbers of each begin. None without C++ kernels."""
+    if BACKEND.cpu is None:
+        return None
+    drawn: list[int] = BACKEND.cpu.draw(torch.from_numpy(table), rows, temperatures, starts, torch.get_num_threads())
+    return drawn
 
 
 def pin_threads(cores: list[int]) -> None:

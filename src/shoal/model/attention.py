@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..config import ModelConfig
 from .documents import Documents
-from .layers import LinearFactory, RMSNorm
+from .layers import LinearFactory, RMSNorm, TokenTable
 from .rope import softmax_scale
 
 LATENT_NORM_EPS = 1e-6
@@ -41,6 +41,10 @@ class Context:
     sin: Tensor
     documents: Documents | None = None
     """Packed documents, which do not see each other; without a cache only."""
+    ids: Tensor | None = None
+    """`[B, T]`, for layers that look something up by token."""
+    start: Tensor | None = None
+    """The embeddings `[B, T, D]`, for layers that mix them in again."""
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents | None) -> Tensor:
@@ -81,6 +85,7 @@ class MLA(nn.Module):
         self.kv_a_layernorm = RMSNorm(self.latent, LATENT_NORM_EPS)
         self.kv_b_proj = linear(self.latent, self.heads * (self.nope + self.value), False)
         self.o_proj = linear(self.heads * self.value, config.hidden_size, False)
+        self.value_embedding = TokenTable(config.vocab_size, self.latent) if config.value_embedding else None
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """`x [B, T, D]` -> `[B, T, D]`; without a cache the tokens attend to each other causally."""
@@ -95,6 +100,8 @@ class MLA(nn.Module):
         query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.compresses_query else self.q_proj(x)
         query = query.unflatten(-1, (self.heads, self.nope + self.rope))
         latent, key_rope = self.kv_a_proj_with_mqa(x).split([self.latent, self.rope], dim=-1)
+        if self.value_embedding is not None:
+            latent = latent + self.value_embedding(context.ids)
         key_rope = key_rope.unsqueeze(2)
         if self.qk_norm_eps is not None:
             # The non-rotary key comes from an already normalised latent, so that the absorbed form stays possible.
@@ -139,12 +146,16 @@ class GQA(nn.Module):
         self.k_proj = linear(config.hidden_size, self.kv_heads * self.width, config.attention_bias)
         self.v_proj = linear(config.hidden_size, self.kv_heads * self.width, config.attention_bias)
         self.o_proj = linear(self.heads * self.width, config.hidden_size, False)
+        self.value_embedding = TokenTable(config.vocab_size, self.kv_heads * self.width) if config.value_embedding else None
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """`x [B, T, D]` -> `[B, T, D]`; without a cache the tokens attend to each other causally."""
         query = self.q_proj(x).unflatten(-1, (self.heads, self.width))
         key = self.k_proj(x).unflatten(-1, (self.kv_heads, self.width))
-        value = self.v_proj(x).unflatten(-1, (self.kv_heads, self.width))
+        value = self.v_proj(x)
+        if self.value_embedding is not None:
+            value = value + self.value_embedding(context.ids)
+        value = value.unflatten(-1, (self.kv_heads, self.width))
         if self.qk_norm_eps is not None:
             query, key = kernels.rms_norm(query, None, self.qk_norm_eps), kernels.rms_norm(key, None, self.qk_norm_eps)
         query = kernels.apply_rope(query, context.cos, context.sin, interleaved=False)

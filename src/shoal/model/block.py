@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from .attention import GQA, MLA, Context, LayerCache
+from .convolution import Behind, ShortConvolution
+from .embedding_skip import EmbeddingSkip
 from .layers import LinearFactory, RMSNorm, SwiGLU
 from .moe import Dispatcher, MoE, RoutingStats
 
@@ -17,6 +19,9 @@ class Block(nn.Module):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = MLA(config, linear) if config.uses_mla else GQA(config, linear)
+        self.embedding_skip = EmbeddingSkip() if config.embedding_skip else None
+        self.convolution = ShortConvolution(config.hidden_size, config.convolution) if config.convolution else None
+        self.kept = config.attention_values_per_token
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp: MoE | SwiGLU
         if config.is_moe_layer(layer):
@@ -29,7 +34,21 @@ class Block(nn.Module):
         self, x: Tensor, context: Context, cache: LayerCache | None, chosen: Tensor | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
         """`x [B, T, D]` -> `[B, T, D]`, and what the router did where there is one; see `Router` about `chosen`."""
-        x = x + self.self_attn(self.input_layernorm(x), context, cache)
+        return self.feed(self.attend(x, context, cache), chosen)
+
+    def attend(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
+        """The first half of the layer."""
+        if self.embedding_skip is not None and context.start is not None:
+            x = self.embedding_skip(x, context.start)
+        normed = self.input_layernorm(x)
+        if self.convolution is not None:
+            behind = None if cache is None else Behind(cache, normed, self.kept)
+            history = None if behind is None else behind.history(context.positions)
+            normed, cache = self.convolution(normed, context.positions, history), behind
+        return x + self.self_attn(normed, context, cache)
+
+    def feed(self, x: Tensor, chosen: Tensor | None) -> tuple[Tensor, RoutingStats | None]:
+        """The second half."""
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
             out, stats = self.mlp(normed, chosen)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .layers import RMSNorm
+from .convolution import ShortConvolution
+from .embedding_skip import EmbeddingSkip
+from .layers import RMSNorm, TokenTable
 from .moe import Experts, Router
+from .ngrams import Ngrams
 from .transformer import Transformer
 
 OUTPUT_PROJECTIONS = ("o_proj", "down_proj")
@@ -34,6 +37,10 @@ def init_weights(model: Transformer, seed: int) -> None:
     for name, module in model.named_modules():
         if isinstance(module, RMSNorm):
             module.weight.fill_(1.0)
+        elif isinstance(module, Ngrams | TokenTable | ShortConvolution):
+            module.weight.zero_()
+        elif isinstance(module, EmbeddingSkip):
+            module.reset()
         elif isinstance(module, nn.Embedding):
             normal(module.weight, 1.0 if config.init == "fan_in" and not config.tie_word_embeddings else config.initializer_range)
         elif isinstance(module, Router):

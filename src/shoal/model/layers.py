@@ -29,6 +29,18 @@ class RMSNorm(nn.Module):
         return kernels.rms_norm(x, self.weight, self.eps)
 
 
+class TokenTable(nn.Module):
+    """A vector for every token, beside the embedding; starts at zero."""
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(vocab_size, width))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """`ids [...]` -> `[..., width]`."""
+        return nn.functional.embedding(ids, self.weight)
+
+
 class SwiGLU(nn.Module):
     """Gated feed-forward layer down(silu(gate(x)) * up(x)) (2002.05202): the dense layers and the shared experts."""
 

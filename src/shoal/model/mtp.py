@@ -6,6 +6,8 @@ The modules run one after the other and keep the causal chain; embedding and out
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,9 @@ class MTPModule(Block):
     """A decoder layer behind a junction of two streams; layer `num_hidden_layers + k - 1` of official files."""
 
     def __init__(self, config: ModelConfig, layer: int, linear: LinearFactory, dispatcher: Dispatcher) -> None:
-        super().__init__(config, layer, linear, dispatcher)
+        # What main layers look up by token belongs to the token they stand at; here two tokens meet.
+        plain = replace(config, embedding_skip=False, value_embedding=False, convolution=0)
+        super().__init__(plain, layer, linear, dispatcher)
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.eh_proj = linear(2 * config.hidden_size, config.hidden_size, False)

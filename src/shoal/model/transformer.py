@@ -19,6 +19,7 @@ from .documents import Documents
 from .layers import LinearFactory, RMSNorm, plain_linear
 from .moe import Dispatcher, LocalDispatcher, MoE, RoutingStats
 from .mtp import MTPModule
+from .ngrams import Ngrams
 from .rope import rotary_tables
 
 
@@ -29,6 +30,7 @@ class Backbone(nn.Module):
         super().__init__()
         # Not `nn.Embedding(...)`: drawing normal numbers on the device `meta` makes torch import its compiler, which takes two seconds.
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1), freeze=False)
+        self.ngrams = Ngrams(config) if config.ngram_order else None
         layers, depths = config.num_hidden_layers, config.num_nextn_predict_layers
         blocks = [Block(config, i, linear, dispatcher) for i in range(layers)]
         self.layers = nn.ModuleList(blocks + [MTPModule(config, layers + k, linear, dispatcher) for k in range(depths)])
@@ -81,6 +83,7 @@ class Transformer(nn.Module):
         mtp_ids: Sequence[Tensor] = (),
         documents: Documents | None = None,
         chosen: Sequence[Tensor] | None = None,
+        before: Tensor | None = None,
     ) -> Output:
         """`ids [B, T]` -> `Output`.
 
@@ -94,10 +97,12 @@ class Transformer(nn.Module):
             positions = documents.positions
         elif positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
-        context = Context(positions, *rotary_tables(self.config, positions), documents)
+        x = self.model.embed_tokens(ids)
+        if self.model.ngrams is not None:
+            x = x + self.model.ngrams(ids, positions, before)
+        context = Context(positions, *rotary_tables(self.config, positions), documents, ids, x)
         replayed = iter(chosen or ())
         routing: list[RoutingStats] = []
-        x = self.model.embed_tokens(ids)
         for i, block in enumerate(self.blocks):
             x, stats = block(x, context, caches[i] if caches else None, next(replayed, None) if self.config.is_moe_layer(i) else None)
             if stats is not None:

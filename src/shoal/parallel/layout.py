@@ -94,6 +94,8 @@ def problem(config: TrainConfig, world: int, per_node: int) -> str | None:
         return f"parallel.overlap halves micro-batches, but they hold {micro} sequences"
     if pipeline == 1:
         return None
+    if model.additions:
+        return f"a pipeline passes hidden states alone from stage to stage, but {' and '.join(model.additions)}"
     stages = pipeline * STAGES_PER_PROCESS[asked.schedule]
     if stages > model.num_hidden_layers:
         return f"{asked.schedule} on {pipeline} processes cuts {stages} stages, but the model has {model.num_hidden_layers} layers"

@@ -16,15 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleDualPipeV, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
-from torch.distributed.tensor import DTensor
 
 from ..model import Context, Output, RoutingStats, Transformer, rotary_tables
 from .layout import Layout
 from .team import Team
 
-SCHEDULES = {"1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B, "zbv": ScheduleZBVZeroBubble, "dualpipev": ScheduleDualPipeV}
 Finish = Callable[[Output, Tensor], Tensor]
 """Turns the output of the last stage and the token ids of a micro-batch into what is differentiated."""
 Surroundings = Callable[[], AbstractContextManager]
@@ -181,33 +177,6 @@ class Interval:
     end: float
 
 
-class _TracedStage(PipelineStage):
-    """A stage that notes when its passes begin and end."""
-
-    trace: list[Interval]
-    pace: dict[str, float]
-    """Seconds that passes of a kind take at least, where they are to take turns as on devices of their own."""
-
-    def _timed(self, kind: str, microbatch: int, work: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
-        result = work()
-        time.sleep(max(0.0, start + self.pace.get(kind, 0.0) - time.perf_counter()))
-        self.trace.append(Interval(kind, self.stage_index, microbatch, start, time.perf_counter()))
-        return result
-
-    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        return self._timed("F", fwd_chunk_id, lambda: super(_TracedStage, self).forward_one_chunk(fwd_chunk_id, *args, **kwargs))
-
-    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, full_backward: bool = True, **kwargs: Any) -> Any:
-        kwargs["full_backward"] = full_backward
-        return self._timed(
-            "B" if full_backward else "I", bwd_chunk_id, lambda: super(_TracedStage, self).backward_one_chunk(bwd_chunk_id, *args, **kwargs)
-        )
-
-    def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        return self._timed("W", bwd_chunk_id, lambda: super(_TracedStage, self).backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs))
-
-
 class Pipeline:
     """The stages of this process, and the schedule that runs them with those of the others."""
 
@@ -221,6 +190,12 @@ class Pipeline:
         micro_batches: int,
     ) -> None:
         """`rows` is the shape of one micro-batch of token ids; `finish` turns the last stage's output into what is differentiated."""
+        # Only here: they bring torch's compiler with them, 150 MB.
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+        from torch.distributed.tensor import DTensor
+
+        from .traced import SCHEDULES, TracedStage
+
         self.model, self.team = model, team
         layout, config = team.layout, model.config
         self.trace: list[Interval] = []
@@ -240,7 +215,7 @@ class Pipeline:
         runners = []
         for number, stage in self.stages.items():
             output = torch.empty((), device=device).requires_grad_() if stage.is_last else hidden
-            runner = _TracedStage(stage, number, layout.stages, device, ids if stage.is_first else hidden, output, group=group)
+            runner = TracedStage(stage, number, layout.stages, device, ids if stage.is_first else hidden, output, group=group)
             runner.trace, runner.pace = self.trace, self.pace
             runners.append(runner)
         make: Any = SCHEDULES[layout.schedule]

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 
 from ..config import ParallelConfig
 from ..model import MoE, Transformer
@@ -66,7 +64,12 @@ class Shards:
     def collect_gradients(self) -> None:
         """After the last backward pass of a step: sum what is not yet summed, and hand gradients to what optimizers work on."""
         if self.team.is_alone:
+            for piece in self.pieces:
+                if piece.local.grad is not None and piece.local.grad.is_sparse:
+                    piece.local.grad = piece.local.grad.coalesce()
             return
+        from torch.distributed.tensor import DTensor
+
         to_sum: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
         for piece in self.pieces:
             grad = piece.parameter.grad
@@ -87,7 +90,9 @@ class Shards:
             piece.parameter.grad = piece.local.grad = None
 
     def gradients(self) -> list[Tensor]:
-        return [piece.local.grad for piece in self.pieces if piece.local.grad is not None]
+        """Of the sparse ones, the rows that they hold."""
+        grads = [piece.local.grad for piece in self.pieces if piece.local.grad is not None]
+        return [grad.values() if grad.is_sparse else grad for grad in grads]
 
     def gradient_norm(self) -> Tensor:
         """Norm of the whole model's gradient, the same on every process."""
@@ -142,6 +147,8 @@ def divide(model: Transformer, config: ParallelConfig, team: Team) -> Shards:
     """Keep of a whole model what belongs to this process; every process must start from the same weights."""
     if team.is_alone:
         return Shards.whole(model)
+    from torch.distributed.tensor import DTensor  # not for a process by itself: it takes 40 MB
+
     layout = team.layout
     twice = holds_embedding_twice(model, layout)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -194,6 +201,8 @@ def _fully_shard(model: Transformer, team: Team) -> None:
     In a pipeline layers are gathered once a step, for all micro-batches, and what lies outside of layers is not divided (`Pipeline` makes
     stages their roots).
     """
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
     in_pipeline = team.layout.pipeline > 1
     experts: set[nn.Parameter] = set()
     if team.layout.expert > 1:

@@ -10,7 +10,8 @@ Conventions, used everywhere in `shoal plan` and in the trainer's reports:
 - Attention is causal. The mean context of a token in a packed sequence of T tokens is exactly (T + 1) / 2.
 - Training costs 3 times the forward pass (one product for the input's gradient, one for the weight's). Recomputed
   activations are not counted: they are work of the layout, not of the model.
-- The embedding is a lookup and costs no FLOPs; the head does, tied or not.
+- The embedding is a lookup and costs no FLOPs, as are tables of n-grams and values; the head does, tied or not.
+- A convolution over time counts a multiply-add per channel and token that it looks back.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Parameters:
     """Parameter counts by part. `total` and `active` are the main model's, without multi-token prediction.
 
     `active` counts the parameters a token multiplies with: everything except the experts it is not routed to and the
-    embedding table, of which it reads one row. The output head is in. This is what the published 36.7B (DeepSeek-V3),
+    embedding (and other tables), of which it reads one row. The output head is in. This is what the published 36.7B (DeepSeek-V3),
     21B (V2) and 2.4B (V2-Lite) come out as; V3's README says that 0.9B of embedding are in its 36.7B, but its shapes
     give 37.5B with the embedding and 36.6B without.
     """
@@ -58,6 +59,10 @@ class Parameters:
     shared_experts: int
     router: int
     norms: int
+    tables: int
+    """Looked up by token or by n-gram, beside the embedding."""
+    mixing: int
+    """Convolutions over time and weights of embedding skips."""
     mtp: int
     """Parameters of the multi-token prediction modules, without the embedding and the head that they share."""
     active: int
@@ -86,6 +91,7 @@ class Flops:
     routed_experts: float
     shared_experts: float
     router: float
+    convolutions: float
     head: float
     mtp: float
 
@@ -221,7 +227,21 @@ def count_parameters(model: ModelConfig) -> Parameters:
     parts["attention"] += model.num_hidden_layers * biases
     active += norms + model.num_hidden_layers * biases
 
-    return Parameters(**parts, norms=norms, mtp=sum(mtp_parameters(model).values()), active=active)
+    mixing = model.num_hidden_layers * layer_mixing(model)
+    extra = {"norms": norms, "tables": table_parameters(model), "mixing": mixing}
+    return Parameters(**parts, **extra, mtp=sum(mtp_parameters(model).values()), active=active + mixing)
+
+
+def table_parameters(model: ModelConfig) -> int:
+    """Parameters of the tables beside the embedding: n-grams of every length, values of every layer."""
+    ngrams = max(model.ngram_order - 1, 0) * model.ngram_rows * model.hidden_size
+    width = model.kv_lora_rank if model.uses_mla else model.kv_heads * model.value_head_dim
+    return ngrams + model.value_embedding * model.num_hidden_layers * model.vocab_size * width
+
+
+def layer_mixing(model: ModelConfig) -> int:
+    """Parameters of a main layer's convolution and embedding skip."""
+    return model.convolution * model.hidden_size + 2 * model.embedding_skip
 
 
 def mtp_parameters(model: ModelConfig) -> dict[str, int]:
@@ -259,6 +279,7 @@ def forward_flops(model: ModelConfig, context: float, mtp: bool = False) -> Flop
         routed_experts=parts["routed_experts"],
         shared_experts=parts["shared_experts"],
         router=parts["router"],
+        convolutions=2 * model.num_hidden_layers * model.convolution * model.hidden_size,
         head=parts["head"],
         mtp=prediction,
     )
@@ -349,7 +370,8 @@ def checkpoint_bytes(model: ModelConfig, weights: NumberFormat, mtp: bool = True
         matrices = mtp_matrices(model)
         total += sum(m.stored * stored_as(m.part, weights, mtp=True).matrix_bytes(m.out_features, m.in_features) for m in matrices)
     layer_norms, biases = layer_vectors(model)
-    vectors = model.hidden_size + model.num_hidden_layers * (layer_norms + biases) + modules * (layer_norms + 3 * model.hidden_size)
+    vectors = table_parameters(model) + model.num_hidden_layers * layer_mixing(model)
+    vectors += model.hidden_size + model.num_hidden_layers * (layer_norms + biases) + modules * (layer_norms + 3 * model.hidden_size)
     routing_biases = 0
     if model.topk_method == "noaux_tc":
         layers = sum(model.is_moe_layer(layer) for layer in range(model.num_hidden_layers + modules))

@@ -95,7 +95,7 @@ class Sampler:
     def __init__(self, model: Transformer, tokenizer: Tokenizer, machine: Machine, options: EngineOptions) -> None:
         self._live: LiveWeights | None = None
         runner: Runner
-        if machine.device.type == "cpu" and BACKEND.cpu is not None:
+        if machine.device.type == "cpu" and BACKEND.cpu is not None and not model.config.additions:
             self._live = LiveWeights(model, machine.precision)
             runner = NativeRunner(model.config, self._live.parts, machine.threads)
         else:

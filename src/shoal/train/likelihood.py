@@ -20,6 +20,10 @@ Document = tuple[np.ndarray, int]
 """Token ids from begin-of-text to end-of-text, and the length of the text in UTF-8 bytes."""
 
 
+BATCH_TOKENS = 8192
+"""Scored at a time, unless less memory is to be used."""
+
+
 @dataclass
 class Likelihood:
     """Total over scored documents; a document is its tokens and the end-of-text token, given the begin-of-text token."""
@@ -67,7 +71,7 @@ def likelihood(
     *,
     window: int,
     overlap: int | None = None,
-    batch_tokens: int = 8192,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int], None] | None = None,
     team: Team | None = None,
     hidden_of: Callable[[torch.Tensor], torch.Tensor | None] | None = None,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels import newton_schulz
 from ..parallel import SplitMatrices
+from .moments import Moments
 
 UPDATE_RMS = 0.2
 """Root mean square of an update at learning rate 1, about that of AdamW (Moonlight, section 2.2)."""
@@ -26,11 +28,27 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[Tensor], lr: float, momentum: float, steps: int, weight_decay: float, split: SplitMatrices | None = None
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        momentum: float,
+        steps: int,
+        weight_decay: float,
+        split: SplitMatrices | None = None,
+        moments: Moments | None = None,
     ) -> None:
         """`split` knows which of `params` are some rows of a matrix, and where the others are."""
         super().__init__(params, {"lr": lr, "momentum": momentum, "steps": steps, "weight_decay": weight_decay})
         self._split = split
+        self._moments = moments or Moments()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._moments.load(self, state_dict)
+
+    @torch.no_grad()
+    def update(self, p: Tensor, group: dict) -> None:
+        """Step of one parameter, which has a gradient and is whole."""
+        self._update([p], group)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -71,10 +89,14 @@ class Muon(torch.optim.Optimizer):
         """Update the momentum of `p`; `out` becomes what is to be orthogonalised."""
         assert p.grad is not None
         if not self.state[p]:
-            self.state[p]["momentum"] = torch.zeros_like(p)
-        momentum = self.state[p]["momentum"]
+            self.state[p]["momentum"] = self._moments.zeros(p)
+        kept = self.state[p]["momentum"]
+        momentum = kept.to(p.dtype)  # the same tensor where it is kept as it is computed
         momentum.lerp_(p.grad, 1 - group["momentum"])
         torch.lerp(p.grad, momentum, group["momentum"], out=out)  # Nesterov's look ahead
+        if kept is not momentum:
+            kept.copy_(momentum)
+        self._moments.let_go(kept)
 
 
 def _apply(p: Tensor, update: Tensor, shape: tuple[int, ...], group: dict) -> None:

@@ -2,48 +2,80 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
 from ..config import OptimizerConfig
 from ..model import Transformer
+from ..model.convolution import ShortConvolution
+from ..model.layers import TokenTable
+from ..model.ngrams import Ngrams
 from ..parallel import Piece, Shards, SplitMatrices
+from .adamw import SmallAdamW
+from .moments import Moments
 from .muon import Muon
+from .table_adam import TableAdam
+
+MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Optimizers:
-    """Muon for hidden matrices and AdamW for embedding, head, router and norms, driven as one."""
+    """Muon for hidden matrices, AdamW for embedding, head, router and norms, `TableAdam` for n-grams, driven as one."""
 
-    def __init__(self, model: Transformer, config: OptimizerConfig, shards: Shards | None = None) -> None:
-        """For what this process holds of the model: `shards`, or all of it."""
+    def __init__(
+        self,
+        model: Transformer,
+        config: OptimizerConfig,
+        shards: Shards | None = None,
+        offload: Path | None = None,
+        one_by_one: bool = False,
+    ) -> None:
+        """For what this process holds of the model: `shards`, or all of it.
+
+        With `offload`, experts' moments lie in a file in that folder; `one_by_one`: each parameter can be updated by itself.
+        """
         shards = shards or Shards.whole(model)
         pieces = [[shards.of(p) for p in part] for part in _partition(model)]
         self.names = {id(piece.local): piece.name for part in pieces for piece in part}
         # Of a matrix that is cut, processes without rows help to orthogonalise the others'.
         muon = [piece.local for piece in pieces[0] if piece.local.numel() or piece.is_split_matrix]
-        hidden, embed, head, small = ([piece.local for piece in part if piece.local.numel()] for part in pieces)
+        hidden, embed, head, small, tables = ([piece.local for piece in part if piece.local.numel()] for part in pieces)
         groups = [
             {"params": embed, "lr": config.embed_lr, "weight_decay": 0.0},
             {"params": head, "lr": config.head_lr, "weight_decay": 0.0},
             {"params": small, "lr": config.adam_lr, "weight_decay": 0.0},
         ]
-        self.all: list[torch.optim.Optimizer] = []
+        experts = [p for p in hidden if p.ndim == 3] if offload else []
+        moments = Moments(MOMENTS[config.moments], experts, offload)
+        self.all: list[Muon | SmallAdamW | TableAdam | torch.optim.AdamW] = []
         if config.name == "muon":
             split = _split_matrices(pieces[0], shards)
-            self.all.append(Muon(muon, config.muon_lr, config.muon_momentum, config.muon_steps, config.weight_decay, split))
+            self.all.append(Muon(muon, config.muon_lr, config.muon_momentum, config.muon_steps, config.weight_decay, split, moments))
         else:
             groups.append({"params": hidden, "lr": config.adam_lr, "weight_decay": config.weight_decay})
         groups = [group for group in groups if group["params"]]
-        self.all.append(torch.optim.AdamW(groups, betas=config.adam_betas, eps=config.adam_eps, fused=True))
+        if config.moments == "fp32" and not one_by_one and not offload:
+            self.all.append(torch.optim.AdamW(groups, betas=config.adam_betas, eps=config.adam_eps, fused=True))
+        else:
+            self.all.append(SmallAdamW(groups, config.adam_betas, config.adam_eps, moments))
+        if tables:
+            self.all.append(TableAdam(tables, config.embed_lr, config.adam_betas[1], config.adam_eps))
         for optimizer in self.all:
             for group in optimizer.param_groups:
                 group["peak_lr"] = group["lr"]
 
-    def step(self, share: float) -> None:
-        """One update at `share` of every peak learning rate."""
+    def set_rates(self, share: float) -> None:
+        """`share` of every peak learning rate, from now on."""
         for optimizer in self.all:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * share
+
+    def step(self, share: float) -> None:
+        """One update at `share` of every peak learning rate."""
+        self.set_rates(share)
+        for optimizer in self.all:
             optimizer.step()
 
     def zero_grad(self) -> None:
@@ -63,15 +95,18 @@ class Optimizers:
 
 
 def _partition(model: Transformer) -> tuple[list[nn.Parameter], ...]:
-    """Hidden matrices, embedding, head, and the rest (routers, norms, biases)."""
+    """Hidden matrices, embedding, head, the rest (routers, norms, biases, convolutions), and tables of n-grams."""
     # A pipeline stage may have neither.
     embed = list(model.model.embed_tokens.parameters())
+    embed += [module.weight for module in model.modules() if isinstance(module, TokenTable)]
+    tables = [module.weight for module in model.modules() if isinstance(module, Ngrams)]
     head = [] if model.config.tie_word_embeddings else list(model.lm_head.parameters())
-    ends, routers = {id(p) for p in embed + head}, {id(layer.gate.weight) for layer in model.moe_layers}
+    ends, routers = {id(p) for p in embed + head + tables}, {id(layer.gate.weight) for layer in model.moe_layers}
+    routers |= {id(module.weight) for module in model.modules() if isinstance(module, ShortConvolution)}
     rest = [p for p in model.parameters() if id(p) not in ends]
     hidden = [p for p in rest if id(p) not in routers and p.ndim >= 2]
     small = [p for p in rest if id(p) in routers or p.ndim < 2]
-    return hidden, embed, head, small
+    return hidden, embed, head, small, tables
 
 
 def clip_gradients(shards: Shards, limit: float) -> Tensor:

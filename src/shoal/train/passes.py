@@ -63,7 +63,8 @@ class PlainPasses:
         """Losses of one of `parts` equal parts of a step."""
         with self.machine.autocast():
             losses = compute_losses(self.state.model, rows.to(self.machine.device), mtp_weight, self.config.balance.sequence_loss)
-        (losses.total / parts).backward()
+        if not self.state.config.update_early or losses.total.detach().isfinite():  # nothing could be taken back
+            (losses.total / parts).backward()
         return [losses]
 
     def hidden(self, ids: Tensor) -> Tensor | None:

@@ -28,7 +28,7 @@ from ..config.recipes import from_table, to_toml
 RESUME_MAY_CHANGE = {
     "out", "resume", "overwrite", "json", "minutes", "tokens", "steps", "threads", "tensorboard",
     "eval_every_minutes", "eval_tokens", "checkpoint", "micro_batch_size", "prompts",
-    "nproc", "parallel",
+    "nproc", "parallel", "memory_limit", "recompute", "return_memory", "offload",
 }  # fmt: skip
 """Settings that do not change what is learned from which data; everything else must stay as it was."""
 

@@ -11,10 +11,14 @@ from ..config import TrainConfig
 from ..data import Batches, PreparedData
 from ..formats import checkpoints
 from ..formats.huggingface import load_state
+from ..formats.locate import locate_model
 from ..model import Transformer, init_weights
 from ..parallel import Shards, Team, divide, make_dispatcher
 from ..runtime import Machine
+from .fp8 import compute_in_fp8
 from .optimizer import Optimizers
+from .qat import round_weights
+from .recompute import recompute
 from .run_folder import RunFolder
 from .whole import gather_model, gather_optimizers, scatter_optimizers
 
@@ -65,9 +69,20 @@ class TrainState:
             load_state(model, complete[-1])
         else:
             init_weights(model, config.seed)
+            if config.start is not None:
+                load_state(model, locate_model(config.start))
         model = model.to(machine.device)
+        if machine.precision == "fp8":
+            compute_in_fp8(model, config.fp8)
+        if config.qat:
+            round_weights(model)
+        recompute(model, config.recompute)
         shards = divide(model, config.parallel, team)
-        state = cls(config, folder, data, model, Optimizers(model, config.optimizer, shards), batches, team, shards)
+        if model.model.ngrams is not None:
+            model.model.ngrams.sparse_gradient = team.is_alone
+        offload = folder.path if config.offload else None
+        optimizers = Optimizers(model, config.optimizer, shards, offload, one_by_one=config.update_early)
+        state = cls(config, folder, data, model, optimizers, batches, team, shards)
         if complete:
             state._load(complete[-1])
         return state

@@ -16,13 +16,16 @@ import torch
 
 from ..config import ModelConfig, TrainConfig, UserError
 from ..data import Batches, Tokenizer, open_corpus, prepare
-from ..parallel import join, was_restarted
+from ..formats.huggingface import read_config
+from ..formats.locate import locate_model
+from ..parallel import Team, join, was_restarted
 from ..plan.cost import flops_per_token, optimizer_flops
 from ..runtime import Machine, start
 from .balance import routing_row, update_biases
 from .budget import Budget
 from .display import Display
-from .likelihood import held_out, likelihood
+from .early import EarlyUpdates
+from .likelihood import BATCH_TOKENS, Document, Likelihood, held_out, likelihood
 from .metrics import MetricsLog
 from .optimizer import clip_gradients
 from .passes import Passes, make_passes
@@ -54,14 +57,20 @@ class Trained:
 def train(requested: TrainConfig) -> Trained:
     """Train as asked. Figures go to the run folder, progress to stderr; nothing is printed to stdout."""
     requested.validate()
+    started = locate_model(requested.start) if requested.start else None
+    if started is not None:
+        requested = replace(requested, model=replace(read_config(started), init=requested.model.init))
+        requested.validate()
     team = join(requested)
+    refuse_teams(requested, team)
     folder = team.agree(find_run(requested.out) if requested.resume or (was_restarted() and holds_run(requested.out)) else None)
     precision = folder.facts()["precision"] if folder else requested.precision
-    machine = team.same_precision(start(requested.device, precision, requested.threads or team.cores))
+    machine = team.same_precision(start(requested.device, precision, requested.threads or team.cores, requested.return_memory))
     corpus = open_corpus(requested.data, requested.corpus)
-    tokenizer = Tokenizer.load(requested.corpus.tokenizer) if requested.corpus.tokenizer else None
+    known = started or requested.corpus.tokenizer
+    tokenizer = Tokenizer.load(known) if known else None
     data = team.first_then_others(lambda: prepare(corpus, tokenizer, requested.model.vocab_size, requested.corpus))
-    config = replace(requested, model=fit_tokenizer(requested.model, data.tokenizer))
+    config = requested if started is not None else replace(requested, model=fit_tokenizer(requested.model, data.tokenizer))
     lookahead = 1 + config.model.num_nextn_predict_layers
     share = {"rank": team.data_rank, "world": team.layout.data}
     batches = Batches(data.train, config.sequence_length, config.batch_size, config.seed, lookahead=lookahead, **share)
@@ -74,6 +83,13 @@ def train(requested: TrainConfig) -> Trained:
     result = run_loop(TrainState.create(config, folder, data, batches, machine, team), machine)
     team.leave()
     return result
+
+
+def refuse_teams(config: TrainConfig, team: Team) -> None:
+    """Raise `UserError` for what only a single process can do."""
+    asked = [name for name in ("memory_limit", "recompute", "offload", "update_early", "qat") if getattr(config, name)]
+    if asked and not team.is_alone:
+        raise UserError(f"{asked[0]} is for a single process: leave it away, or --nproc")
 
 
 def begin_run(config: TrainConfig, name: str, data_fingerprint: str, machine: Machine) -> RunFolder:
@@ -105,6 +121,7 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
         state.folder.keep_metrics_up_to(at.step)
     model.train()
     passes = make_passes(state, machine)
+    early = EarlyUpdates(state.optimizers) if config.update_early else None
     with (
         MetricsLog(state.folder.path, config.tensorboard, active=team.is_first) as log,
         Display(str(budget), describe_model(config.model, machine, team.layout), quiet=not team.is_first) as display,
@@ -117,11 +134,12 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
             lr_share = learning_rate_share(config.schedule, progress)
             weight = mtp_weight(config.mtp, progress) if config.model.num_nextn_predict_layers else 0.0
 
+            state.optimizers.set_rates(lr_share)
             figures, routing = passes(state.batches.next(), weight)
             figures = team.sum(figures) / team.layout.data
             routing.share(team)
             shards.collect_gradients()
-            grad_norm = clip_gradients(shards, config.optimizer.clip)
+            grad_norm = early.norm() if early else clip_gradients(shards, config.optimizer.clip)
 
             # The one place of a step where the device is waited for.
             on_host = torch.cat([figures, grad_norm[None], routing.figures()]).tolist()
@@ -179,7 +197,7 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
         state.save(evaluate(state, passes, machine, log, display, config.eval_tokens))
         display.message("scoring the held-out text")
         documents = held_out(state.data, 64 * config.eval_tokens)
-        final = likelihood(model, machine, documents, window=config.sequence_length, team=team, hidden_of=passes.hidden)
+        final = score(state, passes, machine, documents)
     state.finish_saving()
     if not team.is_first:
         return Trained(state.folder.path, {"step": at.step}, finished=True, reports=False)
@@ -188,11 +206,18 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
     return Trained(state.folder.path, summary, finished=True)
 
 
+def score(state: TrainState, passes: Passes, machine: Machine, documents: list[Document]) -> Likelihood:
+    """How likely the model holds held-out documents; where memory is limited, as many tokens at a time as a training pass has."""
+    config, window = state.config, state.config.sequence_length
+    at_once = (config.micro_batch_size or config.batch_size) * window if config.memory_limit else BATCH_TOKENS
+    return likelihood(state.model, machine, documents, window=window, batch_tokens=at_once, team=state.team, hidden_of=passes.hidden)
+
+
 def evaluate(state: TrainState, passes: Passes, machine: Machine, log: MetricsLog, display: Display, tokens: int) -> float:
     """Bits per byte of about `tokens` tokens of held-out documents, the same ones every time."""
     at = state.counters
     documents = held_out(state.data, tokens)
-    result = likelihood(state.model, machine, documents, window=state.config.sequence_length, team=state.team, hidden_of=passes.hidden)
+    result = score(state, passes, machine, documents)
     row = {
         "step": at.step, "tokens": at.tokens, "flops": at.flops, "seconds": round(at.seconds, 3),
         "val_bpb": result.bits_per_byte, "val_loss": result.nats_per_token,

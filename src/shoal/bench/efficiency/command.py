@@ -1,0 +1,148 @@
+"""`shoal bench efficiency`: all runs of all sides, the table, the picture, the JSON object."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ...config import BenchEfficiencyCommand, CorpusConfig, TrainConfig
+from ...data import open_corpus
+from ...plan.rules import NAMES, Point, Rules
+from .frontier import Curve, Ratio, best_ratio, bound
+from .picture import draw
+from .runs import Run, Runs, Trainer
+from .search import search
+
+BUDGETS: dict[str, dict[str, tuple[float, ...]]] = {
+    "small": {"baseline": (1e12, 3e12, 1e13), "exportable": (3e11, 1e12, 3e12), "full": (1e11, 3e11, 1e12, 3e12)},
+    "medium": {"baseline": (1e14, 3e14, 1e15), "exportable": (3e13, 1e14, 3e14), "full": (1e13, 3e13, 1e14, 3e14)},
+    "gpu": {"baseline": (1e17, 3e17, 1e18), "exportable": (3e16, 1e17, 3e17), "full": (1e16, 3e16, 1e17, 3e17)},
+}
+"""FLOPs of the runs of every side. The cheaper a side is expected to be, the smaller: what counts is that their losses overlap."""
+QUICK = 0.03
+
+
+def run_bench(command: BenchEfficiencyCommand, trainer: Trainer | None = None) -> dict[str, Any]:
+    """Make the runs that are missing, print the table, draw the picture, return the JSON object. `trainer`: see `Runs`."""
+    command.validate()
+    folder = Path(command.out)
+    runs = Runs(folder, open_corpus(command.data, CorpusConfig()).fingerprint, trainer)
+    sides = [Rules.load(name) for name in NAMES]
+    budgets = {name: [flops * (QUICK if command.quick else 1) for flops in some] for name, some in BUDGETS[command.scale].items()}
+    if command.search:
+        return _search(command, sides, budgets, runs)
+    seeds = range(1 if command.quick else command.seeds)
+    made = []
+    for seed in seeds:
+        for side in sides:
+            for flops in budgets[side.name]:
+                made.append(runs.get(side.name, flops, _settings(command, side.config(flops), seed)))
+                _say(made[-1])
+    return _finish(made, folder)
+
+
+def _settings(command: BenchEfficiencyCommand, config: TrainConfig, seed: int) -> TrainConfig:
+    return replace(config, data=command.data, seed=seed, threads=command.threads, device="cuda" if command.scale == "gpu" else "cpu")
+
+
+def _search(command: BenchEfficiencyCommand, sides: Sequence[Rules], budgets: dict[str, list[float]], runs: Runs) -> dict[str, Any]:
+    """Tune every side at every budget, by the same steps; the points found."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for side in sides:
+        found[side.name] = []
+        for flops in budgets[side.name]:
+
+            def loss(point: Point, side: Rules = side, flops: float = flops) -> float:
+                run = runs.get(side.name, flops, _settings(command, side.config(flops, point), 0))
+                _say(run)
+                return run.bpb if math.isfinite(run.bpb) else math.inf
+
+            start = side.point(flops)
+            point, bpb = search(loss, start)
+            found[side.name].append({"flops": flops, "bpb": bpb, "start_bpb": loss(start), **asdict(point)})
+    for name, rows in found.items():
+        for row in rows:
+            print(f"{name:<12} {row['flops']:.1e}  {row['start_bpb']:.4f} -> {row['bpb']:.4f}  " + _point(row))
+    return {"search": found}
+
+
+def _point(row: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {row[name]:.4g}" for name in ("width", "layers", "batch", "rate"))
+
+
+def _say(run: Run) -> None:
+    print(f"{run.side} {run.budget:.1e} seed {run.seed}: {run.bpb:.4f} bits per byte ({run.shape}, {run.tokens:,} tokens)", file=sys.stderr)
+
+
+def curves(runs: Sequence[Run], side: str, cost: str) -> list[Curve]:
+    """One curve a seed, by increasing seed."""
+    seeds = sorted({run.seed for run in runs})
+    return [[(getattr(run, cost), run.bpb) for run in runs if run.side == side and run.seed == seed] for seed in seeds]
+
+
+def compare(runs: Sequence[Run], side: str, cost: str) -> tuple[Ratio | None, float | None]:
+    """How many times the baseline's cost is that of `side`, and a bound where the two do not overlap."""
+    baseline, other = curves(runs, "baseline", cost), curves(runs, side, cost)
+    return best_ratio(baseline, other), bound(baseline, other)
+
+
+def summarize(runs: Sequence[Run]) -> dict[str, Any]:
+    """The JSON object. A ratio is null where the curves do not overlap; `..._at_least` then holds the bound, if there is one."""
+    result: dict[str, Any] = {}
+    for name, side, cost in (
+        ("flops_ratio", "full", "flops"), ("seconds_ratio", "full", "seconds"),
+        ("exportable_flops_ratio", "exportable", "flops"), ("exportable_seconds_ratio", "exportable", "seconds"),
+    ):  # fmt: skip
+        ratio, least = compare(runs, side, cost)
+        result[name] = None if ratio is None else ratio.value
+        result[f"{name}_interval"] = None if ratio is None or ratio.seeds < 2 else [ratio.low, ratio.high]
+        result[f"{name}_bpb"] = None if ratio is None else ratio.loss
+        result[f"{name}_at_least"] = least
+    return result | {"seeds": len({run.seed for run in runs}), "runs": [asdict(run) for run in runs]}
+
+
+def _finish(runs: list[Run], folder: Path) -> dict[str, Any]:
+    result = summarize(runs)
+    _print(runs, result)
+    picture = folder / "efficiency.png"
+    draw(runs, compare(runs, "full", "flops")[0], picture)
+    print(f"picture: {picture}")
+    return result
+
+
+def _print(runs: list[Run], result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, width=130)
+    table = Table()
+    for column in ("", "FLOPs", "seconds", "bits per byte", "layers x width", "tokens", "batch", "rate", "active", "tables", "skipped"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    for side in NAMES:
+        for budget in sorted({run.budget for run in runs if run.side == side}):
+            same = [run for run in runs if run.side == side and run.budget == budget]
+            first = same[0]
+            mean = sum(run.bpb for run in same) / len(same)
+            spread = f" ± {(max(run.bpb for run in same) - min(run.bpb for run in same)) / 2:.3f}" if len(same) > 1 else ""
+            table.add_row(
+                side, f"{first.flops:.2e}", f"{sum(run.seconds for run in same) / len(same):.1f}", f"{mean:.4f}{spread}", first.shape,
+                f"{first.tokens:,}", str(first.batch), f"{first.rate:.2g}", f"{first.active:,}", f"{first.tables:,}",
+                str(sum(run.skipped for run in same)),
+            )  # fmt: skip
+    console.print(table)
+    for name in ("flops_ratio", "seconds_ratio", "exportable_flops_ratio", "exportable_seconds_ratio"):
+        console.print(f"{name}: {_spoken(result, name)}")
+
+
+def _spoken(result: dict[str, Any], name: str) -> str:
+    value, interval, least = result[name], result[f"{name}_interval"], result[f"{name}_at_least"]
+    if value is None:
+        if least is not None:
+            return f"the curves do not overlap: every run beats every baseline, so more than {least:.2f}; nothing is extrapolated"
+        return "the curves do not overlap, and nothing is extrapolated: change the budgets"
+    between = f", 95% interval {interval[0]:.2f} to {interval[1]:.2f}" if interval else ", one seed and no interval"
+    return f"{value:.2f} at {result[f'{name}_bpb']:.4f} bits per byte{between}"

@@ -1,0 +1,44 @@
+"""Loss against FLOPs and against seconds: every run, and the frontier of every side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...config import UserError
+from .frontier import Ratio, lower_hull
+from .runs import Run
+
+COLOURS = {"baseline": "#7a7f87", "exportable": "#35a7c9", "full": "#e2734f"}
+LABELS = {"baseline": "Llama-style baseline", "exportable": "Shoal, exportable", "full": "Shoal, full"}
+
+
+def draw(runs: list[Run], flops_ratio: Ratio | None, path: Path) -> None:
+    """Write the picture. Raises `UserError` where matplotlib is missing or the file cannot be written."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("the picture needs matplotlib: pip install 'shoal[report]'") from None
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, cost, label in ((left, "flops", "training FLOPs"), (right, "seconds", "seconds of training")):
+        for side in COLOURS:
+            mine = [run for run in runs if run.side == side]
+            if not mine:
+                continue
+            axes.plot([getattr(run, cost) for run in mine], [run.bpb for run in mine], "o", ms=4, alpha=0.5, color=COLOURS[side])
+            for seed in sorted({run.seed for run in mine}):
+                hull = lower_hull([(getattr(run, cost), run.bpb) for run in mine if run.seed == seed])
+                name = LABELS[side] if seed == min(run.seed for run in mine) else None
+                axes.plot([x for x, _ in hull], [y for _, y in hull], color=COLOURS[side], lw=1.5, label=name)
+        axes.set_xscale("log")
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.25, which="both")
+    left.set_ylabel("held-out bits per byte")
+    if flops_ratio is not None:
+        left.axhline(flops_ratio.loss, color="black", lw=0.8, ls="--")
+        left.set_title(f"{flops_ratio.value:.1f} times the FLOPs for {flops_ratio.loss:.3f} bits per byte", fontsize=10)
+    left.legend(frameon=False)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the picture {path} cannot be written: {error}") from None

@@ -1,0 +1,112 @@
+"""Single runs of the comparison: trained, scored, and kept as one line of a file, so that nothing is trained twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+from ...atomic import remove_folder
+from ...config import TrainConfig, UserError
+from ...plan.cost import count_parameters
+from ...train import train
+
+Trainer = Callable[[TrainConfig], "tuple[dict[str, Any], list[dict[str, Any]]]"]
+"""Runs a training; the summary, and the rows of its steps."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Result of one training run with its complete schedule."""
+
+    side: str
+    budget: float
+    """FLOPs that were asked for."""
+    seed: int
+    key: str
+    """Of all settings that decide the result."""
+    flops: float
+    """FLOPs that were spent."""
+    seconds: float
+    """Steps times the time of an undisturbed one (the lower quartile of all steps)."""
+    bpb: float
+    tokens: int
+    steps: int
+    skipped: int
+    """Steps whose loss or gradient was not finite."""
+    width: int
+    layers: int
+    batch: int
+    rate: float
+    """AdamW's learning rate."""
+    parameters: int
+    active: int
+    """Parameters that a token multiplies with."""
+    tables: int
+    """Parameters that are looked up: embedding and the tables beside it."""
+
+    @property
+    def shape(self) -> str:
+        return f"{self.layers} x {self.width}"
+
+
+class Runs:
+    """The runs in `folder/runs.jsonl`."""
+
+    def __init__(self, folder: Path, data: str, trainer: Trainer | None = None) -> None:
+        """`data` is the fingerprint of what is trained on; `trainer` takes the place of `train_in` in tests."""
+        self.folder, self._data, self._trainer = folder, data, trainer or (lambda config: train_in(config, folder / "run"))
+        self.file = folder / "runs.jsonl"
+        self._known: dict[tuple[str, str], Run] = {}
+        if self.file.exists():
+            for line in self.file.read_text(encoding="utf-8").splitlines():
+                try:
+                    run = Run(**json.loads(line))
+                except (ValueError, TypeError):
+                    continue  # half a line of a run that was killed, or another version's
+                self._known[run.side, run.key] = run
+
+    def get(self, side: str, budget: float, config: TrainConfig) -> Run:
+        """The result of `config`, trained now if it is not known yet."""
+        key = key_of(config, self._data)
+        if (side, key) not in self._known:
+            summary, steps = self._trainer(config)
+            run = _run(side, budget, config, key, summary, steps)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(run)) + "\n")
+            self._known[side, key] = run
+        return self._known[side, key]
+
+
+def key_of(config: TrainConfig, data: str) -> str:
+    """Equal for settings that give the same result on the same data, wherever it lies."""
+    settings = [data, asdict(replace(config, data=(), out=None, resume=False, overwrite=False, json=False))]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def train_in(config: TrainConfig, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Train, and remove the run's folder. Raises `UserError` where the run was asked to stop."""
+    remove_folder(folder)
+    trained = train(replace(config, out=str(folder)))
+    if not trained.finished:
+        raise UserError("stopped; what is finished is kept, the same command goes on")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    remove_folder(folder)
+    return trained.summary, [row for row in rows if "loss" in row]
+
+
+def _run(side: str, budget: float, config: TrainConfig, key: str, summary: dict[str, Any], steps: list[dict[str, Any]]) -> Run:
+    times = [config.tokens_per_step / row["tokens_per_second"] for row in steps]
+    undisturbed = quantiles(times, n=4)[0] if len(times) > 1 else times[0]
+    counted = count_parameters(config.model)
+    return Run(
+        side=side, budget=budget, seed=config.seed, key=key, flops=summary["train_flops"], seconds=undisturbed * len(times),
+        bpb=summary["val_bpb"], tokens=summary["tokens"], steps=summary["steps"], skipped=summary["skipped"],
+        width=config.model.hidden_size, layers=config.model.num_hidden_layers, batch=config.batch_size, rate=config.optimizer.adam_lr,
+        parameters=counted.trained, active=counted.active, tables=counted.embedding + counted.tables,
+    )  # fmt: skip

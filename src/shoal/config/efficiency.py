@@ -1,0 +1,41 @@
+"""Options of `shoal bench efficiency`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import UserError
+
+Scale = Literal["small", "medium", "gpu"]
+
+
+@dataclass
+class BenchEfficiencyCommand:
+    """The compute that equal loss costs a Llama-style dense baseline and Shoal's recipes.
+
+    Every run trains on the same tokens with a complete schedule of its own and is scored on the same held-out text. The ratio of FLOPs
+    and of seconds is taken at equal bits per byte, interpolated between the budgets of each side, and never beyond them.
+    """
+
+    data: tuple[str, ...] = ()
+    """Files or folders as for `shoal train`. None: the Python standard library's source on this machine."""
+    scale: Scale = "small"
+    """Budgets: small up to 1e13 FLOPs (an hour on two cores), medium up to 1e15, gpu from 1e17 on."""
+    seeds: int = 3
+    quick: bool = False
+    """Budgets of a tenth, one seed unless --seeds is more than 1: whether all works, in a few minutes."""
+    search: bool = False
+    """Tune width, depth, batch and learning rate of every side by the same steps around its rule, and print what was found."""
+    out: str = "runs/efficiency"
+    """Folder of results and picture. Runs that it holds already are not repeated."""
+    threads: int = 1
+    """CPU threads of a run; so small models gain little from more."""
+    json: bool = False
+    """A benchmark always ends with its JSON object; accepted for the sake of scripts."""
+
+    def validate(self) -> None:
+        """Raise `UserError` on the first option that cannot work."""
+        for name in ("seeds", "threads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}: it must be at least 1")

@@ -1,0 +1,106 @@
+"""`shoal train --memory-limit`: the fastest measures that keep a run within an amount of memory, found before it begins.
+
+The planner says which measures should do; a trial, two steps of the very run in a process of its own, says what they need. What it finds
+corrects the planner, which then tries again.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from .config import TrainConfig, UserError, parse_bytes
+from .config.recipes import load_recipe, to_toml
+from .plan.measures import Measures, candidates, predicted_bytes, predicted_seconds
+
+LIBRARIES = 450 << 20
+"""What interpreter, libraries and data take, until a trial says better."""
+TRIALS = 4
+MARGIN = 0.98
+"""Share of the limit that a trial may take: no two runs are alike."""
+
+
+def fit(config: TrainConfig) -> TrainConfig:
+    """`config` with the measures that its memory limit needs. Raises `UserError` with what would fit where none suffice."""
+    config.validate()
+    assert config.memory_limit is not None
+    if config.nproc > 1 or config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()):
+        raise UserError("--memory-limit is about one process on a CPU: leave it away, or add --device cpu --nproc 1")
+    limit = MARGIN * parse_bytes(config.memory_limit)
+    choices = sorted(candidates(config), key=lambda choice: predicted_seconds(config, choice))
+    bytes_of = {choice: predicted_bytes(config, choice) for choice in choices}
+    leanest = min(choices, key=bytes_of.__getitem__)
+    beside = float(LIBRARIES)
+    good: tuple[Measures, float] | None = None
+    tried: set[Measures] = set()
+    for _ in range(TRIALS):
+        choice = next((choice for choice in choices if bytes_of[choice] + beside <= limit), leanest)
+        if choice in tried:
+            break
+        tried.add(choice)
+        measured = trial(choice.apply(config))
+        beside = measured - bytes_of[choice]
+        if measured <= limit and (good is None or choices.index(choice) < choices.index(good[0])):
+            good = choice, measured
+        elif measured > limit and choice == leanest:
+            break
+    if good is None:
+        raise UserError(_refusal(config, choices, beside))
+    choice, measured = good
+    print(f"memory: {choice.describe()}; {measured / 2**20:.0f} MiB of {config.memory_limit}", file=sys.stderr)
+    return choice.apply(config)
+
+
+def trial(config: TrainConfig) -> float:
+    """Peak bytes of the process that takes two steps of `config`, evaluates, saves and reports."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = (config.micro_batch_size or config.batch_size) * config.sequence_length
+        settings = replace(
+            config, minutes=None, tokens=None, steps=2, out=str(Path(folder) / "run"), resume=False, overwrite=False, eval_tokens=tokens,
+            checkpoint=replace(config.checkpoint, every_steps=1, every_minutes=0),
+        )  # fmt: skip
+        path = Path(folder) / "settings.toml"
+        path.write_text(to_toml(settings), encoding="utf-8")
+        done = subprocess.run([sys.executable, "-m", "shoal.memory_limit", str(path)], capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise UserError(f"a trial of the run failed: {reason}")
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _refusal(config: TrainConfig, choices: list[Measures], beside: float) -> str:
+    """What would fit instead."""
+    assert config.memory_limit is not None
+
+    def least(settings: TrainConfig) -> float:
+        return min(predicted_bytes(settings, choice) for choice in candidates(settings)) + beside
+
+    needed = min(predicted_bytes(config, choice) for choice in choices) + beside
+    ways = [f"--memory-limit {needed / MARGIN / 2**20:.0f}M would do"]
+    limit = MARGIN * parse_bytes(config.memory_limit)
+    shorter = config.sequence_length // 2
+    while shorter >= 32 and least(replace(config, sequence_length=shorter)) > limit:
+        shorter //= 2
+    if shorter >= 32:
+        ways.append(f"or --sequence-length {shorter}")
+    if not config.offload and config.model.n_routed_experts and least(replace(config, offload=True)) <= limit:
+        ways.append("or --offload")
+    if config.optimizer.clip and least(replace(config, optimizer=replace(config.optimizer, clip=0.0))) <= limit:
+        ways.append("or --optimizer.clip 0")
+    return f"{config.memory_limit} are too little for this run, whatever is given up for it: {', '.join(ways)}"
+
+
+if __name__ == "__main__":
+    from .runtime import peak_memory
+    from .showcase import present
+    from .train import train
+
+    recipe = load_recipe(sys.argv[1])
+    present(train(recipe), replace(recipe, json=True))
+    print(peak_memory(torch.device("cpu")))

@@ -1,0 +1,20 @@
+"""Training compute of a run, and how many steps a budget of FLOPs buys."""
+
+from __future__ import annotations
+
+from ..config import TrainConfig, UserError
+from .cost import flops_per_token, optimizer_flops
+
+
+def step_flops(config: TrainConfig) -> float:
+    """FLOPs of one optimizer step: 3 times the forward pass of all its tokens, with multi-token prediction, and Newton-Schulz."""
+    passes = flops_per_token(config.model, config.sequence_length, training=True).total * config.tokens_per_step
+    return passes + (optimizer_flops(config.model, config.optimizer.muon_steps) if config.optimizer.name == "muon" else 0)
+
+
+def steps_for(config: TrainConfig, flops: float) -> int:
+    """The number of steps whose FLOPs are nearest to `flops`. Raises `UserError` where not even one fits."""
+    steps = round(flops / step_flops(config))
+    if steps < 1:
+        raise UserError(f"{flops:.3g} FLOPs are less than one step of {step_flops(config):.3g}: give more, or a smaller model or batch")
+    return steps

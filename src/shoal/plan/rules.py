@@ -1,0 +1,101 @@
+"""From a budget of FLOPs to the settings of a run.
+
+`recipes/rules/NAME.toml` holds `[settings]` of `shoal train` and a `[rule]` for width, layers, batch and rate:
+`at_1e12` times (FLOPs / 1e12) to the `power`. Width is rounded to heads, the others to whole numbers; `rate` multiplies the learning
+rates that `[settings.optimizer]` names. The evidence behind the numbers is in docs/experiments.md; all rules were tuned by the same
+steps (`bench/efficiency/search.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from importlib import resources
+from typing import Any
+
+from ..config import TrainConfig, UserError
+from ..config.recipes import from_table, read_toml
+from .budget import steps_for
+
+NAMES = ("baseline", "exportable", "full")
+VALUES = ("width", "layers", "batch", "rate")
+HEAD = 16
+"""Width of a head, and what widths are multiples of."""
+RATES = ("adam_lr", "embed_lr", "head_lr", "muon_lr")
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is tuned: one value for every rule."""
+
+    width: float
+    layers: float
+    batch: float
+    rate: float
+
+    def times(self, **factors: float) -> Point:
+        """The point with some values multiplied."""
+        return replace(self, **{name: getattr(self, name) * factor for name, factor in factors.items()})
+
+
+@dataclass(frozen=True)
+class Rules:
+    """One set of rules, for every budget."""
+
+    name: str
+    settings: dict[str, Any]
+    rules: dict[str, dict[str, float]]
+
+    @classmethod
+    def load(cls, name: str) -> Rules:
+        """One of `NAMES`. Raises `UserError` for another."""
+        if name not in NAMES:
+            raise UserError(f"there are no rules {name!r}: use one of {', '.join(NAMES)}")
+        common, own = _table("common"), _table(name)
+        return cls(name, _merged(common, own["settings"]), own["rule"])
+
+    def point(self, flops: float) -> Point:
+        """Where the rules put a budget."""
+        return Point(**{name: self.rules[name]["at_1e12"] * (flops / 1e12) ** self.rules[name]["power"] for name in VALUES})
+
+    def config(self, flops: float, point: Point | None = None) -> TrainConfig:
+        """Settings of a run of `flops`, at a point of the search or else where the rules say; steps are what the budget buys.
+
+        Raises `UserError` where the budget is less than a step.
+        """
+        if not 0 < flops < 1e30:
+            raise UserError(f"a budget of {flops:g} FLOPs: it must be more than 0")
+        point = point or self.point(flops)
+        heads = max(1, round(point.width / HEAD))
+        width = heads * HEAD
+        table = _merged(
+            self.settings,
+            {
+                "batch_size": max(1, round(point.batch)),
+                "steps": 1,
+                "model": {
+                    "hidden_size": width,
+                    "num_hidden_layers": max(1, round(point.layers)),
+                    "num_attention_heads": heads,
+                    "intermediate_size": round(width / 3) * 8,
+                },
+            },
+        )
+        optimizer = table["optimizer"]
+        optimizer.update({name: optimizer[name] * point.rate for name in RATES if name in optimizer})
+        config = from_table(TrainConfig, table, f"the rules of {self.name}")
+        config = replace(config, steps=steps_for(config, flops))
+        config.validate()
+        return config
+
+
+def _table(name: str) -> dict[str, Any]:
+    return read_toml((resources.files("shoal") / "recipes" / "rules" / f"{name}.toml").read_text(encoding="utf-8"), name)
+
+
+def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Nested tables, the second's values over the first's."""
+    result = copy.deepcopy(first)
+    for key, value in second.items():
+        result[key] = _merged(result.get(key, {}), value) if isinstance(value, dict) else value
+    return result

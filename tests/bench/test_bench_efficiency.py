@@ -1,0 +1,153 @@
+"""The comparison of training efficiency: sides, kept runs, search, ratios; and a real one in miniature."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.bench.efficiency.command import BUDGETS, run_bench
+from shoal.bench.efficiency.runs import Runs
+from shoal.bench.efficiency.search import FACTORS, search
+from shoal.cli import main
+from shoal.config import BenchEfficiencyCommand, TrainConfig
+from shoal.config.huggingface import export_obstacles
+from shoal.plan.budget import step_flops
+from shoal.plan.rules import NAMES, Point, Rules
+
+pytest.importorskip("matplotlib")
+
+
+def side_of(config: TrainConfig) -> str:
+    if export_obstacles(config.model):
+        return "full"
+    return "baseline" if config.model.model_type == "llama" else "exportable"
+
+
+class FakeTrainer:
+    """Loss falls by 0.3 a decade of FLOPs; the recipes reach the baseline's with a tenth and a fifth of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.advantage = {"baseline": 1.0, "exportable": 5.0, "full": 10.0}
+
+    def __call__(self, config: TrainConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        self.count += 1
+        assert config.steps is not None
+        flops = step_flops(config) * config.steps
+        bpb = 4 - 0.3 * math.log10(flops / 1e11 * self.advantage[side_of(config)]) + 1e-4 * config.seed
+        rows = [{"loss": 1.0, "tokens_per_second": 1e12 * config.tokens_per_step / step_flops(config)}] * config.steps
+        return {
+            "val_bpb": bpb,
+            "train_flops": flops,
+            "tokens": config.tokens_per_step * config.steps,
+            "steps": config.steps,
+            "skipped": 0,
+        }, rows
+
+
+@pytest.fixture
+def command(workshop: Path, tmp_path: Path) -> BenchEfficiencyCommand:
+    return BenchEfficiencyCommand(data=(str(workshop / "text.txt"),), out=str(tmp_path / "efficiency"))
+
+
+def test_ratios_are_those_of_the_laws_behind_the_runs(command: BenchEfficiencyCommand, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run_bench(command, FakeTrainer())
+    assert result["flops_ratio"] == pytest.approx(10, rel=0.02)
+    assert result["exportable_flops_ratio"] == pytest.approx(5, rel=0.02)
+    assert result["seconds_ratio"] == pytest.approx(10, rel=0.02)
+    low, high = result["flops_ratio_interval"]
+    assert low <= result["flops_ratio"] <= high
+    assert result["flops_ratio_at_least"] is None
+    assert (Path(command.out) / "efficiency.png").stat().st_size > 10_000
+    shown = capsys.readouterr().out
+    assert "95% interval" in shown
+    for side in NAMES:
+        assert side in shown
+
+
+def test_curves_that_do_not_overlap_are_said_so(command: BenchEfficiencyCommand, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = FakeTrainer()
+    trainer.advantage = {"baseline": 1.0, "exportable": 1e-9, "full": 1e9}
+    result = run_bench(command, trainer)
+    assert result["flops_ratio"] is None
+    assert result["flops_ratio_at_least"] == pytest.approx(100, rel=0.05)  # the dearest baseline over the cheapest of the others
+    assert result["exportable_flops_ratio"] is None
+    assert result["exportable_flops_ratio_at_least"] is None
+    assert capsys.readouterr().out.count("do not overlap") == 4
+
+
+def test_runs_that_are_known_are_not_repeated(command: BenchEfficiencyCommand) -> None:
+    first = FakeTrainer()
+    result = run_bench(command, first)
+    assert first.count == 3 * sum(len(budgets) for budgets in BUDGETS["small"].values())
+    file = Path(command.out) / "runs.jsonl"
+    file.write_text(file.read_text() + '{"side": "ba')
+    again = FakeTrainer()
+    assert run_bench(command, again) == result
+    assert again.count == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scale", BUDGETS)
+def test_every_budget_is_spent_and_every_side_is_what_it_says(name: str, scale: str) -> None:
+    assert len(BUDGETS[scale][name]) >= 3
+    for flops in BUDGETS[scale][name]:
+        config = Rules.load(name).config(flops)
+        assert config.steps is not None
+        assert config.steps * step_flops(config) == pytest.approx(flops, rel=0.02)
+        assert side_of(config) == name
+        assert bool(export_obstacles(config.model)) == (name == "full")
+        assert config.optimizer.name == ("adamw" if name == "baseline" else "muon")
+        assert config.schedule.name == ("cosine" if name == "baseline" else config.schedule.name)
+
+
+def test_all_sides_share_tokens_tokenizer_and_length() -> None:
+    shared = {(c.sequence_length, c.model.vocab_size, c.eval_tokens, c.precision) for c in (Rules.load(s).config(1e12) for s in NAMES)}
+    assert len(shared) == 1
+
+
+def test_the_search_finds_the_best_point_of_a_bowl_and_no_side_gets_other_steps() -> None:
+    asked: list[Point] = []
+
+    def loss(point: Point) -> float:
+        asked.append(point)
+        wanted = Point(width=72, layers=2, batch=1, rate=4)
+        return sum(math.log(getattr(point, n) / getattr(wanted, n)) ** 2 for n in FACTORS)
+
+    best, found = search(loss, Point(width=32, layers=2, batch=4, rate=1))
+    assert best == Point(width=72, layers=2, batch=1, rate=4)
+    assert found == pytest.approx(0)
+    assert len(set(asked)) < 30
+
+
+def test_a_run_that_diverged_does_not_win_the_search(command: BenchEfficiencyCommand) -> None:
+    class Diverging(FakeTrainer):
+        def __call__(self, config: TrainConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+            summary, rows = super().__call__(config)
+            if config.optimizer.adam_lr > 0.02:
+                summary["val_bpb"] = math.nan
+            return summary, rows
+
+    command.search = command.quick = True
+    result = run_bench(command, Diverging())
+    for row in result["search"]["baseline"]:
+        assert math.isfinite(row["bpb"])
+        assert row["bpb"] <= row["start_bpb"]
+
+
+def test_the_store_holds_one_line_a_run_and_tells_data_apart(tmp_path: Path) -> None:
+    config = Rules.load("baseline").config(1e11)
+    trainer = FakeTrainer()
+    for data in ("one", "two", "one"):
+        Runs(tmp_path, data, trainer).get("baseline", 1e11, config)
+    assert trainer.count == 2
+    assert len([json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]) == 2
+
+
+def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "efficiency", "--seeds", "0"]) == 2
+    assert capsys.readouterr().err == "shoal: error: --seeds is 0: it must be at least 1\n"

@@ -1,0 +1,64 @@
+"""Ratios at equal loss: exact on power laws, never outside of what was run."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.bench.efficiency.frontier import best_ratio, bound, cost_at, lower_hull, overlap, ratio_at
+
+COSTS = (1.0, 4.0, 10.0)
+
+
+def line(shift: float, slope: float = 0.3, costs: tuple[float, ...] = COSTS) -> list[tuple[float, float]]:
+    """Loss falls by `slope` a decade; everything costs `shift` times as much as at shift 1."""
+    return [(cost * shift, 3.0 - slope * math.log10(cost)) for cost in costs]
+
+
+@given(st.floats(0.01, 100), st.floats(0.05, 2))
+def test_a_curve_that_is_cheaper_everywhere_is_so_at_every_loss(shift: float, slope: float) -> None:
+    ratio = best_ratio([line(shift, slope)] * 3, [line(1, slope)] * 3)
+    assert ratio is not None
+    assert ratio.value == pytest.approx(shift)
+    assert ratio.low == pytest.approx(shift)
+    assert ratio.loss == pytest.approx(3.0 - slope)
+
+
+@given(st.floats(1.0, 10.0))
+def test_interpolation_is_exact_where_the_loss_is_linear_in_the_logarithm(cost: float) -> None:
+    assert cost_at(line(1), 3.0 - 0.3 * math.log10(cost)) == pytest.approx(cost)
+
+
+def test_nothing_is_said_beyond_the_runs() -> None:
+    assert cost_at(line(1), 3.01) is None
+    assert cost_at(line(1), 2.69) is None
+    better = [(cost, loss - 0.5) for cost, loss in line(1)]
+    assert overlap([line(1), better]) is None
+    assert best_ratio([line(1)], [better]) is None
+    assert ratio_at([line(1)], [better], 2.6) is None
+    assert bound([line(1)], [better]) == pytest.approx(10.0)
+    assert bound([better], [line(1)]) is None
+    assert bound([line(3)], [line(1)]) is None
+
+
+def test_a_run_that_a_cheaper_one_beats_is_no_part_of_the_frontier() -> None:
+    assert lower_hull([(4, 2.0), (1, 3.0), (8, 2.5), (16, 1.0)]) == [(1, 3.0), (4, 2.0), (16, 1.0)]
+
+
+def test_the_interval_is_that_of_student_over_the_logarithms() -> None:
+    factors = (2.0, 4.0, 8.0)
+    ratio = ratio_at([line(f) for f in factors], [line(1)] * 3, 2.8)
+    assert ratio is not None
+    error = math.log(2) / math.sqrt(3)
+    assert ratio.value == pytest.approx(4.0)
+    assert ratio.low == pytest.approx(math.exp(math.log(4) - 4.303 * error))
+    assert ratio.high == pytest.approx(math.exp(math.log(4) + 4.303 * error))
+
+
+def test_one_seed_has_no_interval() -> None:
+    ratio = best_ratio([line(5)], [line(1)])
+    assert ratio is not None
+    assert (ratio.low, ratio.high, ratio.seeds) == (0.0, math.inf, 1)

@@ -51,7 +51,7 @@ def names_in(folder: Path) -> set[str]:
         (["train", "--steps", "3", "--minutes", "4"], "exactly one"),
         (["train", "--steps", "ten"], "ten"),
         (["train", "--steps", "0"], "--steps"),
-        (["train", "--precision", "fp8"], "fp8"),
+        (["train", "--precision", "fp4"], "fp4"),
         (["train", "--batch-size", "-4", "--steps", "3"], "batch_size"),
         (["train", "--threads", "-1"], "threads"),
         (["train", "--seed", "-1"], "seed"),

@@ -91,7 +91,7 @@ def test_every_recipe_that_comes_with_shoal_works(name: str) -> None:
         ("json = 1", "json cannot be 1"),
         ("data = 'text.txt'", "data cannot be 'text.txt'"),
         ("data = [1, 2]", "data cannot be 1"),
-        ("precision = 'fp8'", "precision cannot be 'fp8'"),
+        ("precision = 'fp4'", "precision cannot be 'fp4'"),
         ("[optimizer]\nadam_betas = [0.9]", r"adam_betas cannot be \[0.9\]"),
         ("[optimizer]\nadam_betas = [0.9, 'b']", "adam_betas cannot be 'b'"),
         ("[model]\nrope_scaling = 4", "rope_scaling cannot be 4"),

@@ -190,7 +190,7 @@ class Pipeline:
         micro_batches: int,
     ) -> None:
         """`rows` is the shape of one micro-batch of token ids; `finish` turns the last stage's output into what is differentiated."""
-        # Only here: they bring torch's compiler with them, 110 MB.
+        # Only here: they bring torch's compiler with them, 150 MB.
         from torch.distributed.fsdp import FSDPModule, fully_shard
         from torch.distributed.tensor import DTensor
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from .adamw import SmallAdamW
 from .muon import Muon
 from .optimizer import Optimizers
+from .table_adam import TableAdam
 
 
 class EarlyUpdates:
@@ -26,11 +27,11 @@ class EarlyUpdates:
                     p.register_post_accumulate_grad_hook(self._updater(optimizer, group))
 
     def _updater(self, optimizer: torch.optim.Optimizer, group: dict) -> Callable[[Tensor], None]:
-        assert isinstance(optimizer, Muon | SmallAdamW)
+        assert isinstance(optimizer, Muon | SmallAdamW | TableAdam)
 
         def update(p: Tensor) -> None:
             assert p.grad is not None
-            square = torch.linalg.vector_norm(p.grad).square()
+            square = torch.linalg.vector_norm(p.grad.coalesce().values() if p.grad.is_sparse else p.grad).square()
             self._squares.append(square)
             if square.isfinite():  # a gradient that is not leaves its parameter as it was
                 optimizer.update(p, group)

@@ -23,9 +23,13 @@ class TableAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, p.grad, group)
+                    self.update(p, group)
 
-    def _update(self, p: Tensor, grad: Tensor, group: dict) -> None:
+    @torch.no_grad()
+    def update(self, p: Tensor, group: dict) -> None:
+        """One step of one table, which has a gradient."""
+        grad = p.grad
+        assert grad is not None
         state, beta = self.state[p], group["beta"]
         if not state:
             state["step"] = torch.zeros(())

@@ -69,6 +69,14 @@ def test_ratios_are_those_of_the_laws_behind_the_runs(command: BenchEfficiencyCo
         assert side in shown
 
 
+@pytest.mark.parametrize(("quick", "asked", "got"), [(False, None, 3), (True, None, 1), (True, 2, 2)])
+def test_as_many_seeds_as_asked_for(command: BenchEfficiencyCommand, quick: bool, asked: int | None, got: int) -> None:
+    command.quick, command.seeds = quick, asked
+    result = run_bench(command, FakeTrainer())
+    assert result["seeds"] == got
+    assert (result["flops_ratio_interval"] is None) == (got == 1)
+
+
 def test_curves_that_do_not_overlap_are_said_so(command: BenchEfficiencyCommand, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = FakeTrainer()
     trainer.advantage = {"baseline": 1.0, "exportable": 1e-9, "full": 1e9}

@@ -22,9 +22,10 @@ class BenchEfficiencyCommand:
     """Files or folders as for `shoal train`. None: the Python standard library's source on this machine."""
     scale: Scale = "small"
     """Budgets: small up to 1e13 FLOPs (an hour on two cores), medium up to 1e15, gpu from 1e17 on."""
-    seeds: int = 3
+    seeds: int | None = None
+    """Runs of every budget; the interval is over seeds. None: 3, with --quick 1."""
     quick: bool = False
-    """Budgets of a tenth, one seed unless --seeds is more than 1: whether all works, in a few minutes."""
+    """Budgets of 3%: whether all works, in a few minutes."""
     search: bool = False
     """Tune width, depth, batch and learning rate of every side by the same steps around its rule, and print what was found."""
     out: str = "runs/efficiency"
@@ -37,5 +38,6 @@ class BenchEfficiencyCommand:
     def validate(self) -> None:
         """Raise `UserError` on the first option that cannot work."""
         for name in ("seeds", "threads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}: it must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} is {value}: it must be at least 1")

@@ -35,9 +35,8 @@ def run_bench(command: BenchEfficiencyCommand, trainer: Trainer | None = None) -
     budgets = {name: [flops * (QUICK if command.quick else 1) for flops in some] for name, some in BUDGETS[command.scale].items()}
     if command.search:
         return _search(command, sides, budgets, runs)
-    seeds = range(1 if command.quick else command.seeds)
     made = []
-    for seed in seeds:
+    for seed in range(command.seeds or (1 if command.quick else 3)):
         for side in sides:
             for flops in budgets[side.name]:
                 made.append(runs.get(side.name, flops, _settings(command, side.config(flops), seed)))

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from .commands import MachineOptions, Model
-from .errors import UserError
+from .errors import UserError, require_at_least_one
 
 Case = Literal["prefill", "decode", "batch", "long", "mtp"]
 CASES: tuple[Case, ...] = ("prefill", "decode", "batch", "long", "mtp")
@@ -60,9 +60,7 @@ class BenchEngineCommand:
 
     def validate(self) -> None:
         """Raise `UserError` on the first option that cannot work."""
-        for name, count in (("rounds", self.rounds), ("steps", self.steps)):
-            if count is not None and count < 1:
-                raise UserError(f"--{name} is {count}: it must be at least 1")
+        require_at_least_one(self, "rounds", "steps")
         if self.threads < 0:
             raise UserError(f"--threads is {self.threads}: it must be 0 (one per core) or more")
         if not self.cases:
@@ -102,9 +100,7 @@ class BenchDispatchCommand:
 
     def validate(self) -> None:
         """Raise `UserError` on the first option that cannot work."""
-        for name in ("nodes", "per_node", "hidden", "expert_width", "layers", "sequence", "steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+        require_at_least_one(self, "nodes", "per_node", "hidden", "expert_width", "layers", "sequence", "steps")
         world = self.nodes * self.per_node
         if self.nodes < 2 or 256 % world:
             raise UserError(f"{self.nodes} nodes of {self.per_node}: 256 experts need at least 2 nodes, and processes that divide them")
@@ -142,9 +138,7 @@ class BenchFP8Command:
         """Raise `UserError` on the first option that cannot work."""
         if self.seeds < 0:
             raise UserError(f"--seeds is {self.seeds}: it must be 0 or more")
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+        require_at_least_one(self, "steps", "batch_size")
         if self.seeds and not self.data:
             raise UserError("there is nothing to train on: give --data PATH...")
 
@@ -169,9 +163,7 @@ class BenchMemoryCommand:
 
     def validate(self) -> None:
         """Raise `UserError` on the first option that cannot work."""
-        for name in ("batch_size", "sequence_length", "steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+        require_at_least_one(self, "batch_size", "sequence_length", "steps")
 
 
 @dataclass
@@ -231,9 +223,7 @@ class BenchServeCommand:
 
     def validate(self) -> None:
         """Raise `UserError` on the first option that cannot work."""
-        for name in ("clients", "rounds", "prompt_tokens", "tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+        require_at_least_one(self, "clients", "rounds", "prompt_tokens", "tokens")
         if not self.seconds > 0:
             raise UserError(f"--seconds is {self.seconds}: it must be more than 0")
         if not 0 <= self.hang_up < 1:
@@ -267,6 +257,4 @@ class BenchRolloutsCommand:
 
     def validate(self) -> None:
         """Raise `UserError` on the first option that cannot work."""
-        for name in ("prompts", "group", "prompt_tokens", "tokens", "max_running", "rounds"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+        require_at_least_one(self, "prompts", "group", "prompt_tokens", "tokens", "max_running", "rounds")

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from .engine import RunOptions, SamplingOptions
-from .errors import UserError
+from .errors import UserError, require_at_least_one
 
 Model = Annotated[
     str,
@@ -94,11 +94,7 @@ class EvalCommand:
         """Raise `UserError` on the first option that cannot work."""
         if bool(self.data) == bool(self.tasks):
             raise UserError("give --data PATH... to score text, or --tasks NAME... to have problems solved")
-        for name in ("problems", "samples", "max_running"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise UserError(f"--max-tokens is {self.max_tokens}: it must be at least 1")
+        require_at_least_one(self, "problems", "samples", "max_running", "max_tokens")
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"--temperature is {self.temperature}: it must be 0 or more")
         if not 0 <= self.seed < 2**32:
@@ -151,8 +147,7 @@ class QuantizeCommand:
     """End with one JSON object: bytes, bits_per_weight, bpb_before, bpb_after, bpb_increase, weight_error, matrices, ..."""
 
     def validate(self) -> None:
-        if self.calibrate_tokens < 1:
-            raise UserError(f"--calibrate-tokens is {self.calibrate_tokens}: it must be at least 1")
+        require_at_least_one(self, "calibrate_tokens")
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .errors import UserError
+from .errors import require_at_least_one
 
 Scale = Literal["small", "medium", "gpu"]
 
@@ -37,7 +37,4 @@ class BenchEfficiencyCommand:
 
     def validate(self) -> None:
         """Raise `UserError` on the first option that cannot work."""
-        for name in ("seeds", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name} is {value}: it must be at least 1")
+        require_at_least_one(self, "seeds", "threads")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from .errors import UserError
+from .errors import UserError, require_at_least_one
 
 MOST_LOGPROBS = 100
 """Alternatives that a request may ask for at every token."""
@@ -121,7 +121,6 @@ class EngineOptions(RunOptions):
         super().validate()
         if self.cache_tokens < 0:
             raise UserError(f"--cache-tokens is {self.cache_tokens}: it must be 0 (choose) or more")
-        if self.max_running < 1:
-            raise UserError(f"--max-running is {self.max_running}: it must be at least 1")
+        require_at_least_one(self, "max_running")
         if self.step_tokens <= self.max_running:
             raise UserError(f"--step-tokens is {self.step_tokens}: it must be more than --max-running, {self.max_running}")

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from .commands import MachineOptions, Model
-from .errors import UserError
+from .errors import UserError, require_at_least_one
 
 
 @dataclass
@@ -53,8 +53,7 @@ class TuneOptions:
         for name in ("warmup", "final"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name} is {getattr(self, name)}: it must lie between 0 and 1")
-        if self.micro_tokens < 1:
-            raise UserError(f"--micro-tokens is {self.micro_tokens}: it must be at least 1")
+        require_at_least_one(self, "micro_tokens")
         if self.lora_rank < 0:
             raise UserError(f"--lora-rank is {self.lora_rank}: it must be 0 (off) or more")
         if not 0 <= self.seed < 2**64:
@@ -101,10 +100,7 @@ class SFTCommand:
         for name in ("mtp_weight", "balance_speed", "balance_loss", "preview"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be 0 or more")
-        for name in ("batch_tokens", "steps", "max_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+        require_at_least_one(self, "batch_tokens", "steps", "max_length")
         if not 0 < self.epochs < math.inf:
             raise UserError(f"--epochs is {self.epochs}: it must be more than 0")
         for name in ("val_fraction", "esft_share"):
@@ -179,9 +175,7 @@ class GRPOCommand:
         """Raise `UserError` on the first option that cannot work."""
         self.tune.validate()
         self.policy.validate()
-        for name in ("steps", "prompts", "updates", "max_tokens", "max_running", "eval_problems"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+        require_at_least_one(self, "steps", "prompts", "updates", "max_tokens", "max_running", "eval_problems")
         if self.group < 2:
             raise UserError(f"--group is {self.group}: a reply is judged against others, so it must be at least 2")
         if self.prompts % self.updates:
@@ -222,10 +216,7 @@ class DPOCommand:
             raise UserError(f"--beta is {self.beta}: it must be more than 0")
         if not 0 < self.epochs < math.inf:
             raise UserError(f"--epochs is {self.epochs}: it must be more than 0")
-        for name in ("pairs", "steps", "max_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+        require_at_least_one(self, "pairs", "steps", "max_length")
 
 
 @dataclass
@@ -253,9 +244,7 @@ class ReasoningCommand:
 
     def validate(self) -> None:
         """Raise `UserError` on the first option that cannot work."""
-        for name in ("pretrain_tokens", "demonstrations", "steps", "prompts", "max_tokens", "eval_problems"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+        require_at_least_one(self, "pretrain_tokens", "demonstrations", "steps", "prompts", "max_tokens", "eval_problems")
         if not 0 < self.openness < 1:
             raise UserError(f"--openness is {self.openness}: it must lie between 0 and 1")
         if not 0 <= self.seed < 2**32:

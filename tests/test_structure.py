@@ -36,7 +36,7 @@ HEAVY |= SERVER
 TRITON = "shoal.kernels.fp8_triton"
 """Kernels are functions that Triton decorates: this module cannot be loaded without it, and is loaded by no other."""
 
-FLOOR = {"config", "runtime", "atomic", "memory"}
+FLOOR = {"config", "runtime", "atomic", "memory", "apart"}
 MATHS = FLOOR | {"kernels", "numerics", "model"}
 PARTS = {"formats", "data", "parallel", "plan"}
 WORK = {"train", "engine"}
@@ -46,6 +46,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "memory": set(),
     "config": set(),
     "runtime": {"config"},
+    "apart": {"config"},
     "kernels": FLOOR,
     "numerics": FLOOR | {"kernels"},
     "model": {"config", "kernels"},

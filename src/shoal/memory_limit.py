@@ -6,8 +6,6 @@ corrects the planner, which then tries again.
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import tempfile
 from dataclasses import replace
@@ -15,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from .apart import run_apart
 from .config import TrainConfig, UserError, parse_bytes
 from .config.recipes import load_recipe, to_toml
 from .plan.measures import Measures, candidates, predicted_bytes, predicted_seconds
@@ -67,11 +66,7 @@ def trial(config: TrainConfig) -> float:
         )  # fmt: skip
         path = Path(folder) / "settings.toml"
         path.write_text(to_toml(settings), encoding="utf-8")
-        done = subprocess.run([sys.executable, "-m", "shoal.memory_limit", str(path)], capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise UserError(f"a trial of the run failed: {reason}")
-    return float(json.loads(done.stdout.splitlines()[-1]))
+        return float(run_apart("shoal.memory_limit", str(path), failed="a trial of the run failed"))
 
 
 def _refusal(config: TrainConfig, choices: list[Measures], beside: float) -> str:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig, TrainConfig, UserError
+from ..apart import run_apart
+from ..config import ModelConfig, TrainConfig
 from ..config.recipes import load_recipe, to_toml
 from ..data import open_corpus, prepare
 from ..engine.weights import quantized_scheme
@@ -173,8 +172,4 @@ class NoTokenizer:
 
 def in_a_process(*args: str) -> Prediction:
     """One of `check_runs.RUNS` in a fresh interpreter."""
-    done = subprocess.run([sys.executable, "-m", "shoal.bench.check_runs", *args], capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise UserError(f"a measurement did not run to its end: {reason}")
-    return Prediction(**json.loads(done.stdout.splitlines()[-1]))
+    return Prediction(**json.loads(run_apart("shoal.bench.check_runs", *args, failed="a measurement did not run to its end")))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 import tempfile
 from dataclasses import replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from ..apart import run_apart
 from ..config import BenchFP8Command, FP8Config, ModelConfig, OptimizerConfig, TrainConfig, UserError
 from ..config.recipes import load_recipe, to_toml
 
@@ -100,9 +100,7 @@ def train(settings: TrainConfig) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "settings.toml"
         path.write_text(to_toml(replace(settings, out=str(Path(folder) / "run"))), encoding="utf-8")
-        done = subprocess.run([sys.executable, "-m", "shoal", "train", str(path)], capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"a run did not get to its end: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}")
+        run_apart("shoal", "train", str(path), failed="a run did not get to its end")
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..config import BenchMemoryCommand, UserError
+from ..apart import run_apart
+from ..config import BenchMemoryCommand
 from ..plan.measures import Measures
 
 SLOWDOWN = 1.3
@@ -83,10 +83,8 @@ def _run(command: BenchMemoryCommand, name: str, options: dict[str, Any]) -> Row
     options |= {
         "batch": command.batch_size, "length": command.sequence_length, "steps": command.steps, "threads": command.threads,
     }  # fmt: skip
-    done = subprocess.run([sys.executable, "-m", "shoal.bench.memory_worker", json.dumps(options)], capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{name} did not run to its end: {(done.stderr.strip() or f'exit code {done.returncode}').splitlines()[-1]}")
-    row = Row(name, **json.loads(done.stdout.splitlines()[-1]))
+    said = run_apart("shoal.bench.memory_worker", json.dumps(options), failed=f"{name} did not run to its end")
+    row = Row(name, **json.loads(said))
     print(f"{name}: {row.peak / 2**20:.0f} MiB, {row.seconds:.2f} s a step", file=sys.stderr, flush=True)
     return row
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from typing import NamedTuple, Protocol
 
-from ..config import ModelConfig, UserError
+from ..config import ModelConfig
 from .engine import Engine, EngineStats
-from .worker import Command, News, Stop, Worker
+from .worker import Command, News, Stop, Worker, as_told
 
 Hear = Callable[[News], None]
 End = Callable[[BaseException | None], None]
@@ -163,4 +163,4 @@ def _serve(pipe: Connection, make: Callable[[], Engine]) -> None:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass
     except BaseException as error:
-        pipe.send(error if isinstance(error, UserError) else RuntimeError(f"{type(error).__name__}: {error}"))
+        pipe.send(as_told(error))

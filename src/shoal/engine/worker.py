@@ -49,6 +49,11 @@ class News(NamedTuple):
     stats: EngineStats
 
 
+def as_told(error: BaseException) -> Exception:
+    """An error as another process can be told it: whoever hears may not know its class."""
+    return error if isinstance(error, UserError) else RuntimeError(f"{type(error).__name__}: {error}")
+
+
 class Worker:
     """Works for one asker, who hears by `tell`."""
 
@@ -91,7 +96,7 @@ class Worker:
         try:
             number = self._engine.add_request(command.request)
         except Exception as error:  # a request that cannot be served, say: the business of who sent it
-            return error if isinstance(error, UserError) else RuntimeError(f"{type(error).__name__}: {error}")
+            return as_told(error)
         self._numbers[command.key], self._keys[number], self._due[command.key] = number, command.key, 0.0
         return None
 

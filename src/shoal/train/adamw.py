@@ -9,24 +9,18 @@ import torch
 from torch import Tensor
 
 from .moments import Moments
+from .one_by_one import OneByOne
 
 CHUNK = 1 << 20
 """Numbers that are updated at a time: their moments exist in fp32 for no more than these."""
 
 
-class SmallAdamW(torch.optim.Optimizer):
+class SmallAdamW(OneByOne):
     """Decoupled weight decay (1711.05101). DeepSeek-V3 keeps both moments in BF16 (2412.19437, section 3.3.3)."""
 
     def __init__(self, params: Iterable[Any], betas: tuple[float, float], eps: float, moments: Moments) -> None:
         super().__init__(params, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self.moments = moments
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.update(p, group)
 
     @torch.no_grad()
     def update(self, p: Tensor, group: dict) -> None:

@@ -7,10 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .adamw import SmallAdamW
 from .muon import Muon
+from .one_by_one import OneByOne
 from .optimizer import Optimizers
-from .table_adam import TableAdam
 
 
 class EarlyUpdates:
@@ -27,7 +26,7 @@ class EarlyUpdates:
                     p.register_post_accumulate_grad_hook(self._updater(optimizer, group))
 
     def _updater(self, optimizer: torch.optim.Optimizer, group: dict) -> Callable[[Tensor], None]:
-        assert isinstance(optimizer, Muon | SmallAdamW | TableAdam)
+        assert isinstance(optimizer, Muon | OneByOne)
 
         def update(p: Tensor) -> None:
             assert p.grad is not None

@@ -13,12 +13,12 @@ from ..model.convolution import ShortConvolution
 from ..model.layers import TokenTable
 from ..model.ngrams import Ngrams
 from ..parallel import Piece, Shards, SplitMatrices
+from ..runtime import DTYPES
 from .adamw import SmallAdamW
 from .moments import Moments
 from .muon import Muon
+from .one_by_one import OneByOne
 from .table_adam import TableAdam
-
-MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Optimizers:
@@ -48,8 +48,8 @@ class Optimizers:
             {"params": small, "lr": config.adam_lr, "weight_decay": 0.0},
         ]
         experts = [p for p in hidden if p.ndim == 3] if offload else []
-        moments = Moments(MOMENTS[config.moments], experts, offload)
-        self.all: list[Muon | SmallAdamW | TableAdam | torch.optim.AdamW] = []
+        moments = Moments(DTYPES[config.moments], experts, offload)
+        self.all: list[Muon | OneByOne | torch.optim.AdamW] = []
         if config.name == "muon":
             split = _split_matrices(pieces[0], shards)
             self.all.append(Muon(muon, config.muon_lr, config.muon_momentum, config.muon_steps, config.weight_decay, split, moments))

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from .one_by_one import OneByOne
 
-class TableAdam(torch.optim.Optimizer):
+
+class TableAdam(OneByOne):
     """Adam without momentum (beta1 = 0; 1412.6980), whose work is proportional to the rows that have a gradient.
 
     A row without one does not move, and its second moment is brought up to date when it is next read: the result is that of the dense
@@ -17,13 +19,6 @@ class TableAdam(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Tensor], lr: float, beta: float, eps: float) -> None:
         super().__init__(params, {"lr": lr, "beta": beta, "eps": eps})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.update(p, group)
 
     @torch.no_grad()
     def update(self, p: Tensor, group: dict) -> None:

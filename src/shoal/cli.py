@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -253,98 +254,32 @@ def _wait_asleep() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
+BENCHES: dict[str, type[Any]] = {
+    "train": BenchTrainCommand,
+    "engine": BenchEngineCommand,
+    "quantization": BenchQuantizationCommand,
+    "fp8": BenchFP8Command,
+    "memory": BenchMemoryCommand,
+    "rollouts": BenchRolloutsCommand,
+    "serve": BenchServeCommand,
+    "dispatch": BenchDispatchCommand,
+    "efficiency": BenchEfficiencyCommand,
+}
+"""Options of every benchmark; the module of that name in `bench` runs it."""
+
+
 def bench(args: list[str]) -> None:
     """Measure Shoal beside its peers: shoal bench train --vs transformers"""
-    benches = {
-        "train": _bench_train,
-        "engine": _bench_engine,
-        "quantization": _bench_quantization,
-        "fp8": _bench_fp8,
-        "memory": _bench_memory,
-        "rollouts": _bench_rollouts,
-        "serve": _bench_serve,
-        "dispatch": _bench_dispatch,
-        "efficiency": _bench_efficiency,
-    }
     if args[:1] in (["-h"], ["--help"]):
-        print(f"shoal bench NAME [OPTIONS]; NAME is one of: {', '.join(benches)}")
+        print(f"shoal bench NAME [OPTIONS]; NAME is one of: {', '.join(BENCHES)}")
         return
-    if not args or args[0] not in benches:
-        raise UserError(f"shoal bench needs the name of a benchmark: {', '.join(benches)}")
-    benches[args[0]](args[1:])
-
-
-def _bench_train(args: list[str]) -> None:
-    command = parse(BenchTrainCommand, args, "bench train")
-
-    from .bench.train import run_bench
-
-    finish(run_bench(command), as_json=True)
-
-
-def _bench_engine(args: list[str]) -> None:
-    command = parse(BenchEngineCommand, args, "bench engine")
-
-    from .bench.engine import run_bench
-
-    finish(run_bench(command), as_json=True)
-
-
-def _bench_quantization(args: list[str]) -> None:
-    command = parse(BenchQuantizationCommand, args, "bench quantization")
-
-    from .bench.quantization import run_bench
-
-    finish(run_bench(command), as_json=True)
-
-
-def _bench_fp8(args: list[str]) -> None:
-    command = parse(BenchFP8Command, args, "bench fp8")
-
-    from .bench.fp8 import run_bench
-
-    finish(run_bench(command), as_json=True)
-
-
-def _bench_memory(args: list[str]) -> None:
-    command = parse(BenchMemoryCommand, args, "bench memory")
-
-    from .bench.memory import run_bench
-
-    finish(run_bench(command), as_json=True)
-
-
-def _bench_rollouts(args: list[str]) -> None:
-    command = parse(BenchRolloutsCommand, args, "bench rollouts")
-
-    from .bench.rollouts import run_bench
-
-    finish(run_bench(command), as_json=True)
-
-
-def _bench_serve(args: list[str]) -> None:
-    command = parse(BenchServeCommand, args, "bench serve")
-    _wait_asleep()
-
-    from .bench.serve import run_bench
-
-    finish(run_bench(command), as_json=True)
-
-
-def _bench_dispatch(args: list[str]) -> None:
-    command = parse(BenchDispatchCommand, args, "bench dispatch")
-
-    from .bench.dispatch import run_bench
-
-    finish(run_bench(command), as_json=True)
-
-
-def _bench_efficiency(args: list[str]) -> None:
-    command = parse(BenchEfficiencyCommand, args, "bench efficiency")
-
-    from .bench.efficiency import run_bench
-
-    finish(run_bench(command), as_json=True)
+    if not args or args[0] not in BENCHES:
+        raise UserError(f"shoal bench needs the name of a benchmark: {', '.join(BENCHES)}")
+    name = args[0]
+    command: Any = parse(BENCHES[name], args[1:], f"bench {name}")
+    if name == "serve":
+        _wait_asleep()
+    finish(importlib.import_module(f".bench.{name}", __package__).run_bench(command), as_json=True)
 
 
 def doctor(args: list[str]) -> None:

@@ -81,11 +81,12 @@ def _measure_shoal(command: BenchServeCommand, folder: Path, prompts: list[str])
         code = process.wait(STOP_SECONDS)
     figures = _figures(all_seen, statistics.median(watch.rate for watch in watched), command.tokens)
     figures |= {"memory": [sample for watch in watched for sample in watch.memory], "pages_held_after": held, "exit_code": code}
+    shares = [watch.rate / rate for watch, rate in zip(watched, alone, strict=True)]
     return {
         "shoal": figures,
         "engine_tokens_per_second": statistics.median(alone),
-        "of_engine_rounds": [watch.rate / rate for watch, rate in zip(watched, alone, strict=True)],
-        "of_engine": statistics.median(watch.rate / rate for watch, rate in zip(watched, alone, strict=True)),
+        "of_engine_rounds": shares,
+        "of_engine": statistics.median(shares),
     }
 
 
@@ -115,25 +116,30 @@ def _engine_alone(command: BenchServeCommand, folder: Path, prompts: list[str], 
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve_rates, args=(theirs, command, folder, prompts, seconds), daemon=True)
     process.start()
+    theirs.close()
 
     def rate() -> float:
-        ours.send(True)
-        measured: float = ours.recv()
+        try:
+            ours.send(True)
+            measured: float = ours.recv()
+        except (EOFError, OSError):
+            raise UserError("the engine alone did not run to its end: see above") from None
         return measured
 
     try:
         yield rate
     finally:
-        ours.send(False)
+        ours.close()
         process.join()
 
 
 def _serve_rates(pipe: Connection, command: BenchServeCommand, folder: Path, prompts: list[str], seconds: float) -> None:
-    """The process: one rate for every True."""
+    """The process: one rate for every message, until there is nobody to send one."""
     loaded = load(str(folder), MachineOptions(), pin=True)
     engine = Engine(loaded.runner, loaded.tokenizer, EngineOptions())
-    while pipe.recv():
-        pipe.send(_engine_rate(command, engine, prompts, seconds))
+    with contextlib.suppress(EOFError, OSError):
+        while pipe.recv():
+            pipe.send(_engine_rate(command, engine, prompts, seconds))
 
 
 def _engine_rate(command: BenchServeCommand, engine: Engine, prompts: list[str], seconds: float) -> float:

@@ -100,6 +100,7 @@ struct Buffers {
     float* weights;       // [T, K]
     int64_t *expert_end, *slot_of;  // [E] ends of each expert's slots; [T, K] -> slot
     int32_t* token_of;    // [slots]
+    int64_t *busy, *busy_count;  // [E] experts that have slots, and how many they are
     Activations gathered;  // [slots, D]
     Activations wide;     // [slots, F] experts' inner activations
     Activations dense;    // [T, width] of a layer without experts
@@ -116,6 +117,7 @@ constexpr int64_t kResultBytes = 1 << 18;
 constexpr int64_t kQueryTokens = 128;  // of a long prompt, whose absorbed queries (wider than the stream) exist at a time
 constexpr int64_t kItemTiles = 16;  // at most, in one work item
 constexpr int64_t kSlice = 64;      // tokens whose inner activations are in the making
+constexpr int64_t kRun = kSlice / kTokens;  // items at most that few tokens pass at once: memory is read fastest in long stretches
 
 // Tiles of one work item: every thread gets some of them, and they stay in its cache while the tokens pass.
 SHOAL_INLINE int64_t tiles_per_item(const Matrix& w, int threads) {
@@ -209,6 +211,8 @@ static Buffers take_buffers(Arena& arena, const Model& model, const Step& step, 
     b.expert_end = arena.take<int64_t>(E);
     b.slot_of = arena.take<int64_t>(b.slots);
     b.token_of = arena.take<int32_t>(b.slots);
+    b.busy = arena.take<int64_t>(E);
+    b.busy_count = arena.take<int64_t>(1);
     const int64_t experts = arena.used();
     b.gathered = Activations::make(arena, b.slots, D, group, plain_experts);
     b.wide = Activations::make(arena, b.slots, wide, group, plain_inner);

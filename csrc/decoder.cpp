@@ -73,7 +73,10 @@ SHOAL_INLINE void project(Member& me, const Product (&products)[N], const Inputs
         multiply_tiles(*p.w, tile, smaller(tile + taken, p.w->tiles()), x, tokens, [&](int64_t t, int64_t row, const float* from) {
             const int64_t count = smaller(kTile, p.w->rows - row);
             float* to = out + t * stride + p.column + row;
-            for (int64_t c = 0; c < count; ++c) to[c] = p.bias ? from[c] + p.bias[row + c] : from[c];
+            for (int64_t c = 0; c < count; c += kLanes) {
+                const Vec y = load(from + c);
+                store_first(to + c, p.bias ? y + load_first(p.bias + row + c, count - c) : y, count - c);
+            }
         });
     });
 }
@@ -253,7 +256,8 @@ struct Walk {
             const int64_t begin = item * taken;
             multiply_tiles(w, begin, smaller(begin + taken, w.tiles()), inputs, step.tokens, [&](int64_t t, int64_t row, const float* from) {
                 float* to = b.x.row(t) + row;
-                for (int64_t c = 0, count = smaller(kTile, w.rows - row); c < count; ++c) to[c] += from[c];
+                for (int64_t c = 0, count = smaller(kTile, w.rows - row); c < count; c += kLanes)
+                    store_first(to + c, load_first(to + c, count - c) + load(from + c), count - c);
             });
         });
     }
@@ -294,8 +298,7 @@ static Buffers make_buffers(const Model& model, const Step& step, const Layer* l
 // body(member) on every thread.
 template <class Body>
 SHOAL_INLINE void in_parallel(int threads, Body body) {
-    Team team;
-    team.size = threads;
+    Team team(threads);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp single
@@ -362,8 +365,11 @@ void packed_linear(const Matrix& w, int64_t tokens, const float* x, float cap, f
             multiply_tiles(w.at(e), begin, smaller(begin + taken, w.tiles()), inputs.from(0), tokens,
                            [&](int64_t t, int64_t row, const float* from) {
                                float* to = y + (e * tokens + t) * w.rows + row;
-                               for (int64_t c = 0, count = smaller(kTile, w.rows - row); c < count; ++c)
-                                   to[c] = cap > 0 ? cap * __builtin_tanhf(from[c] / cap) : from[c];
+                               const int64_t count = smaller(kTile, w.rows - row);
+                               if (cap > 0)
+                                   for (int64_t c = 0; c < count; ++c) to[c] = cap * __builtin_tanhf(from[c] / cap);
+                               else
+                                   for (int64_t c = 0; c < count; c += kLanes) store_first(to + c, load(from + c), count - c);
                            });
         });
     });

@@ -68,8 +68,10 @@ static void sort_slots(const Model& model, int64_t tokens, const Buffers& b) {
     for (int64_t e = 0; e < E; ++e) b.expert_end[e] = 0;
     for (int64_t i = 0; i < tokens * K; ++i) ++b.expert_end[b.chosen[i]];
     int64_t total = 0;
+    *b.busy_count = 0;
     for (int64_t e = 0; e < E; ++e) {  // for now: where the next slot of e goes
         const int64_t count = b.expert_end[e];
+        if (count) b.busy[(*b.busy_count)++] = e;
         b.expert_end[e] = total;
         total += count;
     }
@@ -133,29 +135,37 @@ static void feed_forward(Member& me, const Model& model, const Layer& layer, con
     const int64_t dense_tiles = layer.dense.gate.tiles(), dense_item = item_tiles(layer.dense.gate);
     const int64_t dense_items = layer.dense.gate ? blocks_of(dense_item, dense_tiles) : 0;
     float* inner = b.inner + me.index() * kSlice * kItemTiles * kTile;
-    me.each(E * wide_items + dense_items, [&](int64_t item) {
-        if (item < dense_items) {
-            const int64_t tile = item * dense_item;
-            return gate_and_up(layer.dense, tile, smaller(tile + dense_item, dense_tiles), b.normed.from(0), T, dense, 0, inner);
+    const int64_t busy = E ? *b.busy_count : 0;
+    me.runs(busy * wide_items + dense_items, T <= kTokens ? kRun : 1, [&](int64_t item, int64_t end) {
+        while (item < end) {
+            const bool is_dense = item < dense_items;
+            const int64_t number = is_dense ? 0 : (item - dense_items) / wide_items, items = is_dense ? dense_items : wide_items;
+            const int64_t first = is_dense ? 0 : dense_items + number * wide_items, stop = smaller(first + items, end);
+            const int64_t size = is_dense ? dense_item : wide_item, tiles = is_dense ? dense_tiles : wide_tiles;
+            const int64_t tile = (item - first) * size, last = smaller((stop - first) * size, tiles);
+            if (is_dense) {
+                gate_and_up(layer.dense, tile, last, b.normed.from(0), T, dense, 0, inner);
+            } else {
+                const int64_t e = b.busy[number], slot = begin_of(e);
+                const FeedForward expert = {layer.experts.gate.at(e), layer.experts.up.at(e), {}};
+                gate_and_up(expert, tile, last, inputs_of(e), b.expert_end[e] - slot, b.wide, slot, inner);
+            }
+            item = stop;
         }
-        const int64_t e = (item - dense_items) / wide_items, tile = (item - dense_items) % wide_items * wide_item;
-        const int64_t begin = begin_of(e), tokens = b.expert_end[e] - begin;
-        if (!tokens) return;
-        const FeedForward expert = {layer.experts.gate.at(e), layer.experts.up.at(e), {}};
-        gate_and_up(expert, tile, smaller(tile + wide_item, wide_tiles), inputs_of(e), tokens, b.wide, begin, inner);
     });
 
     const int64_t tiles = blocks_of(kTile, D), room = kResultBytes / 4 / ((slots + T) * kTile);
     const int64_t taken = larger(smaller(tiles_per_item(E ? layer.experts.down : layer.dense.down, me.size()), room), 1);
     float* results = b.results + me.index() * larger((b.slots + T) * kTile, kResultBytes / 4);
-    me.each(blocks_of(taken, tiles), [&](int64_t item) {
-        const int64_t begin = item * taken, end = smaller(begin + taken, tiles), first_row = begin * kTile, width = (end - begin) * kTile;
+    me.runs(blocks_of(taken, tiles), larger(room / taken, 1), [&](int64_t item, int64_t stop) {
+        const int64_t begin = item * taken, end = smaller(stop * taken, tiles), first_row = begin * kTile, width = (end - begin) * kTile;
         auto keep = [&](int64_t first) {
             return [=](int64_t t, int64_t row, const float* p) { memcpy(results + (first + t) * width + row - first_row, p, kTile * 4); };
         };
-        for (int64_t e = 0; e < E; ++e)
-            if (const int64_t tokens = b.expert_end[e] - begin_of(e))
-                multiply_tiles(layer.experts.down.at(e), begin, end, b.wide.from(begin_of(e)), tokens, keep(begin_of(e)));
+        for (int64_t i = 0; i < busy; ++i) {
+            const int64_t e = b.busy[i], slot = begin_of(e);
+            multiply_tiles(layer.experts.down.at(e), begin, end, b.wide.from(slot), b.expert_end[e] - slot, keep(slot));
+        }
         if (dense_items) multiply_tiles(layer.dense.down, begin, end, dense.from(0), T, keep(slots));
         for (int64_t t = 0; t < T; ++t)
             for (int64_t c = 0; c < width && first_row + c < D; c += kLanes) {

@@ -178,7 +178,7 @@ __attribute__((noinline)) static void integer_tile(const Matrix& w, int64_t tile
             if constexpr (kFour) {
 #pragma GCC unroll kUnroll
                 for (int c = 0; c < kQuads / 2; ++c) {
-                    __builtin_prefetch(line + 64 * c + 2048);
+                    __builtin_prefetch(line + 64 * c + 4096);
                     ByteVec both = load_as<ByteVec>(line + 64 * c + 4 * kLanes * p);
                     weights[2 * c] = both & 15;
                     weights[2 * c + 1] = (ByteVec)((WordVec)both >> 4) & 15;
@@ -186,7 +186,7 @@ __attribute__((noinline)) static void integer_tile(const Matrix& w, int64_t tile
             } else {
 #pragma GCC unroll kUnroll
                 for (int c = 0; c < kQuads; ++c) {
-                    __builtin_prefetch(line + 64 * c + 2048);
+                    __builtin_prefetch(line + 64 * c + 4096);
                     ByteVec bytes_ = load_as<ByteVec>(line + 64 * c + 4 * kLanes * p);
                     if constexpr (kSplit == 2) {
                         weights[2 * c] = bytes_ & 15;
@@ -228,9 +228,9 @@ __attribute__((noinline)) static void integer_tile(const Matrix& w, int64_t tile
         for (int p = 0; p < kParts; ++p) store(out + t * kTile + p * kLanes, acc[t][p]);
 }
 
-// [T, 16] of `S` neighbouring tiles, each `out_stride` further.
+// [S, T, 16] of `S` neighbouring tiles.
 template <int T, int S, bool kShort>
-__attribute__((noinline)) static void float_tiles(const Matrix& w, int64_t tile, const Inputs& x, float* out, int64_t out_stride) {
+__attribute__((noinline)) static void float_tiles(const Matrix& w, int64_t tile, const Inputs& x, float* out) {
     const int64_t size = kShort ? 2 : 4, tile_bytes = w.columns * kTile * size;
     const uint8_t* line = w.data + tile * tile_bytes;
     Vec acc[S][T][kParts] = {};
@@ -246,42 +246,54 @@ __attribute__((noinline)) static void float_tiles(const Matrix& w, int64_t tile,
             }
     for (int s = 0; s < S; ++s)
         for (int t = 0; t < T; ++t)
-            for (int p = 0; p < kParts; ++p) store(out + s * out_stride + t * kTile + p * kLanes, acc[s][t][p]);
+            for (int p = 0; p < kParts; ++p) store(out + (s * T + t) * kTile + p * kLanes, acc[s][t][p]);
 }
 
+// Tiles at once: sums of different tiles and tokens do not wait for each other, and there are registers for 8 of them.
 template <int T>
-static void product_of(const Matrix& w, int64_t tile, const Inputs& x, float* out) {
-    if (w.format == Format::fp32) return float_tiles<T, 1, false>(w, tile, x, out, 0);
-    if (w.format == Format::bf16) return float_tiles<T, 1, true>(w, tile, x, out, 0);
+constexpr int kTogether = T * kParts > 4 ? 1 : T * kParts > 2 ? 2 : 4;
+
+// [S, T, 16] of S tiles from `tile` on; returns S, 1 where fewer than kTogether are left.
+template <int T>
+static int64_t products_of(const Matrix& w, int64_t tile, int64_t end, const Inputs& x, float* out) {
+    if (!w.quantized()) {
+        constexpr int S = kTogether<T>;
+        const bool all = tile + S <= end, is_short = w.format == Format::bf16;
+        if (all)
+            is_short ? float_tiles<T, S, true>(w, tile, x, out) : float_tiles<T, S, false>(w, tile, x, out);
+        else
+            is_short ? float_tiles<T, 1, true>(w, tile, x, out) : float_tiles<T, 1, false>(w, tile, x, out);
+        return all ? S : 1;
+    }
     const bool four = w.format == Format::int4;
     if (w.group == 32) {
-        if (four) return w.mins ? integer_tile<T, true, true, 32>(w, tile, x, out) : integer_tile<T, true, false, 32>(w, tile, x, out);
-        return w.mins ? integer_tile<T, false, true, 32>(w, tile, x, out) : integer_tile<T, false, false, 32>(w, tile, x, out);
+        if (four)
+            w.mins ? integer_tile<T, true, true, 32>(w, tile, x, out) : integer_tile<T, true, false, 32>(w, tile, x, out);
+        else
+            w.mins ? integer_tile<T, false, true, 32>(w, tile, x, out) : integer_tile<T, false, false, 32>(w, tile, x, out);
+    } else if (four) {
+        w.mins ? integer_tile<T, true, true, 64>(w, tile, x, out) : integer_tile<T, true, false, 64>(w, tile, x, out);
+    } else {
+        w.mins ? integer_tile<T, false, true, 64>(w, tile, x, out) : integer_tile<T, false, false, 64>(w, tile, x, out);
     }
-    if (four) return w.mins ? integer_tile<T, true, true, 64>(w, tile, x, out) : integer_tile<T, true, false, 64>(w, tile, x, out);
-    return w.mins ? integer_tile<T, false, true, 64>(w, tile, x, out) : integer_tile<T, false, false, 64>(w, tile, x, out);
+    return 1;
 }
 
 // done(token, first row, products [16]) for the rows of tiles [begin, end) and tokens [0, tokens).
 template <class Done>
 SHOAL_INLINE void multiply_tiles(const Matrix& w, int64_t begin, int64_t end, const Inputs& x, int64_t tokens, Done done) {
     alignas(64) float out[kTokens * kTile];
-    int64_t tile = begin;
-    if (tokens == 1 && !w.quantized())  // one tile's sums would wait for each other
-        for (; tile + 4 <= end; tile += 4) {
-            w.format == Format::fp32 ? float_tiles<1, 4, false>(w, tile, x, out, kTile) : float_tiles<1, 4, true>(w, tile, x, out, kTile);
-            for (int s = 0; s < 4; ++s) done(int64_t{0}, (tile + s) * kTile, out + s * kTile);
-        }
     // Tokens outside: a few of them stay in the nearest cache while the tiles of the item stream past.
     for (int64_t t = 0; t < tokens;) {
         const int64_t left = tokens - t, taken = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
         const Inputs part = x.from(t);
-        for (int64_t i = tile; i < end; ++i) {
-            if (taken == 8) product_of<8>(w, i, part, out);
-            if (taken == 4) product_of<4>(w, i, part, out);
-            if (taken == 2) product_of<2>(w, i, part, out);
-            if (taken == 1) product_of<1>(w, i, part, out);
-            for (int64_t n = 0; n < taken; ++n) done(t + n, i * kTile, out + n * kTile);
+        for (int64_t tile = begin, made = 0; tile < end; tile += made) {
+            if (taken == 8) made = products_of<8>(w, tile, end, part, out);
+            if (taken == 4) made = products_of<4>(w, tile, end, part, out);
+            if (taken == 2) made = products_of<2>(w, tile, end, part, out);
+            if (taken == 1) made = products_of<1>(w, tile, end, part, out);
+            for (int64_t s = 0; s < made; ++s)
+                for (int64_t n = 0; n < taken; ++n) done(t + n, (tile + s) * kTile, out + (s * taken + n) * kTile);
         }
         t += taken;
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import random
 import time
@@ -70,58 +69,121 @@ def run_load(load: Load) -> Seen:
 
 async def _run(load: Load) -> Seen:
     seen = Seen()
+    requests = [_request(load, prompt) for prompt in load.prompts]
     began = time.perf_counter()
-    await asyncio.gather(*(_client(load, seen, began + load.seconds, random.Random(load.seed * 10_007 + i)) for i in range(load.clients)))
+    until = began + load.seconds
+    draws = (random.Random(load.seed * 10_007 + i) for i in range(load.clients))
+    await asyncio.gather(*(_client(load, requests, seen, until, draw) for draw in draws))
     seen.seconds = time.perf_counter() - began
     return seen
 
 
-async def _client(load: Load, seen: Seen, until: float, draw: random.Random) -> None:
+def _request(load: Load, prompt: str) -> bytes:
+    """One streamed completion, as it goes over the wire."""
+    body = {"prompt": prompt, "max_tokens": load.tokens, "temperature": 1.0, "stream": True, "ignore_eos": True}
+    data = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {load.host}\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    return head.encode() + data
+
+
+async def _client(load: Load, requests: list[bytes], seen: Seen, until: float, draw: random.Random) -> None:
+    """One request after the other on one connection, which hanging up ends."""
+    connection: _Connection | None = None
     while time.perf_counter() < until:
         patience = draw.random() if draw.random() < load.hang_up else None
         try:
-            await _request(load, seen, draw.choice(load.prompts), patience)
-        except (OSError, asyncio.IncompleteReadError, ValueError) as error:
+            if connection is None or connection.is_closed:
+                _, connection = await asyncio.get_running_loop().create_connection(lambda: _Connection(seen), load.host, load.port)
+            await connection.ask(draw.choice(requests), patience)
+        except (OSError, ValueError) as error:
             seen.errors.append(f"{type(error).__name__}: {error}")
             await asyncio.sleep(0.1)
+    if connection is not None:
+        connection.close()
 
 
-async def _request(load: Load, seen: Seen, prompt: str, patience: float | None) -> None:
-    """One streamed completion; with `patience`, only that share of the time which answers take. Raises `ValueError` on errors."""
-    body = {"prompt": prompt, "max_tokens": load.tokens, "temperature": 1.0, "stream": True, "ignore_eos": True}
-    data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {load.host}\r\nContent-Type: application/json\r\nConnection: close\r\n"
-    began = time.perf_counter()
-    reader, writer = await asyncio.open_connection(load.host, load.port)
-    try:
-        writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
-        status = await reader.readline()
-        if b" 200 " not in status:
-            raise ValueError(status.decode(errors="replace").strip())
-        first, last = 0.0, 0.0
-        while line := await reader.readline():
-            if not line.startswith(b"data: "):
-                continue
-            if line.startswith(b"data: [DONE]"):
-                seen.finished += 1
-                seen.answers.append(time.perf_counter() - first)
+class _Connection(asyncio.Protocol):
+    """Reads streams of events without taking them apart: it only looks for where events begin."""
+
+    _EVENT, _FAILED, _DONE, _END = b"\ndata: {", b'\ndata: {"error"', b"\ndata: [DONE]", b"\r\n0\r\n\r\n"
+    _KEPT = len(_FAILED) - 1
+    """Bytes of what came before that are looked at again: a mark may arrive in two parts."""
+
+    def __init__(self, seen: Seen) -> None:
+        self._seen = seen
+        self.is_closed = False
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Of the present answer."""
+        self._ended.set_result(None)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    async def ask(self, request: bytes, patience: float | None) -> None:
+        """Read the answer; with `patience`, only for that share of the time which answers take. Raises `ValueError` on errors."""
+        self._patience, self._status, self._tail = patience, b"", b""
+        self._began, self._first, self._last, self._finished = time.perf_counter(), 0.0, 0.0, False
+        self._ended = asyncio.get_running_loop().create_future()
+        self._transport.write(request)
+        await self._ended
+
+    def close(self) -> None:
+        self.is_closed = True
+        self._transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        if self._ended.done():
+            return
+        window = self._tail + data
+        if not self._status:
+            self._status, line, _ = window.partition(b"\r\n")
+            if not line:
+                self._status, self._tail = b"", window
                 return
-            if b'"error"' in line[:20]:
-                raise ValueError(line.decode(errors="replace").strip())
-            now = time.perf_counter()
-            if first:
-                seen.between.append(now - last)
+            if b" 200 " not in self._status:
+                self._fail(self._status.decode(errors="replace"))
+                return
+        if self._FAILED in window:
+            self._fail(window[window.index(self._FAILED) :].decode(errors="replace").strip())
+            return
+        pieces = window.count(self._EVENT) - self._tail.count(self._EVENT)
+        if pieces:
+            self._count(pieces)
+        if not self._finished and self._DONE in window:
+            self._finished = True
+            self._seen.finished += 1
+            self._seen.answers.append(time.perf_counter() - self._first)
+        self._tail = window[-self._KEPT :]
+        if self._finished and self._tail.endswith(self._END):
+            self._ended.set_result(None)
+        elif self._patience is not None and self._first and not self._finished:
+            usual = self._seen.answers[-1] if self._seen.answers else 1.0
+            if self._last - self._first >= self._patience * usual:
+                self._seen.hung_up += 1
+                self.close()
+                self._ended.set_result(None)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.is_closed = True
+        if self._ended.done():
+            return
+        if self._finished:
+            self._ended.set_result(None)  # a server that says the end by closing
+        else:
+            self._fail("the answer broke off" if error is None else str(error))
+
+    def _fail(self, why: str) -> None:
+        self.close()
+        self._ended.set_exception(ValueError(why))
+
+    def _count(self, pieces: int) -> None:
+        now, seen = time.perf_counter(), self._seen
+        for _ in range(pieces):
+            if self._first:
+                seen.between.append(now - self._last)
             else:
-                first = now
-                seen.first.append(now - began)
-            last = now
-            seen.pieces += 1
-            usual = seen.answers[-1] if seen.answers else 1.0
-            if patience is not None and now - first >= patience * usual:
-                seen.hung_up += 1
-                return
-        raise ValueError("the answer broke off")
-    finally:
-        writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
+                self._first = now
+                seen.first.append(now - self._began)
+            self._last = now
+        seen.pieces += pieces

@@ -15,6 +15,7 @@ from ..formats import save_checkpoint
 from ..formats.export import chat_template
 from ..model import Transformer
 from ..train.run_folder import RunFolder, new_run
+from ..train.uncompiled import AdamW
 from .adapters import adapt, merge
 
 
@@ -50,7 +51,7 @@ class Tuner:
         others = [p for p in self.parameters if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
         # Gradients of zero must change nothing, as ESFT asks of experts that are left alone: decay would.
-        self._adam = torch.optim.AdamW([group for group in groups if group["params"]], lr=options.lr, betas=(0.9, 0.95), fused=True)
+        self._adam = AdamW([group for group in groups if group["params"]], lr=options.lr, betas=(0.9, 0.95), fused=True)
 
     def rate(self, step: int) -> float:
         """Learning rate of step 1, 2, ..."""

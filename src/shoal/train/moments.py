@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .uncompiled import Uncompiled
+
 
 class Moments:
     """Makes moments, and lets go of the memory of those that lie in a file."""
@@ -42,7 +44,7 @@ class Moments:
 
     def load(self, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
         """`saved` is a `state_dict` of such an optimizer. Moments are taken over one by one, in this run's dtype and place."""
-        torch.optim.Optimizer.load_state_dict(optimizer, {**saved, "state": {}})
+        Uncompiled.load_state_dict(optimizer, {**saved, "state": {}})
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for index, values in saved["state"].items():
             p = parameters[index]

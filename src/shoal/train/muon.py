@@ -12,6 +12,7 @@ from torch import Tensor
 from ..kernels import newton_schulz
 from ..parallel import SplitMatrices
 from .moments import Moments
+from .uncompiled import Uncompiled
 
 UPDATE_RMS = 0.2
 """Root mean square of an update at learning rate 1, about that of AdamW (Moonlight, section 2.2)."""
@@ -21,7 +22,7 @@ BATCH_BYTES = 16 << 20
 the cache and in memory that malloc keeps."""
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Uncompiled):
     """For matrices `[m, n]` and stacks of them `[E, m, n]` (each expert's matrix is orthogonalised by itself).
 
     Weight decay is decoupled. All matrices of one shape are processed in batches.

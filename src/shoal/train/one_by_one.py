@@ -7,8 +7,10 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from .uncompiled import Uncompiled
 
-class OneByOne(torch.optim.Optimizer):
+
+class OneByOne(Uncompiled):
     """Its step is the update of every parameter that has a gradient, one after the other."""
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from .moments import Moments
 from .muon import Muon
 from .one_by_one import OneByOne
 from .table_adam import TableAdam
+from .uncompiled import AdamW
 
 
 class Optimizers:
@@ -49,7 +50,7 @@ class Optimizers:
         ]
         experts = [p for p in hidden if p.ndim == 3] if offload else []
         moments = Moments(DTYPES[config.moments], experts, offload)
-        self.all: list[Muon | OneByOne | torch.optim.AdamW] = []
+        self.all: list[Muon | OneByOne | AdamW] = []
         if config.name == "muon":
             split = _split_matrices(pieces[0], shards)
             self.all.append(Muon(muon, config.muon_lr, config.muon_momentum, config.muon_steps, config.weight_decay, split, moments))
@@ -57,7 +58,7 @@ class Optimizers:
             groups.append({"params": hidden, "lr": config.adam_lr, "weight_decay": config.weight_decay})
         groups = [group for group in groups if group["params"]]
         if config.moments == "fp32" and not one_by_one and not offload:
-            self.all.append(torch.optim.AdamW(groups, betas=config.adam_betas, eps=config.adam_eps, fused=True))
+            self.all.append(AdamW(groups, betas=config.adam_betas, eps=config.adam_eps, fused=True))
         else:
             self.all.append(SmallAdamW(groups, config.adam_betas, config.adam_eps, moments))
         if tables:

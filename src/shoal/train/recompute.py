@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,18 +28,20 @@ class RecomputingBlock(Block):
     def attend(self, x: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
         if "attention" not in self.recomputed or not torch.is_grad_enabled():
             return super().attend(x, context, cache)
-        return checkpoint(super().attend, x, context, cache, **_CHEAPLY)
+        return _CHECKPOINT(super().attend, x, context, cache, **_CHEAPLY)
 
     def feed(self, x: Tensor, chosen: Tensor | None) -> tuple[Tensor, RoutingStats | None]:
         if "feed_forward" not in self.recomputed or not torch.is_grad_enabled():
             return super().feed(x, chosen)
-        return checkpoint(super().feed, x, chosen, **_CHEAPLY)
+        return _CHECKPOINT(super().feed, x, chosen, **_CHEAPLY)
 
 
 class RecomputingMTPModule(RecomputingBlock, MTPModule):
     """The same of a multi-token prediction module."""
 
 
+_CHECKPOINT = inspect.unwrap(checkpoint)
+"""Without what tells torch's compiler not to compile it, for which torch imports it (see uncompiled.py)."""
 _CHEAPLY: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
 """Kernels repeat their bits and nothing is drawn at random: there is nothing to remember or to check."""
 

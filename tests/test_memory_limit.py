@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,16 +113,28 @@ def test_every_measure_saves_memory_and_costs_time(weaker: Measures) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", ["480M", "400M"])
+@pytest.mark.parametrize("limit", ["480M", "400M", "250M"])
 def test_the_operating_system_agrees(limit: str, workshop: Path, tmp_path: Path) -> None:
-    """A whole run of the demo's shape: peak memory as the kernel counts it, within 5% of the limit."""
-    command = ["train", "demo", "--data", str(workshop / "text.txt"), "--steps", "4", "--threads", "1", "--out", str(tmp_path / "run")]
-    more = ["--memory-limit", limit, "--corpus.cache", str(tmp_path / "cache"), "--precision", "fp32", "--prompts", "--json"]
+    """A whole run of the demo's shape: peak memory as the kernel counts it, within 5% of the limit, or of the one that a refusal names."""
+    text = tmp_path / "text.txt"
+    text.write_text((workshop / "text.txt").read_text(encoding="utf-8") * 8, encoding="utf-8")
+    command = ["train", "demo", "--data", str(text), "--steps", "4", "--threads", "1", "--out", str(tmp_path / "run")]
+    more = ["--corpus.cache", str(tmp_path / "cache"), "--precision", "fp32", "--prompts", "--json", "--memory-limit"]
     watched = (
         "import sys, torch; from shoal.cli import main; from shoal.runtime import peak_memory; "
         "code = main(sys.argv[1:]); print(peak_memory(torch.device('cpu'))); sys.exit(code)"
     )
-    done = subprocess.run([sys.executable, "-c", watched, *command, *more], capture_output=True, text=True, timeout=500)
+
+    def run(limit: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", watched, *command, *more, limit], capture_output=True, text=True, timeout=500)
+
+    done = run(limit)
+    if done.returncode == 2:
+        assert not (tmp_path / "run").exists()
+        named = re.search(r"too little for this run.*--memory-limit (\d+M) would do", done.stderr)
+        assert named, done.stderr
+        limit = named[1]
+        done = run(limit)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.splitlines()[-1]) <= 1.05 * parse_bytes(limit)
     assert json.loads(done.stdout.splitlines()[-2])["steps"] == 4

@@ -6,6 +6,7 @@ corrects the planner, which then tries again.
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 from dataclasses import replace
@@ -77,7 +78,8 @@ def _refusal(config: TrainConfig, choices: list[Measures], beside: float) -> str
         return min(predicted_bytes(settings, choice) for choice in candidates(settings)) + beside
 
     needed = min(predicted_bytes(config, choice) for choice in choices) + beside
-    ways = [f"--memory-limit {needed / MARGIN / 2**20:.0f}M would do"]
+    # The margin twice: the trial of the run that follows this advice may need a little more than this one's.
+    ways = [f"--memory-limit {math.ceil(needed / MARGIN**2 / 2**20)}M would do"]
     limit = MARGIN * parse_bytes(config.memory_limit)
     shorter = config.sequence_length // 2
     while shorter >= 32 and least(replace(config, sequence_length=shorter)) > limit:

@@ -63,8 +63,6 @@ def test_fine_tuning_makes_up_for_most_of_what_rounding_costs(
     base = tmp_path / "base"
     assert main(train_args(base, "--steps", "300")) == 0
     plain, rounded = increase()
-    if rounded - plain < 0.002:
-        pytest.skip(f"rounding costs this model {rounded - plain:.5f} bits per byte: there is nothing to make up for")
     _, aware = increase("--qat", "int4")
     assert aware - plain < (rounded - plain) / 3
 

@@ -57,7 +57,7 @@ def test_eval_of_a_quantized_folder_gives_the_figure_of_the_report(
     scored = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert scored["bpb"] == pytest.approx(result["bpb_after"], rel=1e-6)
     assert scored["window"] == 32, "that of the run"
-    assert main(["generate", str(tmp_path / "q"), "the red", "--max-tokens", "4", "--threads", "1", "--json"]) == 0
+    assert main(["generate", str(tmp_path / "q"), "the red", "--max-tokens", "4", "--ignore-eos", "--threads", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"] == 4
 
 

@@ -1,32 +1,16 @@
-"""Processes, and runs of one process to compare theirs with."""
+"""Runs of one process to compare those of several with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from layouts import Learned, learn, settings
-from processes import Processes
 
 from shoal.config import TrainConfig
-
-
-@pytest.fixture(scope="session")
-def processes() -> Iterator[Callable[[int], Processes]]:
-    """So many processes, started when first asked for."""
-    started: dict[int, Processes] = {}
-
-    def of(count: int) -> Processes:
-        if count not in started or started[count].broken:
-            started[count] = Processes(count)
-        return started[count]
-
-    yield of
-    for each in started.values():
-        each.close()
 
 
 @pytest.fixture(scope="session")

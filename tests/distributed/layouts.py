@@ -12,7 +12,7 @@ from typing import Any, cast
 from unittest import mock
 
 import torch
-from processes import Processes
+from processes import in_processes
 from torch import Tensor
 
 from shoal.config import BalanceConfig, CheckpointConfig, CorpusConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
@@ -70,13 +70,13 @@ class Learned:
         return [row[name] for row in self.rows]
 
 
-def learn(config: TrainConfig, processes: Processes | None = None) -> Learned:
-    """What this process learns, or `processes`."""
-    if processes is None:
+def learn(config: TrainConfig, processes: int = 1) -> Learned:
+    """What this process learns, or several."""
+    if processes == 1:
         with closest_choice() as margins:
             rows = training(config)
         return Learned(rows, first_gradients(config), min(margins))
-    return Learned(processes.run(training, config)[0], processes.run(first_gradients, config)[0])
+    return Learned(in_processes(processes, training, config)[0], in_processes(processes, first_gradients, config)[0])
 
 
 @contextmanager

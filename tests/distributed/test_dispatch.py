@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import in_processes
 from torch import Tensor
 
 from shoal.config import ParallelConfig
@@ -69,14 +70,14 @@ def _check_rows(dispatcher: Any, team: Team, x: Tensor, indices: Tensor, weights
 
 
 @pytest.mark.parametrize(("dispatch", "format"), [("flat", "exact"), ("two-hop", "exact"), ("two-hop", "bf16"), ("two-hop", "fp8")])
-def test_two_processes_dispatch_as_one(processes: Any, dispatch: str, format: str) -> None:
-    for worst in processes(2).run(deviations, 2, 2, dispatch, format, False):
+def test_two_processes_dispatch_as_one(dispatch: str, format: str) -> None:
+    for worst in in_processes(2, deviations, 2, 2, dispatch, format, False):
         assert max(worst) < ROUNDING[format], worst
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "per_node"), [(4, 2), (8, 2), (8, 4)])
 @pytest.mark.parametrize("format", ["exact", "bf16", "fp8"])
-def test_nodes_dispatch_as_one_process(processes: Any, count: int, per_node: int, format: str) -> None:
-    for worst in processes(count).run(deviations, count, per_node, "two-hop", format, False):
+def test_nodes_dispatch_as_one_process(count: int, per_node: int, format: str) -> None:
+    for worst in in_processes(count, deviations, count, per_node, "two-hop", format, False):
         assert max(worst) < ROUNDING[format], worst

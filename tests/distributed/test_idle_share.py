@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from layouts import settings
+from processes import in_processes
 
 from shoal.config import TrainConfig
 from shoal.model import Output, Transformer, init_weights
@@ -43,11 +43,11 @@ def traced(config: TrainConfig, micro_batches: int, seconds: float) -> list[Inte
     return trace
 
 
-def idle_shares(processes: Any, config: TrainConfig, count: int, micro_batches: int) -> tuple[float, float]:
+def idle_shares(config: TrainConfig, count: int, micro_batches: int) -> tuple[float, float]:
     """Mean share of a step that devices wait: measured, and simulated."""
     name = config.parallel.schedule
     per_device = 1 if name == "1f1b" else 2
-    traces = processes(count).run(traced, config, micro_batches, WORK_SECONDS / per_device)
+    traces = in_processes(count, traced, config, micro_batches, WORK_SECONDS / per_device)
     span = max(i.end for trace in traces for i in trace) - min(i.start for trace in traces for i in trace)
     measured = 1 - sum(i.end - i.start for trace in traces for i in trace) / (count * span)
     timeline = simulate(build(name, count, micro_batches), StageCost(1.0, 1.0, 1.0))
@@ -56,12 +56,12 @@ def idle_shares(processes: Any, config: TrainConfig, count: int, micro_batches: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "micro_batches"), [(2, 4), (4, 8)])
-def test_idle_shares_are_those_of_the_simulation(processes: Any, workshop: Path, tmp_path: Path, count: int, micro_batches: int) -> None:
+def test_idle_shares_are_those_of_the_simulation(workshop: Path, tmp_path: Path, count: int, micro_batches: int) -> None:
     found = {}
     for name in ("1f1b", "interleaved", "zbv", "dualpipev"):
         config = settings(workshop, tmp_path, pipeline=count, schedule=name, batch_size=micro_batches, micro_batch_size=1)
         config.model.num_hidden_layers = 2 * count
-        found[name] = idle_shares(processes, config, count, micro_batches)
+        found[name] = idle_shares(config, count, micro_batches)
     print({name: f"{measured:.3f} measured, {simulated:.3f} simulated" for name, (measured, simulated) in found.items()})
     for name, (measured, simulated) in found.items():
         assert abs(measured - simulated) < 0.10, name

@@ -74,9 +74,9 @@ def compare(got: Learned, expected: Learned) -> None:
 
 @pytest.mark.parametrize(("style", "optimizer", "layout"), QUICK, ids=name)
 def test_two_processes_learn_what_one_learns(
-    processes: Any, single: Callable[..., Learned], make: Any, style: str, optimizer: str, layout: dict[str, Any]
+    single: Callable[..., Learned], make: Any, style: str, optimizer: str, layout: dict[str, Any]
 ) -> None:
-    got = learn(make(style=style, optimizer=optimizer, **layout), processes(2))
+    got = learn(make(style=style, optimizer=optimizer, **layout), 2)
     compare(got, single(style=style, optimizer=optimizer))
 
 
@@ -84,12 +84,12 @@ def test_two_processes_learn_what_one_learns(
 @pytest.mark.parametrize(("count", "layout"), SLOW, ids=name)
 @pytest.mark.parametrize(("style", "optimizer"), [("v3", "muon"), ("v2", "muon"), ("v3", "adamw"), ("v2", "adamw")])
 def test_many_processes_learn_what_one_learns(
-    processes: Any, single: Callable[..., Learned], make: Any, count: int, layout: dict[str, Any], style: str, optimizer: str
+    single: Callable[..., Learned], make: Any, count: int, layout: dict[str, Any], style: str, optimizer: str
 ) -> None:
-    got = learn(make(style=style, optimizer=optimizer, **layout), processes(count))
+    got = learn(make(style=style, optimizer=optimizer, **layout), count)
     compare(got, single(style=style, optimizer=optimizer))
 
 
-def test_rows_that_do_not_divide_among_processes(processes: Any, single: Callable[..., Learned], make: Any) -> None:
+def test_rows_that_do_not_divide_among_processes(single: Callable[..., Learned], make: Any) -> None:
     odd = ModelConfig(**SMALL, **STYLES["v3"] | {"q_lora_rank": 23})
-    compare(learn(make(model=odd, steps=3), processes(2)), single(model=odd, steps=3))
+    compare(learn(make(model=odd, steps=3), 2), single(model=odd, steps=3))

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from layouts import Learned, settings, training
+from processes import in_processes
 
 from shoal.config import CheckpointConfig, TrainConfig
 from shoal.config.recipes import to_toml
@@ -42,17 +43,17 @@ def assert_same_losses(rows: list[dict[str, Any]], expected: Learned) -> None:
 
 @pytest.mark.parametrize("optimizer", ["muon", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_a_checkpoint_of_two_processes_is_resumed_by_one_and_by_two(
-    processes: Any, single: Callable[..., Learned], workshop: Path, tmp_path: Path, optimizer: str
+    single: Callable[..., Learned], workshop: Path, tmp_path: Path, optimizer: str
 ) -> None:
     config = settings(workshop, tmp_path / "run", optimizer=optimizer, expert=2, checkpoint=EVERY)
-    processes(2).run(training, config)
+    in_processes(2, training, config)
     expected = single(optimizer=optimizer)
     alone = as_of_step(tmp_path / "run", 8, tmp_path / "alone")
     rows = training(settings(workshop, alone, optimizer=optimizer, resume=True, checkpoint=EVERY))
     assert [row["step"] for row in rows] == list(range(1, 21))
     assert_same_losses(rows, expected)
     both = as_of_step(alone, 16, tmp_path / "both")  # 16 was written by the one process
-    rows = processes(2).run(training, settings(workshop, both, optimizer=optimizer, resume=True, checkpoint=EVERY, pipeline=2))[0]
+    rows = in_processes(2, training, settings(workshop, both, optimizer=optimizer, resume=True, checkpoint=EVERY, pipeline=2))[0]
     assert_same_losses(rows, expected)
 
 
@@ -62,13 +63,13 @@ def test_a_checkpoint_of_two_processes_is_resumed_by_one_and_by_two(
     ("count", "layout"), [(1, {}), (2, {"pipeline": 2}), (2, {}), (8, {"expert": 4, "per_node": 2}), (8, {"pipeline": 4, "expert": 2})]
 )
 def test_a_checkpoint_of_four_processes_fits_other_layouts(
-    processes: Any, single: Callable[..., Learned], workshop: Path, tmp_path: Path, count: int, layout: dict[str, Any], optimizer: str
+    single: Callable[..., Learned], workshop: Path, tmp_path: Path, count: int, layout: dict[str, Any], optimizer: str
 ) -> None:
     config = settings(workshop, tmp_path / "run", optimizer=optimizer, expert=2, checkpoint=EVERY)
-    processes(4).run(training, config)
+    in_processes(4, training, config)
     half = as_of_step(tmp_path / "run", 8, tmp_path / "half")
     again = settings(workshop, half, optimizer=optimizer, resume=True, checkpoint=EVERY, **layout)
-    rows = training(again) if count == 1 else processes(count).run(training, again)[0]
+    rows = training(again) if count == 1 else in_processes(count, training, again)[0]
     assert [row["step"] for row in rows] == list(range(1, 21))
     assert_same_losses(rows, single(optimizer=optimizer))
 
@@ -82,10 +83,10 @@ def test_a_checkpoint_of_four_processes_fits_other_layouts(
         pytest.param(4, {"expert": 2}, marks=pytest.mark.slow),
     ],
 )
-def test_the_same_layout_goes_on_to_the_bit(processes: Any, workshop: Path, tmp_path: Path, count: int, layout: dict[str, Any]) -> None:
-    whole = processes(count).run(training, settings(workshop, tmp_path / "run", checkpoint=EVERY, **layout))[0]
+def test_the_same_layout_goes_on_to_the_bit(workshop: Path, tmp_path: Path, count: int, layout: dict[str, Any]) -> None:
+    whole = in_processes(count, training, settings(workshop, tmp_path / "run", checkpoint=EVERY, **layout))[0]
     half = as_of_step(tmp_path / "run", 8, tmp_path / "half")
-    rows = processes(count).run(training, settings(workshop, half, resume=True, checkpoint=EVERY, **layout))[0]
+    rows = in_processes(count, training, settings(workshop, half, resume=True, checkpoint=EVERY, **layout))[0]
     assert learnt(rows) == learnt(whole)
 
 
@@ -154,7 +155,7 @@ def test_a_process_that_is_killed_ends_the_run_at_once(workshop: Path, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in Linux's /proc")
-def test_ten_kills_cost_only_the_steps_since_the_last_checkpoint(processes: Any, workshop: Path, tmp_path: Path) -> None:
+def test_ten_kills_cost_only_the_steps_since_the_last_checkpoint(workshop: Path, tmp_path: Path) -> None:
     run, draw = tmp_path / "run", random.Random(0)
     config = settings(workshop, run, steps=150, expert=2, checkpoint=CheckpointConfig(every_steps=10, every_minutes=0))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "--max-restarts", "12", "-m", "shoal"]
@@ -173,5 +174,5 @@ def test_ten_kills_cost_only_the_steps_since_the_last_checkpoint(processes: Any,
     for safe, done in lost:  # a row holds times, so that one that was made again is another
         assert rows[:safe] == done[:safe]
     print([len(done) - max(i + 1 for i, row in enumerate(done) if rows[i] == row) for _, done in lost], "steps were made again")
-    uninterrupted = processes(4).run(training, replace(config, out=str(tmp_path / "uninterrupted")))[0]
+    uninterrupted = in_processes(4, training, replace(config, out=str(tmp_path / "uninterrupted")))[0]
     assert learnt(rows) == learnt(uninterrupted)

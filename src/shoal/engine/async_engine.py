@@ -11,7 +11,7 @@ from functools import partial
 from ..config import ModelConfig
 from .engine import Engine, EngineStats
 from .places import EngineThread, Place
-from .requests import Increment, Request, Result
+from .requests import Increment, Request, Result, join
 from .worker import Add, Cancel, News, Stop
 
 POLL_SECONDS = 0.01
@@ -46,9 +46,9 @@ class Ticket:
         else:
             self.decision.set_exception(refusal)
 
-    def put(self, increments: list[Increment]) -> None:
+    def put(self, increment: Increment) -> None:
         """Called in the event loop."""
-        self._increments += increments
+        self._increments.append(increment)
         self._arrived.set()
 
     def fail(self, failure: Exception) -> None:
@@ -57,15 +57,15 @@ class Ticket:
         self._failure = failure
         self._arrived.set()
 
-    async def take(self) -> list[Increment]:
-        """All that has arrived, at least one. Raises `EngineFailed` or `EngineClosed` where nothing more will come."""
+    async def take(self) -> Increment:
+        """All that has arrived. Raises `EngineFailed` or `EngineClosed` where nothing more will come."""
         await self._arrived.wait()
         self._arrived.clear()
         increments, self._increments = self._increments, []
         if not increments:
             assert self._failure is not None
             raise self._failure
-        return increments
+        return join(increments)
 
 
 class AsyncEngine:
@@ -142,10 +142,10 @@ class AsyncEngine:
         ticket = await self.submit(request)
         try:
             while True:
-                for increment in await ticket.take():
-                    yield increment
-                    if increment.finish_reason is not None:
-                        return
+                increment = await ticket.take()
+                yield increment
+                if increment.finish_reason is not None:
+                    return
         finally:
             self.cancel(ticket)
 
@@ -187,19 +187,19 @@ class AsyncEngine:
         post: defaultdict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = defaultdict(list)
         with self._gate:
             decided = [(self._tickets.get(key), refusal) for key, refusal in news.decided]
-            arrived = [(self._tickets.get(key), increments) for key, increments in news.increments]
+            arrived = [(self._tickets.get(key), increment) for key, increment in news.increments]
             for key, refusal in news.decided:
                 if refusal is not None:
                     self._tickets.pop(key, None)
-            for key, increments in news.increments:
-                if increments[-1].finish_reason is not None:
+            for key, increment in news.increments:
+                if increment.finish_reason is not None:
                     self._tickets.pop(key, None)
         for ticket, refusal in decided:
             if ticket is not None:
                 post[ticket.loop].append(partial(ticket.decide, refusal))
-        for ticket, increments in arrived:
+        for ticket, increment in arrived:
             if ticket is not None:
-                post[ticket.loop].append(partial(ticket.put, increments))
+                post[ticket.loop].append(partial(ticket.put, increment))
         for loop, calls in post.items():
             if not _call(loop, calls):
                 self._leave(loop)

@@ -75,7 +75,7 @@ class PromptReport:
 
 
 class Increment(NamedTuple):
-    """What one step added to an answer."""
+    """What a step, or several, added to an answer."""
 
     text: str = ""
     """Whole characters that can no longer turn out to belong to a stop string; without the stop itself."""
@@ -89,6 +89,17 @@ class Increment(NamedTuple):
     """The stop token or stop string that ended the answer."""
     error: str | None = None
     """One line, where `finish_reason` is `error`."""
+
+
+def join(increments: Sequence[Increment]) -> Increment:
+    """What several steps, one after the other, added to one answer."""
+    if len(increments) == 1:
+        return increments[0]
+    return increments[-1]._replace(
+        text="".join(increment.text for increment in increments),
+        tokens=tuple(token for increment in increments for token in increment.tokens),
+        prompt=increments[0].prompt,
+    )
 
 
 @dataclass

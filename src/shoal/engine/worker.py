@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ..config import UserError
 from .engine import Engine, EngineStats
-from .requests import Increment, Request
+from .requests import Increment, Request, join
 
 DELIVERY_SECONDS = 0.01
 """Steps faster than this are told together: waking every reader for every token would cost a small model half its speed."""
@@ -45,7 +45,8 @@ class News(NamedTuple):
 
     decided: list[tuple[int, Exception | None]]
     """Requests that were accepted (None) or refused."""
-    increments: list[tuple[int, list[Increment]]]
+    increments: list[tuple[int, Increment]]
+    """By key. Steps told together are joined here, as every object on its way to another process costs time."""
     stats: EngineStats
 
 
@@ -113,7 +114,7 @@ class Worker:
             ends = letters[-1].finish_reason is not None
             if ends or clock >= self._due[key]:
                 self._due[key] = due
-                increments.append((key, self._mail.pop(key)))
+                increments.append((key, join(self._mail.pop(key))))
             if ends:
                 self._forget(key)
         decided, self._decided = self._decided, []

@@ -152,14 +152,14 @@ class Host:
             for ticket in tickets:
                 engine.cancel(ticket)
 
-    async def increments(self, tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, list[Increment]]]:
+    async def increments(self, tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, Increment]]:
         """What arrives for any of the tickets, with its place among them, until all have ended; all that is there at once."""
         if len(tickets) == 1:
-            last = None
-            while last is None:
-                increments = await tickets[0].take()
-                last = increments[-1].finish_reason
-                yield 0, increments
+            ended = False
+            while not ended:
+                increment = await tickets[0].take()
+                ended = increment.finish_reason is not None
+                yield 0, increment
             return
         waiting = {asyncio.ensure_future(ticket.take()): index for index, ticket in enumerate(tickets)}
         try:
@@ -167,10 +167,10 @@ class Host:
                 done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     index = waiting.pop(task)
-                    increments = task.result()
-                    if increments[-1].finish_reason is None:
+                    increment = task.result()
+                    if increment.finish_reason is None:
                         waiting[asyncio.ensure_future(tickets[index].take())] = index
-                    yield index, increments
+                    yield index, increment
         finally:
             for task in waiting:
                 task.cancel()

@@ -61,22 +61,22 @@ class Turn:
 
     async def steps(self, tickets: Sequence[Ticket]) -> AsyncIterator[Step]:
         """What comes, until all answers have ended. Raises `APIError` if one cannot go on."""
-        async for index, increments in self.host.increments(tickets):
-            text, tokens, last = join(increments)
+        async for index, increment in self.host.increments(tickets):
+            tokens = increment.tokens
             now = time.perf_counter()
             self._clocks[index].tokens(len(tokens), now)
             self.made += len(tokens)
-            self.reports[index] = self.reports[index] or increments[0].prompt
+            self.reports[index] = self.reports[index] or increment.prompt
             reader = self.readers[index]
             if reader.is_thinking:
                 self.reasoned += len(tokens)
-            piece = reader.push(text)
+            piece = reader.push(increment.text)
             finish = None
-            if last.finish_reason is not None:
-                check_end(last)
+            if increment.finish_reason is not None:
+                check_end(increment)
                 piece = add_pieces(piece, reader.finish())
-                finish = "tool_calls" if reader.has_calls and last.finish_reason == "stop" else str(last.finish_reason)
-                self.stopped_by[index] = last.stopped_by
+                finish = "tool_calls" if reader.has_calls and increment.finish_reason == "stop" else str(increment.finish_reason)
+                self.stopped_by[index] = increment.stopped_by
                 self._clocks[index].finished(now)
             if piece or tokens or finish:
                 yield Step(index, piece, tokens, finish)
@@ -105,14 +105,6 @@ class Turn:
             "prompt_tokens_details": {"cached_tokens": cached},
             "completion_tokens_details": {"reasoning_tokens": self.reasoned},
         }
-
-
-def join(increments: Sequence[Increment]) -> tuple[str, Sequence[Token], Increment]:
-    """Text and tokens of several increments, and the last."""
-    if len(increments) == 1:
-        return increments[0].text, increments[0].tokens, increments[0]
-    tokens = [token for increment in increments for token in increment.tokens]
-    return "".join(increment.text for increment in increments), tokens, increments[-1]
 
 
 def check_end(last: Increment) -> None:

@@ -2,10 +2,15 @@
 the weights themselves, as if nothing had been rounded (the straight-through estimator, 1308.3432).
 
 Rounded is what `shoal quantize --bits 4` rounds to 4 bits, in the same groups with the same scales: matrices of attention, feed-forward
-layers and experts of the main model.
+layers and experts of the main model. Scales are searched once, when fine-tuning begins: another scale moves all weights of its group at
+once, and what training has made of them is lost. Checkpoints hold the rounded weights, for which quantizing finds the same scales.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,25 +24,22 @@ from ..model.moe import Experts
 from ..numerics.grouped import Grouped, dequantize, find_scales, round_to
 
 GROUP = 32
-SCALES_LAST = 8
-"""Training passes for which the scales of a matrix are kept: searching them costs more than rounding."""
 
 
-class Rounding:
-    """One matrix, or stack of matrices, as int4 would hold it."""
+class Rounding(nn.Module):
+    """One matrix, or stack of matrices, as int4 holds it, with the scales that fit `weight [..., O, I]` best."""
 
-    def __init__(self) -> None:
-        self._scales: Tensor | None = None
-        self._passes = 0
+    scales: Tensor
 
-    def __call__(self, weight: Tensor, training: bool) -> Tensor:
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scales", find_scales(weight.detach(), 4, GROUP)[0], persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
         """`weight [..., O, I]` rounded; its gradient is that of the result."""
         with torch.no_grad():
-            if self._scales is None or self._passes >= SCALES_LAST or not training:
-                self._scales, self._passes = find_scales(weight, 4, GROUP)[0], 0
-            self._passes += training
-            quants = round_to(weight, self._scales, None, 4, GROUP)
-            change = dequantize(Grouped(quants, self._scales, None, 4, GROUP, weight.shape[-1])) - weight
+            quants = round_to(weight, self.scales, None, 4, GROUP)
+            change = dequantize(Grouped(quants, self.scales, None, 4, GROUP, weight.shape[-1])) - weight
         return weight + change
 
 
@@ -46,31 +48,40 @@ class RoundedLinear(nn.Linear):
 
     rounding: Rounding
 
+    def rounded(self) -> dict[str, Tensor]:
+        """Weights of the forward pass, by parameter."""
+        return {"weight": self.rounding(self.weight)}
+
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.rounding(self.weight, self.training), self.bias)
+        return nn.functional.linear(x, self.rounded()["weight"], self.bias)
 
 
 class RoundedKVUp(nn.Linear):
     """`kv_b_proj`, whose two parts the engine rounds along different dimensions."""
 
     shape: ModelConfig
-    rounding: tuple[Rounding, Rounding]
+    rounding: nn.ModuleList
+
+    def rounded(self) -> dict[str, Tensor]:
+        parts = split_kv_up(self.weight, self.shape)
+        return {"weight": join_kv_up(*(rounding(part) for rounding, part in zip(self.rounding, parts, strict=True)))}
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = split_kv_up(self.weight, self.shape)
-        return nn.functional.linear(x, join_kv_up(*(r(part, self.training) for r, part in zip(self.rounding, parts, strict=True))))
+        return nn.functional.linear(x, self.rounded()["weight"])
 
 
 class RoundedExperts(Experts):
     """Routed experts."""
 
-    rounding: tuple[Rounding, Rounding, Rounding]
+    rounding: nn.ModuleDict
+
+    def rounded(self) -> dict[str, Tensor]:
+        return {name: rounding(getattr(self, name)) for name, rounding in self.rounding.items()}
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        weights = (self.gate_proj, self.up_proj, self.down_proj)
-        gate, up, down = (r(weight, self.training) for r, weight in zip(self.rounding, weights, strict=True))
-        hidden = kernels.swiglu(kernels.grouped_linear(x, gate, offsets), kernels.grouped_linear(x, up, offsets))
-        return kernels.grouped_linear(hidden, down, offsets)
+        weights = self.rounded()
+        gate, up = (kernels.grouped_linear(x, weights[name], offsets) for name in ("gate_proj", "up_proj"))
+        return kernels.grouped_linear(kernels.swiglu(gate, up), weights["down_proj"], offsets)
 
 
 def round_weights(model: Transformer) -> None:
@@ -78,8 +89,9 @@ def round_weights(model: Transformer) -> None:
     for block in model.blocks:
         for module in list(block.modules()):
             if isinstance(module, Experts):
+                names = ("gate_proj", "up_proj", "down_proj")
                 module.__class__ = RoundedExperts
-                module.rounding = (Rounding(), Rounding(), Rounding())  # type: ignore[assignment]
+                module.rounding = nn.ModuleDict({name: Rounding(getattr(module, name)) for name in names})
             elif isinstance(module, MLA | GQA | SwiGLU):
                 for name, linear in module.named_children():
                     if not isinstance(linear, nn.Linear):
@@ -87,7 +99,36 @@ def round_weights(model: Transformer) -> None:
                     if name == "kv_b_proj":
                         linear.__class__ = RoundedKVUp
                         linear.shape = model.config  # type: ignore[assignment]
-                        linear.rounding = (Rounding(), Rounding())  # type: ignore[assignment]
+                        linear.rounding = nn.ModuleList(map(Rounding, split_kv_up(linear.weight, model.config)))
                     else:
                         linear.__class__ = RoundedLinear
-                        linear.rounding = Rounding()  # type: ignore[assignment]
+                        linear.rounding = Rounding(linear.weight)
+
+
+@contextmanager
+def on_grid(model: Transformer) -> Iterator[dict[str, Any]]:
+    """Within the block, parameters are what the forward pass makes of them; yields the `state` from which `go_on` goes on."""
+    held: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, RoundedLinear | RoundedKVUp | RoundedExperts):
+            for name, weight in module.rounded().items():
+                held[f"{path}.{name}"] = module.get_parameter(name).data
+                module.get_parameter(name).data = weight.detach()
+    try:
+        yield {"weights": held, "scales": _scales(model)}
+    finally:
+        for name, weight in held.items():
+            model.get_parameter(name).data = weight
+
+
+@torch.no_grad()
+def go_on(model: Transformer, state: dict[str, Any]) -> None:
+    """Weights and scales of a model with `round_weights` as they were when `on_grid` gave `state`."""
+    for name, weight in state["weights"].items():
+        model.get_parameter(name).copy_(weight)
+    for name, scales in _scales(model).items():
+        scales.copy_(state["scales"][name])
+
+
+def _scales(model: Transformer) -> dict[str, Tensor]:
+    return {path: module.scales for path, module in model.named_modules() if isinstance(module, Rounding)}

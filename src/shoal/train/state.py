@@ -17,7 +17,7 @@ from ..parallel import Shards, Team, divide, make_dispatcher
 from ..runtime import Machine
 from .fp8 import compute_in_fp8
 from .optimizer import Optimizers
-from .qat import round_weights
+from .qat import go_on, on_grid, round_weights
 from .recompute import recompute
 from .run_folder import RunFolder
 from .whole import gather_model, gather_optimizers, scatter_optimizers
@@ -88,8 +88,10 @@ class TrainState:
         return state
 
     def _load(self, path: Path) -> None:
-        """All but the weights."""
+        """All but the weights, and of rounded ones what they were before."""
         saved = checkpoints.load_checkpoint_state(path)
+        if self.config.qat:
+            go_on(self.model, saved["qat"])
         scatter_optimizers(saved["optimizers"], self.optimizers, self.config.model, self.config.optimizer, self.shards)
         self.batches.load_state_dict(saved["batches"])
         self.counters = Counters(**saved["counters"])
@@ -110,7 +112,10 @@ class TrainState:
             "counters": dict(vars(at)),
         }
         model = gather_model(self.model, self.shards)
-        if self.team.is_alone:
+        if self.config.qat:
+            with on_grid(self.model) as saved["qat"]:
+                self._write(model, saved, replace(at))
+        elif self.team.is_alone:
             self._write(model, saved, replace(at))
         elif self.team.is_first:
             writer = ThreadPoolExecutor(1, "checkpoint")

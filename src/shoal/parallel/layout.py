@@ -70,8 +70,6 @@ def problem(config: TrainConfig, world: int, per_node: int) -> str | None:
     """The first reason why `config.parallel` cannot run on `world` processes; None if it can."""
     asked, model = config.parallel, config.model
     pipeline, expert = asked.pipeline, asked.expert
-    if config.qat and world > 1:
-        return f"--qat {config.qat} rounds weights in one process"
     if world % pipeline:
         return f"parallel.pipeline {pipeline} does not divide {world} processes"
     data = world // pipeline

@@ -62,36 +62,13 @@ def test_a_checkpoint_holds_the_rounded_weights_and_goes_on_to_the_bit(trained: 
     assert all(again[name].equal(rounded[name]) for name in rounded)
 
 
-CALCULATOR = """
-sequence_length = 128
-batch_size = 8
-eval_tokens = 8192
-eval_every_minutes = 0
-precision = "fp32"
-device = "cpu"
-threads = 1
-
-[model]
-vocab_size = 512
-hidden_size = 64
-num_hidden_layers = 2
-intermediate_size = 192
-num_attention_heads = 4
-max_position_embeddings = 256
-kv_lora_rank = 32
-qk_nope_head_dim = 16
-qk_rope_head_dim = 16
-v_head_dim = 16
-n_routed_experts = 4
-num_experts_per_tok = 2
-moe_intermediate_size = 64
-num_nextn_predict_layers = 1
-init = "fan_in"
-zero_init_output = true
-
-[checkpoint]
-every_minutes = 0
-"""
+CALCULATOR = {
+    "sequence-length": 128, "batch-size": 8, "eval-tokens": 8192, "checkpoint.every-steps": 0, "model.hidden-size": 64,
+    "model.intermediate-size": 192, "model.num-attention-heads": 4, "model.max-position-embeddings": 256, "model.kv-lora-rank": 32,
+    "model.qk-nope-head-dim": 16, "model.qk-rope-head-dim": 16, "model.v-head-dim": 16, "model.moe-intermediate-size": 64,
+    "model.init": "fan_in",
+}  # fmt: skip
+"""What its model has other than that of the shared recipe."""
 
 
 def sums(pages: int) -> str:
@@ -102,15 +79,15 @@ def sums(pages: int) -> str:
 
 
 @pytest.mark.slow
-def test_fine_tuning_makes_up_for_most_of_what_rounding_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fine_tuning_makes_up_for_most_of_what_rounding_costs(workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Beside as much fine-tuning without rounding, which is then rounded to nearest."""
-    text, recipe = tmp_path / "sums.txt", tmp_path / "recipe.toml"
+    text = tmp_path / "sums.txt"
     text.write_text(sums(8000), encoding="utf-8")
-    recipe.write_text(CALCULATOR, encoding="utf-8")
+    shape = [part for name, value in CALCULATOR.items() for part in (f"--{name}", str(value))]
 
     def learn(name: str, *more: str) -> Path:
         places = ["--data", str(text), "--corpus.cache", str(tmp_path / "cache"), "--out", str(tmp_path / name)]
-        assert main(["train", str(recipe), *places, *more]) == 0
+        assert main(["train", str(workshop / "recipe.toml"), *places, *shape, "--model.zero-init-output", *more]) == 0
         return tmp_path / name
 
     def rounded(run: Path) -> tuple[float, float]:

@@ -3,7 +3,8 @@ the weights themselves, as if nothing had been rounded (the straight-through est
 
 Rounded is what `shoal quantize --bits 4` rounds to 4 bits, in the same groups with the same scales: matrices of attention, feed-forward
 layers and experts of the main model. Scales are searched once, when fine-tuning begins: another scale moves all weights of its group at
-once, and what training has made of them is lost. Checkpoints hold the rounded weights, for which quantizing finds the same scales.
+once, and what training has made of them is lost. Checkpoints hold the rounded weights, for which quantizing finds the
+same scales, but for groups whose largest weights have shrunk so far (by a third) that a finer grid fits them.
 """
 
 from __future__ import annotations

@@ -42,6 +42,19 @@ struct NewtonSchulz {
     int64_t steps;
 };
 
+// Which tokens followed which contexts (model/counted.py). Entries are sorted: a context's key, then, in its lowest `token_bits`, the token.
+constexpr int64_t kMostOrders = 8;
+struct CountedNgrams {
+    const int64_t* entries;
+    const int16_t* counts;
+    int64_t size;
+    const int64_t* index;  // where the entries begin whose bits above `index_shift` are 0, 1, ...; the last is `size`
+    int64_t index_shift, token_bits;
+    int64_t orders;          // contexts of 1, 2, ... tokens
+    const float* discounts;  // [orders, 4]: what is taken off a count of 0, 1, 2, and 3 or more
+    const float* base;       // [V], the distribution without a context
+};
+
 struct Matrix;
 struct Model;
 struct Step;
@@ -80,6 +93,11 @@ struct Kernels {
     // the row has no finite maximum.
     void (*draw)(int64_t rows, int64_t vocab, Rows logits, const int64_t* index, const double* temperatures, const uint64_t* starts,
                  int64_t* winners, int threads);
+
+    // The distribution of the token after each row's contexts, keys [rows, orders] by increasing length and -1 where the text is shorter;
+    // lengths[row] = tokens of the longest context that was ever counted.
+    void (*counted_prior)(int64_t rows, int64_t vocab, const CountedNgrams& counted, const int64_t* keys, Rows probabilities,
+                          int64_t* lengths, int threads);
 
     // The engine's (weights.h). hidden [T, D] after the final norm; experts [mixtures, T, K] may be null.
     void (*decoder_forward)(const Model& model, int64_t layers, const Step& step, float* hidden, int32_t* experts, Workspace& workspace,

@@ -199,6 +199,22 @@ class Cpu {
         return winners;
     }
 
+    void counted_prior(Tensor entries, Tensor counts, Tensor index, int64_t index_shift, int64_t token_bits, Tensor discounts, Tensor base,
+                       Tensor keys, Tensor probabilities, Tensor lengths, int threads) {
+        const int64_t rows = keys.size(0), orders = keys.size(1), vocab = base.numel();
+        CountedNgrams counted = {entries.flat_longs(), counts.flat_shorts(), entries.numel(), index.flat_longs(), index_shift, token_bits,
+                                 orders, discounts.flat_floats(), base.flat_floats()};
+        Rows out = probabilities.rows();
+        const int64_t* contexts = keys.flat_longs();
+        int64_t* longest = lengths.flat_longs();
+        expect(counts.numel() == counted.size && orders <= kMostOrders && discounts.numel() == 4 * orders && lengths.numel() == rows);
+        expect(probabilities.size(0) == rows && probabilities.size(1) == vocab && 0 < token_bits && token_bits < 60);
+        expect(0 < index_shift && index_shift < 63 && index.numel() == (int64_t{1} << (63 - index_shift)) + 1);
+        expect(index.numel() > 0 && counted.index[index.numel() - 1] == counted.size);
+        nb::gil_scoped_release release;
+        run_->counted_prior(rows, vocab, counted, contexts, out, longest, threads);
+    }
+
   private:
     const Kernels* run_;
 };
@@ -243,5 +259,6 @@ NB_MODULE(_cpu, m) {
         .def("combine", &Cpu::combine, nb::arg("x"), nb::arg("weights").none(), nb::arg("index"), nb::arg("y"), nb::arg("threads"))
         .def("combine_backward", &Cpu::combine_backward)
         .def("newton_schulz", &Cpu::newton_schulz)
-        .def("draw", &Cpu::draw);
+        .def("draw", &Cpu::draw)
+        .def("counted_prior", &Cpu::counted_prior);
 }

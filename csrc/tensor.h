@@ -80,6 +80,14 @@ class Tensor {
         if (!packed()) throw nanobind::value_error("a tensor is not contiguous");
         return static_cast<uint8_t*>(tensor_.data) + tensor_.byte_offset;
     }
+    int64_t* flat_longs() const {
+        if (tensor_.type_code != 0 || tensor_.type_bits != 64) throw nanobind::type_error("a tensor is not int64");
+        return reinterpret_cast<int64_t*>(bytes());
+    }
+    int16_t* flat_shorts() const {
+        if (tensor_.type_code != 0 || tensor_.type_bits != 16) throw nanobind::type_error("a tensor is not int16");
+        return reinterpret_cast<int16_t*>(bytes());
+    }
     int32_t* flat_ints() const {
         if (tensor_.type_code != 0 || tensor_.type_bits != 32) throw nanobind::type_error("a tensor is not int32");
         return reinterpret_cast<int32_t*>(bytes());

@@ -106,6 +106,11 @@ class ModelConfig:
     """Tables of n-grams of 2 to so many tokens join the embedding; 0 for none. Not exportable."""
     ngram_rows: int = 16384
     """Rows of the table of every length."""
+    count_order: int = 0
+    """Longest context whose continuations in the training text are counted, as a prior of the output that the network corrects; 0 for none.
+    Not exportable."""
+    count_entries: int = 0
+    """N-grams that were counted; training sets it."""
     embedding_skip: bool = False
     """Every layer starts from a learned mixture of its input and the embedding. Not exportable."""
     value_embedding: bool = False
@@ -158,10 +163,15 @@ class ModelConfig:
         return 2 * self.kv_heads * self.qk_head_dim
 
     @property
+    def looks_back(self) -> int:
+        """Tokens before each that its tables of n-grams ask for."""
+        return max(self.ngram_order - 1, self.count_order - 1, 0)
+
+    @property
     def additions(self) -> list[str]:
         """The settings in use, each as a phrase, of parts that only the model in plain torch has."""
         plain = ModelConfig()
-        names = ("ngram_order", "embedding_skip", "value_embedding", "convolution")
+        names = ("ngram_order", "count_order", "embedding_skip", "value_embedding", "convolution")
         return [f"model.{name} is {value}" for name in names if (value := getattr(self, name)) != getattr(plain, name)]
 
     def is_moe_layer(self, layer: int) -> bool:
@@ -196,6 +206,10 @@ class ModelConfig:
             raise UserError(f"model.ngram_order is {self.ngram_order}: it must be 0 for no tables, or 2 to {LONGEST_NGRAM}")
         if self.ngram_rows < 1:
             raise UserError(f"model.ngram_rows is {self.ngram_rows}: it must be at least 1")
+        if not 0 <= self.count_order <= LONGEST_NGRAM or self.count_entries < 0:
+            raise UserError(f"model.count_order is {self.count_order}: it must be 0 for no counts, or 1 to {LONGEST_NGRAM}")
+        if self.count_order and (self.logit_softcap or self.num_nextn_predict_layers):
+            raise UserError("counted n-grams know neither logit_softcap nor multi-token prediction: leave them away, or model.count_order")
         if self.convolution < 0:
             raise UserError(f"model.convolution is {self.convolution}: it must be 0 for none, or the tokens to look back")
         if self.rope_dim % 2:

@@ -20,7 +20,7 @@ from ..runtime import available_memory
 from .answer import Answer, stop_set
 from .pages import PagePool
 from .requests import Increment, Request, Result, TokenMask
-from .runner import PAGE, Batch, Forward, Runner, on_host, take_rows
+from .runner import PAGE, Batch, Forward, Runner, on_host
 from .sampling import Room, Rows, Sampler, SamplingError
 from .scheduler import Limits, Scheduler, Sequence, Work
 from .speculate import Drafter, Switch, keep_behind
@@ -251,8 +251,9 @@ class Engine:
             if forward.experts is not None:
                 builder.add_experts(on_host(forward.experts[:, rows]).astype(np.int16))
             if builder.wants_logits:
-                for part in forward.hidden[rows].split(SCORED_AT_ONCE):
-                    builder.add_logits(on_host(self.runner.logits(part)))
+                for first in range(start, start + length, SCORED_AT_ONCE):
+                    part = range(first, min(first + SCORED_AT_ONCE, start + length))
+                    builder.add_logits(on_host(self.runner.logits(*forward.predictions(part))))
 
     def _choose(self, work: list[Work], starts: list[int], forward: Forward) -> int:
         """Move every sequence on, choosing tokens for those that are computed to their end; number of tokens chosen."""
@@ -275,7 +276,7 @@ class Engine:
             places.extend((answer.sampler, len(sequence.tokens) + ahead) for ahead in range(1 + share.drafts))
         if not choosing:
             return 0
-        logits = Rows(self.runner.logits(take_rows(forward.hidden, rows)), places, self._room)
+        logits = Rows(self.runner.logits(*forward.predictions(rows)), places, self._room)
         made = row = 0
         for share, start in choosing:
             chosen = self._extend(share, start, row, logits, forward)

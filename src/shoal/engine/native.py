@@ -153,7 +153,7 @@ class NativeRunner:
             self._mapped.forget(self._embedding)
         return Forward(hidden, experts)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, keys: Tensor | None = None) -> Tensor:
         """See `Runner`."""
         out = torch.empty(len(hidden), self.config.vocab_size)
         with self._lock:

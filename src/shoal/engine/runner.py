@@ -51,10 +51,10 @@ class Batch:
         return cls(*map(torch.from_numpy, (flat, positions, starts, padded)))
 
 
-def take_rows(x: Tensor, rows: list[int]) -> Tensor:
+def take_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
     """Some rows of `x [N, D]`, increasing; a view where they are neighbours."""
     first, end = rows[0], rows[-1] + 1
-    return x[first:end] if end - first == len(rows) else x[torch.tensor(rows, device=x.device)]
+    return x[first:end] if end - first == len(rows) else x[torch.tensor(list(rows), device=x.device)]
 
 
 def on_host(x: Tensor) -> np.ndarray:
@@ -70,6 +70,12 @@ class Forward:
     """`[N, D]` fp32, after the final norm."""
     experts: Tensor | None
     """`[MoE layers, N, K]` int: who was chosen; None for dense models."""
+    keys: Tensor | None = None
+    """With counted n-grams: what `logits` looks up for every prediction, `[N, K]`."""
+
+    def predictions(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """What `Runner.logits` takes, of some rows, increasing."""
+        return take_rows(self.hidden, rows), None if self.keys is None else take_rows(self.keys, rows)
 
 
 class Runner(Protocol):
@@ -92,8 +98,8 @@ class Runner(Protocol):
         """Run the main model, write the caches of its layers."""
         ...
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """`[M, D]` -> `[M, V]` fp32."""
+    def logits(self, hidden: Tensor, keys: Tensor | None = None) -> Tensor:
+        """`[M, D]` -> `[M, V]` fp32; `keys` are those of the same rows of `Forward`."""
         ...
 
     def draft(self, batch: Batch, hidden: Tensor, next_ids: Tensor) -> Tensor:
@@ -145,12 +151,13 @@ class TorchRunner:
         self.model, self.machine, self.config, self.device = model.eval(), machine, model.config, machine.device
         self.natural_cache: CacheFormat = "bf16" if machine.precision == "bf16" else "fp32"
         self._cache = torch.empty(0)
+        self._looks_back = self.config.looks_back
         self._text = torch.empty(0, dtype=torch.long)
         """Token of every cached position, `[pages, PAGE]`, for models that look n-grams up."""
 
     def allocate(self, pages: int, cache: CacheFormat) -> None:
         """See `Runner`. On a CPU, memory is taken only as pages are written."""
-        if self.config.ngram_order:
+        if self._looks_back:
             self._text = torch.zeros(pages, PAGE, dtype=torch.long, device=self.device)
         dtype = torch.uint8 if cache == "fp8" else DTYPES[cache]
         shape = (len(self.model.model.layers), pages, PAGE, self.config.cache_values_per_token)
@@ -161,20 +168,22 @@ class TorchRunner:
 
     def forward(self, batch: Batch) -> Forward:
         """See `Runner`."""
-        hidden, experts = [], []
+        hidden, experts, keys = [], [], []
         with inference(self.machine):
             for i, (ids, positions, caches) in enumerate(self._sequences(batch)):
-                before = self._before(ids, positions, batch.tables[i].to(self.device)) if self.config.ngram_order else None
+                before = self._before(ids, positions, batch.tables[i].to(self.device)) if self._looks_back else None
                 output = self.model(ids[None], positions[None], caches, before=before)
                 hidden.append(output.hidden[0])
                 experts.append(_chosen(output.routing))
-        return Forward(torch.cat(hidden).float(), torch.cat(experts, 1) if experts[0] is not None else None)  # type: ignore[arg-type]
+                keys.append(None if output.keys is None else output.keys[0])
+        return Forward(torch.cat(hidden).float(), _together(experts, 1), _together(keys, 0))
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, keys: Tensor | None = None) -> Tensor:
         """See `Runner`."""
         with inference(self.machine):
             # Row by row: how a matrix product rounds depends on the number of its rows.
-            return torch.cat([self.model.logits(row) for row in hidden.split(1)])
+            looked_up = [None] * len(hidden) if keys is None else keys.split(1)
+            return torch.cat([self.model.logits(*row) for row in zip(hidden.split(1), looked_up, strict=True)])
 
     def draft(self, batch: Batch, hidden: Tensor, next_ids: Tensor) -> Tensor:
         """See `Runner`."""
@@ -189,14 +198,14 @@ class TorchRunner:
     def copy_page(self, source: int, target: int) -> None:
         """See `Runner`."""
         self._cache[:, target] = self._cache[:, source]
-        if self.config.ngram_order:
+        if self._looks_back:
             self._text[target] = self._text[source]
 
     def _before(self, ids: Tensor, positions: Tensor, table: Tensor) -> Tensor:
-        """Remember the new tokens of a sequence; the ones that stand before them, `[1, order - 1]`."""
+        """Remember the new tokens of a sequence; the ones that stand before them, `[1, looks_back]`."""
         pages = table.long()
         self._text[pages[positions // PAGE], positions % PAGE] = ids
-        earlier = (positions[0] - torch.arange(self.config.ngram_order - 1, 0, -1, device=ids.device)).clamp(min=0)
+        earlier = (positions[0] - torch.arange(self._looks_back, 0, -1, device=ids.device)).clamp(min=0)
         return self._text[pages[earlier // PAGE], earlier % PAGE][None]
 
     def _sequences(self, batch: Batch) -> list[tuple[Tensor, Tensor, list[PagedLayer]]]:
@@ -212,6 +221,12 @@ class TorchRunner:
             )
             for i in range(len(starts) - 1)
         ]
+
+
+def _together(parts: list[Tensor | None], dimension: int) -> Tensor | None:
+    """What the sequences have of something that either all have or none."""
+    there = [part for part in parts if part is not None]
+    return torch.cat(there, dimension) if there else None
 
 
 def _chosen(routing: list[RoutingStats]) -> Tensor | None:

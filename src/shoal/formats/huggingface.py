@@ -52,7 +52,8 @@ def save_model(
         tensors |= {name: tensors[source] for name, source in shared_copies(model.config).items() if name != _HEAD}
 
     def stored_dtype(name: str) -> torch.dtype:
-        return tensors[name].dtype if dtype is None or name.endswith("e_score_correction_bias") else dtype
+        kept = dtype is None or name.endswith("e_score_correction_bias") or not tensors[name].is_floating_point()
+        return tensors[name].dtype if kept or dtype is None else dtype
 
     def stored(name: str) -> dict[str, Tensor]:
         if fp8 is not None and is_fp8_matrix(name):

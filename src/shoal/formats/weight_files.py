@@ -29,6 +29,8 @@ _HARMLESS = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _SCALE = "_scale_inv"
 _FLOATS = ("F32", "BF16", "F16")
 _FP8 = "F8_E4M3"
+_WHOLE_NUMBERS = {"counted.entries": "I64", "counted.counts": "I16"}
+"""Tensors that are no weights, by the end of their names (model/counted.py)."""
 
 
 class WeightFiles:
@@ -107,14 +109,14 @@ class WeightFiles:
                 raise UserError(f"{self.folder}: {name} is FP8 but its scales {name + _SCALE} are missing")
             if self.stored(name + _SCALE) not in _FLOATS:
                 raise UserError(f"{self.folder}: {name + _SCALE} is stored as {self.stored(name + _SCALE)}, but scales are numbers in fp32")
-        elif stored not in _FLOATS:
+        elif stored not in _FLOATS and not any(name.endswith(end) and stored == kind for end, kind in _WHOLE_NUMBERS.items()):
             kind = stored.replace("I", "int") if stored.startswith(("I", "U")) else stored
             raise UserError(f"{self.folder}: {name} is stored as {kind}, which is not supported: use fp32, bf16 or block-scaled FP8")
 
     def read(self, name: str) -> Tensor:
         """One tensor, dequantized where it is FP8 with scales, all its numbers finite."""
         self._require_readable(name)
-        size = math.prod(self.shape(name)) * {"F32": 4, _FP8: 1}.get(self.stored(name), 2)
+        size = math.prod(self.shape(name)) * {"F32": 4, "I64": 8, _FP8: 1}.get(self.stored(name), 2)
         if self._touched and self._touched + size > FORGET_AFTER:
             self._stack.close()
             self._open()

@@ -1,5 +1,7 @@
 """The hot operations, one function each; which kernels run them is decided once, at import."""
 
+from .counted import CountTables as CountTables
+from .counted import counted_prior as counted_prior
 from .cross_entropy import linear_cross_entropy as linear_cross_entropy
 from .grouped import grouped_linear as grouped_linear
 from .grouped import grouped_linear_gradients as grouped_linear_gradients

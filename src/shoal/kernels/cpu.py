@@ -5,7 +5,7 @@ Every function takes fp32 tensors on the CPU, for which `runs` has said yes.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from .reference import QUINTIC
 from .selection import BACKEND
+
+if TYPE_CHECKING:
+    from .counted import CountTables
 
 _cpu: Any = BACKEND.cpu
 
@@ -25,6 +28,11 @@ def runs(*tensors: Tensor | None) -> bool:
         x is None or (x.dtype == torch.float32 and x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) and x.numel() > 0)
         for x in tensors
     )
+
+
+def counts(entries: Tensor) -> bool:
+    """Whether the C++ kernel can look n-grams up in these entries."""
+    return _cpu is not None and not torch.compiler.is_compiling() and entries.device.type == "cpu"
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -195,3 +203,13 @@ def newton_schulz(x: Tensor, steps: int) -> Tensor:
     y = _empty(x)
     _cpu.newton_schulz(x.contiguous(), *QUINTIC, steps, y, torch.get_num_threads())
     return y
+
+
+def counted_prior(tables: CountTables, keys: Tensor) -> tuple[Tensor, Tensor]:
+    probabilities = torch.empty(len(keys), tables.base.numel())
+    lengths = torch.empty(len(keys), dtype=torch.int64)
+    _cpu.counted_prior(
+        tables.entries, tables.counts, tables.index, tables.index_shift, tables.token_bits, tables.discounts, tables.base,
+        keys.contiguous(), probabilities, lengths, torch.get_num_threads(),
+    )  # fmt: skip
+    return probabilities, lengths

@@ -140,6 +140,27 @@ def newton_schulz(x: Tensor, steps: int) -> Tensor:
     return x.mT if transposed else x
 
 
+def counted_prior(entries: Tensor, counts: Tensor, token_bits: int, discounts: Tensor, base: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    rows, orders = keys.shape
+    probabilities = base.repeat(rows, 1)
+    lengths = torch.zeros(rows, dtype=torch.int64, device=keys.device)
+    for n in range(orders):
+        wanted = keys[:, n].clamp(min=0)
+        first, end = (torch.searchsorted(entries, (wanted + more) << token_bits) for more in (0, 1))
+        sizes = torch.where((keys[:, n] >= 0) & (lengths == n), end - first, 0)
+        row = torch.arange(rows, device=keys.device).repeat_interleave(sizes)
+        at = torch.arange(len(row), device=keys.device) + (first - (sizes.cumsum(0) - sizes)).repeat_interleave(sizes)
+        count = counts[at].float()
+        discount = discounts[n][counts[at].long().clamp(max=3)]
+        total = torch.zeros(rows, device=keys.device).index_add_(0, row, count)
+        discounted = torch.zeros(rows, device=keys.device).index_add_(0, row, discount)
+        probabilities *= torch.where(total > 0, discounted / total, 1.0)[:, None]
+        tokens = entries[at] & ((1 << token_bits) - 1)
+        probabilities.view(-1).index_add_(0, row * base.numel() + tokens, (count - discount) / total[row])
+        lengths += sizes > 0
+    return probabilities, lengths
+
+
 def packed_linear(x: Tensor, matrix: PackedMatrix) -> Tensor:
     """See `serving.packed_linear`: what the kernels compute, their rounding of the activations included."""
     if matrix.format in ("fp32", "bf16"):

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .convolution import ShortConvolution
+from .counted import CountedNgrams
 from .embedding_skip import EmbeddingSkip
 from .layers import RMSNorm, TokenTable
 from .moe import Experts, Router
@@ -20,7 +21,7 @@ def init_weights(model: Transformer, seed: int) -> None:
     """Fill every parameter from `seed`, as `config.init`, `initializer_range` and `zero_init_output` say.
 
     `fan_in` draws hidden matrices with std 1/sqrt(fan in) and embeddings with std 1; `normal` draws everything with std
-    `initializer_range`, as the official models do. The head always has std `initializer_range`.
+    `initializer_range`, as the official models do. The head always has std `initializer_range`, and is 0 where counted n-grams predict.
     """
     config = model.config
     generator = torch.Generator(device="cpu").manual_seed(seed)
@@ -41,6 +42,9 @@ def init_weights(model: Transformer, seed: int) -> None:
             module.weight.zero_()
         elif isinstance(module, EmbeddingSkip):
             module.reset()
+        elif isinstance(module, CountedNgrams):
+            module.trust.zero_()
+            module.trust_in_length.zero_()
         elif isinstance(module, nn.Embedding):
             normal(module.weight, 1.0 if config.init == "fan_in" and not config.tie_word_embeddings else config.initializer_range)
         elif isinstance(module, Router):
@@ -49,7 +53,9 @@ def init_weights(model: Transformer, seed: int) -> None:
             for part in ("gate_proj", "up_proj", "down_proj"):
                 matrix(f"{name}.{part}", getattr(module, part))
         elif module is model.lm_head:
-            if not config.tie_word_embeddings:
+            if config.count_order:
+                model.lm_head.weight.zero_()  # begin with what was counted
+            elif not config.tie_word_embeddings:
                 normal(model.lm_head.weight, config.initializer_range)
         elif isinstance(getattr(module, "weight", None), nn.Parameter):
             matrix(name, module.weight)

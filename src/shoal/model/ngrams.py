@@ -34,12 +34,12 @@ class Ngrams(nn.Module):
     def keys(self, ids: Tensor, positions: Tensor, before: Tensor | None) -> list[Tensor]:
         """Row of every n-gram `[B, T]`, by length.
 
-        `ids [B, T]` stand at `positions [B or 1, T]`, after `before [B, order - 1]` (any ids where a text begins; None: nothing is before
-        them). An n-gram that would reach beyond the beginning of its text has an empty place there.
+        `ids [B, T]` stand at `positions [B or 1, T]`, after `before [B, order - 1]` or more (any ids where a text begins; None: nothing is
+        before them). An n-gram that would reach beyond the beginning of its text has an empty place there.
         """
         if before is None:
             before = ids.new_zeros(ids.shape[0], self.order - 1)
-        text = torch.cat([before, ids], dim=1) + 1  # 0 is the empty place
+        text = torch.cat([before[:, before.shape[1] - self.order + 1 :], ids], dim=1) + 1  # 0 is the empty place
         length = ids.shape[1]
         mixed = text[:, self.order - 1 :] * MULTIPLIERS[0]
         keys = []

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .. import kernels
 from ..config import ModelConfig
 from .attention import Context, LayerCache
 from .block import Block
+from .counted import CountedNgrams
 from .documents import Documents
 from .layers import LinearFactory, RMSNorm, plain_linear
 from .moe import Dispatcher, LocalDispatcher, MoE, RoutingStats
@@ -31,6 +33,7 @@ class Backbone(nn.Module):
         # Not `nn.Embedding(...)`: drawing normal numbers on the device `meta` makes torch import its compiler, which takes two seconds.
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1), freeze=False)
         self.ngrams = Ngrams(config) if config.ngram_order else None
+        self.counted = CountedNgrams(config) if config.count_order else None
         layers, depths = config.num_hidden_layers, config.num_nextn_predict_layers
         blocks = [Block(config, i, linear, dispatcher) for i in range(layers)]
         self.layers = nn.ModuleList(blocks + [MTPModule(config, layers + k, linear, dispatcher) for k in range(depths)])
@@ -47,6 +50,8 @@ class Output:
     """Per MTP depth k = 1, 2, ...: `[B, T, D]`, predicting the token k + 1 ahead; empty unless asked for."""
     routing: list[RoutingStats]
     """One for every MoE layer, MTP layers last."""
+    keys: Tensor | None = None
+    """With counted n-grams: what to look up for every prediction, `[B, T, K]`; see `CountedNgrams`."""
 
 
 class Transformer(nn.Module):
@@ -100,6 +105,7 @@ class Transformer(nn.Module):
         x = self.model.embed_tokens(ids)
         if self.model.ngrams is not None:
             x = x + self.model.ngrams(ids, positions, before)
+        keys = None if self.model.counted is None else self.model.counted.keys(ids, positions, before)
         context = Context(positions, *rotary_tables(self.config, positions), documents, ids, x)
         replayed = iter(chosen or ())
         routing: list[RoutingStats] = []
@@ -108,7 +114,7 @@ class Transformer(nn.Module):
             if stats is not None:
                 routing.append(stats)
         hidden, mtp_hidden, more = self.finish(x, context, mtp_ids, caches)
-        return Output(hidden, mtp_hidden, routing + more)
+        return Output(hidden, mtp_hidden, routing + more, keys)
 
     def finish(
         self, x: Tensor, context: Context, mtp_ids: Sequence[Tensor], caches: Sequence[LayerCache] | None = None
@@ -142,8 +148,24 @@ class Transformer(nn.Module):
         x, stats = module(module.join(previous, self.model.embed_tokens(shifted)), context, cache)
         return x, module.shared_head["norm"](x), stats
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """`[..., D]` -> `[..., V]` in fp32, soft-capped where configured."""
+    def logits(self, hidden: Tensor, keys: Tensor | None = None) -> Tensor:
+        """`[..., D]` -> `[..., V]` in fp32, soft-capped where configured; `keys [..., K]` as in `Output`, for models that count n-grams."""
         logits = self.lm_head(hidden).float()
+        if self.model.counted is not None:
+            prior, scale = self._prior(hidden, keys)
+            return torch.addcmul(logits, prior, scale.unsqueeze(-1))
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def cross_entropy(self, hidden: Tensor, targets: Tensor, keys: Tensor | None = None) -> tuple[Tensor, int]:
+        """Nats of `targets [...]` under `logits`, which exist for some rows at a time: their sum, and how many count (-100 does not)."""
+        hidden, targets = hidden.flatten(0, -2), targets.flatten()
+        prior = None if self.model.counted is None else self._prior(hidden, None if keys is None else keys.flatten(0, -2))
+        return kernels.linear_cross_entropy(hidden, self.lm_head.weight, targets, self.config.logit_softcap, prior)
+
+    def _prior(self, hidden: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Log-probabilities by counting and their factors."""
+        assert self.model.counted is not None
+        assert keys is not None
+        prior, lengths = self.model.counted(keys)
+        return prior, self.model.counted.scale(hidden, lengths)

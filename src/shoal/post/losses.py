@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .. import kernels
 from ..kernels.reference import IGNORED
 from ..model import RoutingStats, Transformer
 from .packing import Row
@@ -32,39 +31,33 @@ class RowLosses:
 def row_losses(model: Transformer, row: Row, learnt: int, mtp_weight: float, balance_weight: float) -> RowLosses:
     """A row's part of the loss of a step with `learnt` tokens to learn: cross-entropy per token, MTP and balance as in pretraining."""
     output = model(row.ids, mtp_ids=row.mtp_ids if mtp_weight else (), documents=row.documents)
-    cap = model.config.logit_softcap
-
-    def cross_entropy(hidden: Tensor, targets: Tensor) -> tuple[Tensor, int]:
-        return kernels.linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, targets, cap)
-
-    nats, count = cross_entropy(output.hidden, row.targets)
+    nats, count = model.cross_entropy(output.hidden, row.targets, output.keys)
     mtp = torch.zeros_like(nats)
     for hidden, targets in zip(output.mtp_hidden, row.mtp_targets, strict=False):
-        ahead, ahead_count = cross_entropy(hidden, targets)
+        ahead, ahead_count = model.cross_entropy(hidden, targets)
         mtp = mtp + ahead * (count / max(ahead_count, 1) / len(output.mtp_hidden))
     balance = torch.stack([stats.balance_loss for stats in output.routing]).sum() if output.routing else torch.zeros_like(nats)
     total = (nats + mtp_weight * mtp + balance_weight * balance * count) / max(learnt, 1)
     return RowLosses(total, nats.detach(), mtp.detach(), output.routing)
 
 
-def token_logprobs(hidden: Tensor, head: nn.Linear, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+def token_logprobs(model: Transformer, hidden: Tensor, targets: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
     """Log-probability of every target, with gradient, and the entropy of its prediction, without; `[M]` fp32 each.
 
-    `hidden [M, D]`, `targets [M]`. Logits exist for `CHUNK` tokens at a time and are computed once more for the gradient.
+    `hidden [M, D]`, `targets [M]`, `keys [M, K]` as in `Output`. Logits exist for `CHUNK` tokens at a time and are computed once more
+    for the gradient.
     """
 
-    def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(hidden).float()
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        logprobs = logits.log_softmax(-1)
+    def chunk(hidden: Tensor, targets: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
+        logprobs = model.logits(hidden, keys).log_softmax(-1)
         with torch.no_grad():
             entropy = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs.gather(1, targets.unsqueeze(1)).squeeze(1), entropy
 
+    chunks_of_keys = [None] * -(-len(hidden) // CHUNK) if keys is None else keys.split(CHUNK)
     parts = [
         checkpoint(chunk, *part, use_reentrant=False) if torch.is_grad_enabled() else chunk(*part)
-        for part in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+        for part in zip(hidden.split(CHUNK), targets.split(CHUNK), chunks_of_keys, strict=True)
     ]
     logprobs, entropies = zip(*parts, strict=True)
     return torch.cat(logprobs), torch.cat(entropies)
@@ -74,4 +67,5 @@ def row_logprobs(model: Transformer, row: Row) -> tuple[Tensor, Tensor]:
     """`token_logprobs` of the learnt tokens of a row, in its order, with the row's experts where it has some."""
     output = model(row.ids, documents=row.documents, chosen=row.experts)
     learnt = (row.targets != IGNORED).nonzero().squeeze(1)
-    return token_logprobs(output.hidden[0, learnt], model.lm_head, row.targets[learnt], model.config.logit_softcap)
+    keys = None if output.keys is None else output.keys[0, learnt]
+    return token_logprobs(model, output.hidden[0, learnt], row.targets[learnt], keys)

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .. import kernels
 from ..data import PreparedData
 from ..kernels.reference import IGNORED
-from ..model import Transformer
+from ..model import Output, Transformer
 from ..parallel import Team
 from ..runtime import Machine, divided_inference, inference
 
@@ -74,13 +73,13 @@ def likelihood(
     batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int], None] | None = None,
     team: Team | None = None,
-    hidden_of: Callable[[torch.Tensor], torch.Tensor | None] | None = None,
+    run: Callable[[torch.Tensor], Output | None] | None = None,
 ) -> Likelihood:
     """Score `documents`: how likely the model holds them.
 
     `overlap` defaults to half a window. Windows are sorted by length, so that batches waste little on padding.
     `progress` is told the number of tokens scored by every batch. The processes of a `team` score a share each, all in the same call;
-    `hidden_of` runs a model that is spread over several, and gives None where another process has the result.
+    `run` runs a model that is spread over several, and gives None where another process has the result.
     """
     team = team or Team()
     overlap = window // 2 if overlap is None else overlap
@@ -98,13 +97,11 @@ def likelihood(
             width = len(pieces[at][0])
             batch = pieces[at : at + max(1, batch_tokens // width)]
             ids, targets = _pad(_share(batch, team), width)
-            hidden = hidden_of(ids.to(machine.device)) if hidden_of else model(ids.to(machine.device)).hidden
+            output = (run or model)(ids.to(machine.device))
             at += len(batch)
-            if hidden is None:
+            if output is None:
                 continue
-            sum_nats, scored = kernels.linear_cross_entropy(
-                hidden.flatten(0, 1), model.lm_head.weight, targets.flatten().to(machine.device), model.config.logit_softcap
-            )
+            sum_nats, scored = model.cross_entropy(output.hidden, targets.to(machine.device), output.keys)
             nats += float(sum_nats)
             count += int(scored)
             if progress is not None:

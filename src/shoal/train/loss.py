@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import kernels
 from ..model import Output, RoutingStats, Transformer
 
 
@@ -40,14 +39,12 @@ def compute_losses(model: Transformer, rows: Tensor, mtp_weight: float, balance_
 def losses_of(output: Output, model: Transformer, rows: Tensor, mtp_weight: float, balance_weight: float) -> Losses:
     """Losses of what the model made of `rows`."""
     length = output.hidden.shape[1]
-    cap = model.config.logit_softcap
 
-    def cross_entropy(hidden: Tensor, offset: int) -> Tensor:
-        targets = rows[:, offset : offset + length].reshape(-1)
-        nats, count = kernels.linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, targets, cap)
+    def cross_entropy(hidden: Tensor, offset: int, keys: Tensor | None = None) -> Tensor:
+        nats, count = model.cross_entropy(hidden, rows[:, offset : offset + length], keys)
         return nats / count
 
-    main = cross_entropy(output.hidden, 1)
+    main = cross_entropy(output.hidden, 1, output.keys)
     zero = torch.zeros((), device=rows.device)
     mtp = zero
     if output.mtp_hidden:

@@ -26,8 +26,8 @@ class Passes(Protocol):
         """
         ...
 
-    def hidden(self, ids: Tensor) -> Tensor | None:
-        """Last hidden states `[B, T, D]` of `ids [B, T]`, without gradients; None where another process has them."""
+    def run(self, ids: Tensor) -> Output | None:
+        """What the main model makes of `ids [B, T]`, without gradients; None where another process has it."""
         ...
 
     def figures(self) -> dict[str, float]:
@@ -67,8 +67,9 @@ class PlainPasses:
             (losses.total / parts).backward()
         return [losses]
 
-    def hidden(self, ids: Tensor) -> Tensor | None:
-        return self.state.model(ids).hidden
+    def run(self, ids: Tensor) -> Output | None:
+        output: Output = self.state.model(ids)
+        return output
 
     def figures(self) -> dict[str, float]:
         return {"exposed_seconds": self.halves.exposed_seconds} if self.state.team.layout.expert > 1 else {}
@@ -117,8 +118,9 @@ class PipelinePasses:
         total = main + mtp_weight * mtp + alpha * balance
         return torch.stack([total, main, mtp, balance / max(len(mixtures), 1)]), routing
 
-    def hidden(self, ids: Tensor) -> Tensor | None:
-        return self.pipeline.hidden(ids)
+    def run(self, ids: Tensor) -> Output | None:
+        hidden = self.pipeline.hidden(ids)
+        return None if hidden is None else Output(hidden, [], [])
 
     def figures(self) -> dict[str, float]:
         trace = self.pipeline.trace

@@ -10,11 +10,12 @@ from typing import Any
 from ..config import TrainConfig
 from ..data import Batches, PreparedData
 from ..formats import checkpoints
-from ..formats.huggingface import load_state
+from ..formats.huggingface import load_state, read_config
 from ..formats.locate import locate_model
 from ..model import Transformer, init_weights
 from ..parallel import Shards, Team, divide, make_dispatcher
 from ..runtime import Machine
+from .counting import count_into, counted_while_training
 from .fp8 import compute_in_fp8
 from .optimizer import Optimizers
 from .qat import go_on, on_grid, round_weights
@@ -32,6 +33,8 @@ class Counters:
     flops: float = 0.0
     seconds: float = 0.0
     """Wall-clock time in the training loop, evaluations and saving included, time between stop and resume not."""
+    counting_seconds: float = 0.0
+    """Of n-grams, for models that count them; those before the first step are part of `seconds`."""
     skipped: int = 0
     """Steps whose loss or gradient was not finite: nothing was applied."""
     best_bpb: float = float("inf")
@@ -64,13 +67,18 @@ class TrainState:
         if team.is_first:
             checkpoints.clean_temporary(folder.path)
         complete = team.agree(checkpoints.complete_checkpoints(folder.path))
-        model = Transformer(config.model, dispatcher=make_dispatcher(config.parallel, team, config.model.n_routed_experts or 0))
+        counted = read_config(complete[-1]).count_entries if complete else config.model.count_entries
+        shape = replace(config.model, count_entries=counted)
+        model = Transformer(shape, dispatcher=make_dispatcher(config.parallel, team, config.model.n_routed_experts or 0))
+        counting = 0.0
         if complete:
             load_state(model, complete[-1])
         else:
             init_weights(model, config.seed)
             if config.start is not None:
                 load_state(model, locate_model(config.start))
+            elif config.model.count_order:
+                counting = count_into(model, counted_while_training(data.train))
         model = model.to(machine.device)
         if machine.precision == "fp8":
             compute_in_fp8(model, config.fp8)
@@ -82,10 +90,16 @@ class TrainState:
             model.model.ngrams.sparse_gradient = team.is_alone
         offload = folder.path if config.offload else None
         optimizers = Optimizers(model, config.optimizer, shards, offload, one_by_one=config.update_early)
-        state = cls(config, folder, data, model, optimizers, batches, team, shards)
+        counters = Counters(seconds=counting, counting_seconds=counting)
+        state = cls(config, folder, data, model, optimizers, batches, team, shards, counters)
         if complete:
             state._load(complete[-1])
         return state
+
+    @property
+    def counts_while_training(self) -> bool:
+        """Whether the model's n-grams are counted in this run."""
+        return bool(self.config.model.count_order and not self.config.model.count_entries)
 
     def _load(self, path: Path) -> None:
         """All but the weights, and of rounded ones what they were before."""

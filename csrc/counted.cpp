@@ -1,0 +1,69 @@
+// Distributions of n-grams that were counted: rows of a sorted list of (context, token) entries, mixed from short contexts to long ones.
+#include "kernels.h"
+#include "vector.h"
+
+namespace shoal::SHOAL_ISA {
+
+// The first of `entries` that is not less than `value`; `index` holds where every value of the upper bits begins.
+static int64_t first_not_less(const CountedNgrams& counted, int64_t value) {
+    int64_t low = counted.index[value >> counted.index_shift], high = counted.index[(value >> counted.index_shift) + 1];
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (counted.entries[middle] < value)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+// Entries [begin, end) of one context: `total` counts, of which `discounted` go to what shorter contexts say.
+struct Row {
+    int64_t begin, end;
+    float total, discounted;
+};
+
+static Row row_of(const CountedNgrams& counted, int64_t order, int64_t key) {
+    const int64_t bits = counted.token_bits;
+    const float* discounts = counted.discounts + 4 * order;
+    Row row = {first_not_less(counted, key << bits), 0, 0, 0};
+    row.end = row.begin;
+    for (; row.end < counted.size && counted.entries[row.end] >> bits == key; ++row.end) {
+        const int16_t count = counted.counts[row.end];
+        row.total += count;
+        row.discounted += discounts[count < 3 ? count : 3];
+    }
+    return row;
+}
+
+void counted_prior(int64_t rows, int64_t vocab, const CountedNgrams& counted, const int64_t* keys, Rows probabilities, int64_t* lengths,
+                   int threads) {
+    const int64_t tokens = (int64_t{1} << counted.token_bits) - 1;
+#pragma omp parallel for schedule(dynamic, 16) num_threads(team(rows * vocab, threads))
+    for (int64_t r = 0; r < rows; ++r) {
+        Row found[kMostOrders];
+        int64_t length = 0;
+        for (; length < counted.orders && keys[r * counted.orders + length] >= 0; ++length) {
+            found[length] = row_of(counted, length, keys[r * counted.orders + length]);
+            if (found[length].begin == found[length].end) break;  // what never followed is not part of anything longer either
+        }
+        lengths[r] = length;
+        float rest = 1;  // for contexts shorter than the one at hand
+        float shares[kMostOrders];
+        for (int64_t n = length; n--;) {
+            shares[n] = rest / found[n].total;
+            rest *= found[n].discounted / found[n].total;
+        }
+        float* out = probabilities[r];
+        for (int64_t v = 0; v < vocab; ++v) out[v] = rest * counted.base[v];
+        for (int64_t n = 0; n < length; ++n) {
+            const float* discounts = counted.discounts + 4 * n;
+            for (int64_t i = found[n].begin; i < found[n].end; ++i) {
+                const int16_t count = counted.counts[i];
+                out[counted.entries[i] & tokens] += (count - discounts[count < 3 ? count : 3]) * shares[n];
+            }
+        }
+    }
+}
+
+}  // namespace shoal::SHOAL_ISA

@@ -1,0 +1,142 @@
+"""Counted n-grams: what followed a context in the training text, as a prior that the network corrects.
+
+The prior is an interpolated n-gram model with absolute discounting (Ney, Essen & Kneser, 1994; three discounts an order as in Chen &
+Goodman, 1999). An n-gram counts once for every document it is in: what one document repeats says little about others. Nothing here is
+a matrix product, and which row is read is known from the text alone. Shapes: B sequences, T tokens, V vocabulary, K longest context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..config import ModelConfig, UserError
+from ..kernels import CountTables
+
+LONGEST_CONTEXT = 8
+"""Three bits of a key say how long its context is."""
+MOST = 2**15 - 1
+"""Largest count that is kept."""
+_ORDER_BITS, _KEY_AND_TOKEN_BITS = 3, 60
+_MULTIPLIER = -7046029254386353131  # 2^64 divided by the golden ratio, odd, as a signed number
+_DISCOUNT_MARGIN = 0.05
+
+
+class Counts(NamedTuple):
+    """Sorted entries and the number of documents each is in."""
+
+    entries: Tensor
+    """`[E]` int64: the length of a context less one (3 bits), a hash of it, and in the lowest bits the token that followed."""
+    counts: Tensor
+    """`[E]` int16."""
+
+
+def token_bits(vocabulary: int) -> int:
+    """Bits that an entry has for its token."""
+    return max(1, (vocabulary - 1).bit_length())
+
+
+def context_keys(ids: Tensor, positions: Tensor, before: Tensor | None, order: int, bits: int) -> Iterator[Tensor]:
+    """Keys `[B, T]` of the contexts of 1, 2, ... `order` tokens that end at each of `ids [B, T]`; -1 where the text is shorter.
+
+    `positions [B or 1, T]`; `before [B, order - 1]` are the ids in front of them (any where a text begins; None: nothing is there).
+    """
+    if before is None:
+        before = ids.new_zeros(ids.shape[0], order - 1)
+    text = torch.cat([before[:, before.shape[1] - order + 1 :], ids], dim=1)
+    length, mask = ids.shape[1], (1 << (_KEY_AND_TOKEN_BITS - bits)) - 1
+    mixed = torch.zeros_like(ids)
+    for back in range(order):
+        mixed = (mixed ^ (text[:, order - 1 - back :][:, :length] + 1)) * _MULTIPLIER
+        mixed = mixed ^ (mixed >> 29)
+        key = (mixed & mask) | (back << (_KEY_AND_TOKEN_BITS - bits))
+        yield key.masked_fill(positions < back, -1)
+
+
+def count_ngrams(tokens: np.ndarray, documents: np.ndarray, order: int, vocabulary: int) -> Counts:
+    """Count every n-gram of 2 to `order` + 1 tokens of `tokens`, whose documents begin at `documents [:-1]` and end at `documents [1:]`."""
+    bits = token_bits(vocabulary)
+    ids = torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64))
+    sizes = np.diff(documents)
+    places = torch.from_numpy(np.arange(len(tokens)) - np.repeat(documents[:-1] - documents[0], sizes))
+    bounds = documents - documents[0]
+    found: list[Counts] = []
+    for length, key in enumerate(context_keys(ids[None], places[None], None, order, bits), 1):
+        entries = (key[0, :-1] << bits | ids[1:]).numpy()
+        usable = (places[1:] >= length).numpy()
+        # Once per document, then documents per entry: sorting many short pieces and one long array of plain integers is fast.
+        once = [np.unique(entries[a:b][usable[a:b]]) for a, b in zip(np.maximum(bounds[:-1] - 1, 0), bounds[1:] - 1, strict=True)]
+        found.append(_tally(np.concatenate(once)))
+    return Counts(torch.cat([part.entries for part in found]), torch.cat([part.counts for part in found]))
+
+
+def _tally(values: np.ndarray) -> Counts:
+    values.sort()
+    first = np.flatnonzero(np.diff(values, prepend=-1))
+    counts = np.diff(first, append=len(values))
+    return Counts(torch.from_numpy(values[first]), torch.from_numpy(np.minimum(counts, MOST).astype(np.int16)))
+
+
+class CountedNgrams(nn.Module):
+    """Log-probabilities by counting, and how far the network trusts them."""
+
+    entries: Tensor
+    counts: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.order, self.vocabulary, self.bits = config.count_order, config.vocab_size, token_bits(config.vocab_size)
+        self.register_buffer("entries", torch.zeros(config.count_entries, dtype=torch.int64))
+        self.register_buffer("counts", torch.ones(config.count_entries, dtype=torch.int16))
+        self.trust = nn.Parameter(torch.empty(config.hidden_size))
+        self.trust_in_length = nn.Parameter(torch.empty(config.count_order + 1))
+        self._tables: CountTables | None = None
+
+    def fill(self, counts: Counts) -> None:
+        """Hold these counts in place of those there were."""
+        self.entries, self.counts = (part.to(self.entries.device) for part in counts)
+        self._tables = None
+
+    def keys(self, ids: Tensor, positions: Tensor, before: Tensor | None) -> Tensor:
+        """See `context_keys`; `[B, T, K]`."""
+        return torch.stack(list(context_keys(ids, positions, before, self.order, self.bits)), dim=-1)
+
+    @torch.no_grad()
+    def forward(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Of contexts `keys [..., K]`: log-probabilities `[..., V]` fp32 of the token that follows, and the length of the longest context
+        that was ever counted, `[...]` int64."""
+        if self._tables is None or self._tables.entries is not self.entries:
+            self._tables = self._prepare()
+        probabilities, lengths = kernels.counted_prior(self._tables, keys.flatten(0, -2))
+        return probabilities.log_().view(*keys.shape[:-1], -1), lengths.view(keys.shape[:-1])
+
+    def scale(self, hidden: Tensor, lengths: Tensor) -> Tensor:
+        """The factor of the log-probabilities, `[...]` fp32; 1 at the beginning."""
+        return 1 + self.trust_in_length.float()[lengths] + hidden.float() @ self.trust.float()
+
+    def _prepare(self) -> CountTables:
+        """What is computed from the counts once. Raises `UserError` where they cannot be counts of this vocabulary."""
+        entries, counts = self.entries, self.counts
+        tokens = entries & ((1 << self.bits) - 1)
+        valid = len(entries) and bool(entries[0] >= 0) and bool((entries[1:] > entries[:-1]).all()) and bool((counts > 0).all())
+        if not valid or int(tokens.max()) >= self.vocabulary:
+            raise UserError("the counted n-grams of this model are damaged or were never filled: copy the model again, or train it")
+        starts = torch.searchsorted(entries, torch.arange(self.order + 1, device=entries.device) << _KEY_AND_TOKEN_BITS).tolist()
+        discounts = [_discounts(counts[a:b]) for a, b in pairwise(starts)]
+        first = slice(starts[0], starts[1])
+        base = torch.bincount(tokens[first], counts[first].double(), minlength=self.vocabulary) + 0.5
+        return CountTables(entries, counts, self.bits, torch.tensor(discounts, device=entries.device), (base / base.sum()).float())
+
+
+def _discounts(counts: Tensor) -> list[float]:
+    """What to take off counts of 0, 1, 2, and 3 or more (Chen & Goodman, 1999, equation 26); always less than the count."""
+    ones, twos, threes, fours = (max(int((counts == n).sum()), 1) for n in range(1, 5))
+    share = ones / (ones + 2 * twos)
+    raw = (1 - 2 * share * twos / ones, 2 - 3 * share * threes / twos, 3 - 4 * share * fours / threes)
+    return [0.0, *(min(max(d, _DISCOUNT_MARGIN), n - _DISCOUNT_MARGIN) for n, d in enumerate(raw, 1))]

@@ -46,6 +46,8 @@ class FakeTrainer:
             "tokens": config.tokens_per_step * config.steps,
             "steps": config.steps,
             "skipped": 0,
+            "counting_seconds": 0.0,
+            "counted_ngrams": 0,
         }, rows
 
 

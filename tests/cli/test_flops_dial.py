@@ -17,7 +17,8 @@ def test_a_budget_of_flops_is_spent(order: list[str], workshop: Path, tmp_path: 
     assert main(["train", *order, *places, "--threads", "1", "--json"]) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     config = load_recipe(str(tmp_path / "run" / "config.toml"))
-    assert bool(config.model.ngram_order) == (order[0] == "full")
+    assert bool(config.model.count_order) == (order[0] == "full")
+    assert bool(config.teacher.order) == (order[0] != "full")
     assert config.optimizer.name == "muon"
     if "--model.num-hidden-layers" in order:
         assert config.model.num_hidden_layers == 3
@@ -27,7 +28,7 @@ def test_a_budget_of_flops_is_spent(order: list[str], workshop: Path, tmp_path: 
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"] == 3
     if order[0] == "full":
         assert main(["quantize", str(tmp_path / "run"), str(tmp_path / "small")]) == 2
-        assert "ngram_order is" in capsys.readouterr().err
+        assert "count_order is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -68,33 +68,33 @@ def test_attention_is_masked_softmax(kv_heads: int, v_width: int) -> None:
 @pytest.mark.parametrize("chunk", [2, 100])
 def test_linear_cross_entropy(softcap: float | None, chunk: int) -> None:
     hidden, weight, targets = doubles(5, 4), doubles(6, 4), torch.tensor([1, -100, 3, 0, 5])
-    nats, counted = kernels.linear_cross_entropy(hidden, weight, targets, softcap, chunk)
+    nats, _, counted = kernels.linear_cross_entropy(hidden, weight, targets, softcap, chunk=chunk)
     logits = hidden @ weight.T
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     torch.testing.assert_close(nats, F.cross_entropy(logits, targets, reduction="sum"))
     assert counted == 4
-    assert gradcheck(lambda h, w: kernels.linear_cross_entropy(h, w, targets, softcap, chunk)[0], (hidden, weight))
+    assert gradcheck(lambda h, w: kernels.linear_cross_entropy(h, w, targets, softcap, chunk=chunk).loss, (hidden, weight))
 
 
 def test_linear_cross_entropy_scales_with_the_incoming_gradient_and_skips_frozen_inputs() -> None:
     hidden, weight, targets = torch.randn(7, 8, requires_grad=True), torch.randn(9, 8), torch.randint(0, 9, (7,))
-    (kernels.linear_cross_entropy(hidden, weight, targets)[0] * 0.5).backward()
+    (kernels.linear_cross_entropy(hidden, weight, targets).loss * 0.5).backward()
     expected = torch.autograd.grad(F.cross_entropy(hidden @ weight.T, targets, reduction="sum") * 0.5, hidden)[0]
     torch.testing.assert_close(hidden.grad, expected)
     with torch.no_grad():
-        assert not kernels.linear_cross_entropy(hidden, weight, targets)[0].requires_grad
+        assert not kernels.linear_cross_entropy(hidden, weight, targets).loss.requires_grad
 
 
 def test_linear_cross_entropy_under_autocast() -> None:
     hidden, weight = torch.randn(64, 32, requires_grad=True), torch.randn(100, 32, requires_grad=True)
     targets = torch.randint(0, 100, (64,))
     with torch.autocast("cpu", torch.bfloat16):
-        nats, _ = kernels.linear_cross_entropy(hidden, weight, targets, softcap=15.0, chunk=48)
+        nats, *_ = kernels.linear_cross_entropy(hidden, weight, targets, softcap=15.0, chunk=48)
     nats.backward()
     assert nats.dtype == torch.float32
     plain_h, plain_w = (x.detach().clone().requires_grad_() for x in (hidden, weight))
-    expected, _ = kernels.linear_cross_entropy(plain_h, plain_w, targets, softcap=15.0)
+    expected, *_ = kernels.linear_cross_entropy(plain_h, plain_w, targets, softcap=15.0)
     expected.backward()
     torch.testing.assert_close(nats, expected, rtol=1e-2, atol=0)
     for ours, theirs in ((hidden, plain_h), (weight, plain_w)):

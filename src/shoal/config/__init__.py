@@ -42,5 +42,6 @@ from .train import MTPConfig as MTPConfig
 from .train import OptimizerConfig as OptimizerConfig
 from .train import Recomputed as Recomputed
 from .train import ScheduleConfig as ScheduleConfig
+from .train import TeacherConfig as TeacherConfig
 from .train import TrainConfig as TrainConfig
 from .train import parse_bytes as parse_bytes

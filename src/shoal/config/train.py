@@ -9,7 +9,7 @@ from operator import attrgetter
 from typing import Literal
 
 from .errors import UserError
-from .model import ModelConfig
+from .model import LONGEST_NGRAM, ModelConfig
 from .parallel import ParallelConfig
 
 Recomputed = Literal["swiglu", "feed_forward", "attention"]
@@ -19,7 +19,7 @@ NOT_NEGATIVE = (
     "optimizer.adam_eps", "optimizer.weight_decay", "optimizer.clip", "balance.bias_update_speed", "balance.sequence_loss",
     "mtp.weight", "mtp.final_weight", "checkpoint.every_steps", "checkpoint.every_minutes",
 )  # fmt: skip
-SHARES = ("schedule.warmup", "schedule.decay", "schedule.final")
+SHARES = ("schedule.warmup", "schedule.decay", "schedule.final", "teacher.share")
 
 
 def parse_bytes(text: str) -> int:
@@ -110,6 +110,16 @@ class MTPConfig:
 
 
 @dataclass
+class TeacherConfig:
+    """Softer targets: what followed the last tokens elsewhere, counted in half of the documents while the model studies the others."""
+
+    order: int = 0
+    """Longest context that is counted; 0 for no teacher."""
+    share: float = 0.95
+    """Weight of the counted distribution in the target; the token that did follow has the rest."""
+
+
+@dataclass
 class CheckpointConfig:
     """When to save and what to keep."""
 
@@ -187,6 +197,7 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     mtp: MTPConfig = field(default_factory=MTPConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
@@ -226,6 +237,10 @@ class TrainConfig:
             raise UserError(f"micro_batch_size {micro} does not divide batch_size {self.batch_size}: choose a divisor")
         if self.memory_limit is not None:
             parse_bytes(self.memory_limit)
+        if not 0 <= self.teacher.order <= LONGEST_NGRAM:
+            raise UserError(f"teacher.order is {self.teacher.order}: it must be 0 for no teacher, or 1 to {LONGEST_NGRAM}")
+        if self.teacher.order and (self.model.count_order or self.model.logit_softcap):
+            raise UserError("a teacher that counts is for models without counts and without logit_softcap: set teacher.order 0")
         if self.qat and (self.precision == "fp8" or "swiglu" in self.recompute):
             raise UserError("--qat int4 has products of its own: leave precision fp8 and recompute swiglu away")
         if self.update_early and (self.optimizer.clip or (micro or self.batch_size) != self.batch_size):

@@ -50,12 +50,6 @@ class TokenShards:
     def num_bytes(self) -> int:
         return int(self.document_bytes.sum())
 
-    def every_second(self, first: int) -> TokenShards:
-        """Documents `first`, `first` + 2, ..., as a copy in memory."""
-        chosen = [self.document(i) for i in range(first, self.num_documents, 2)]
-        ends = np.cumsum([0, *map(len, chosen)], dtype=np.int64)
-        return TokenShards(np.concatenate(chosen), ends, self.document_bytes[first::2])
-
     def document(self, index: int) -> NDArray[Any]:
         """The tokens of one document, with its BOS and EOS."""
         return self.tokens[self.documents[index] : self.documents[index + 1]]

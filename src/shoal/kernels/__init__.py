@@ -2,6 +2,7 @@
 
 from .counted import CountTables as CountTables
 from .counted import counted_prior as counted_prior
+from .cross_entropy import CrossEntropy as CrossEntropy
 from .cross_entropy import linear_cross_entropy as linear_cross_entropy
 from .grouped import grouped_linear as grouped_linear
 from .grouped import grouped_linear_gradients as grouped_linear_gradients

@@ -107,14 +107,19 @@ class CountedNgrams(nn.Module):
         """See `context_keys`; `[B, T, K]`."""
         return torch.stack(list(context_keys(ids, positions, before, self.order, self.bits)), dim=-1)
 
-    @torch.no_grad()
     def forward(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Of contexts `keys [..., K]`: log-probabilities `[..., V]` fp32 of the token that follows, and the length of the longest context
+        """The logarithms of `probabilities`, and the lengths."""
+        probabilities, lengths = self.probabilities(keys)
+        return probabilities.log_(), lengths
+
+    @torch.no_grad()
+    def probabilities(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Of contexts `keys [..., K]`: probabilities `[..., V]` fp32 of the token that follows, and the length of the longest context
         that was ever counted, `[...]` int64."""
         if self._tables is None or self._tables.entries is not self.entries:
             self._tables = self._prepare()
         probabilities, lengths = kernels.counted_prior(self._tables, keys.flatten(0, -2))
-        return probabilities.log_().view(*keys.shape[:-1], -1), lengths.view(keys.shape[:-1])
+        return probabilities.view(*keys.shape[:-1], -1), lengths.view(keys.shape[:-1])
 
     def scale(self, hidden: Tensor, lengths: Tensor) -> Tensor:
         """The factor of the log-probabilities, `[...]` fp32; 1 at the beginning."""

@@ -157,11 +157,19 @@ class Transformer(nn.Module):
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def cross_entropy(self, hidden: Tensor, targets: Tensor, keys: Tensor | None = None) -> tuple[Tensor, int]:
-        """Nats of `targets [...]` under `logits`, which exist for some rows at a time: their sum, and how many count (-100 does not)."""
-        hidden, targets = hidden.flatten(0, -2), targets.flatten()
-        prior = None if self.model.counted is None else self._prior(hidden, None if keys is None else keys.flatten(0, -2))
-        return kernels.linear_cross_entropy(hidden, self.lm_head.weight, targets, self.config.logit_softcap, prior)
+    def cross_entropy(
+        self, hidden: Tensor, targets: Tensor, keys: Tensor | None = None, soft: tuple[Tensor, float] | None = None
+    ) -> kernels.CrossEntropy:
+        """Nats of `targets [...]` (-100 does not count) under `logits`, of which only some rows exist at a time.
+
+        `keys` as for `logits`; `soft`: a teacher's probabilities `[..., V]` and their share in what is learnt.
+        """
+        prior = None if self.model.counted is None else self._prior(hidden.flatten(0, -2), None if keys is None else keys.flatten(0, -2))
+        if soft is not None:
+            soft = soft[0].flatten(0, -2), soft[1]
+        return kernels.linear_cross_entropy(
+            hidden.flatten(0, -2), self.lm_head.weight, targets.flatten(), self.config.logit_softcap, prior, soft
+        )
 
     def _prior(self, hidden: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
         """Log-probabilities by counting and their factors."""

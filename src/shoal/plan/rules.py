@@ -1,9 +1,9 @@
 """From a budget of FLOPs to the settings of a run.
 
-`recipes/rules/NAME.toml` holds `[settings]` of `shoal train` and a `[rule]` for width, layers, batch and rate:
-`at_1e12` times (FLOPs / 1e12) to the `power`. Width is rounded to heads, the others to whole numbers; `rate` multiplies the learning
-rates that `[settings.optimizer]` names. The evidence behind the numbers is in docs/experiments.md; all rules were tuned by the same
-steps (`bench/efficiency/search.py`).
+`recipes/rules/NAME.toml` holds `[settings]` of `shoal train` and a `[rule]` for width, layers, batch and rate (and
+`count_order`, where n-grams are counted): `at_1e12` times (FLOPs / 1e12) to the `power`. Width is rounded to heads, the
+others to whole numbers; `rate` multiplies the learning rates that `[settings.optimizer]` names. The evidence behind the
+numbers is in docs/experiments.md; all rules were tuned by the same steps (`bench/efficiency/search.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from importlib import resources
 from typing import Any
 
 from ..config import TrainConfig, UserError
+from ..config.model import LONGEST_NGRAM
 from ..config.recipes import from_table, read_toml
 from .budget import steps_for
 
@@ -56,7 +57,7 @@ class Rules:
 
     def point(self, flops: float) -> Point:
         """Where the rules put a budget."""
-        return Point(**{name: self.rules[name]["at_1e12"] * (flops / 1e12) ** self.rules[name]["power"] for name in VALUES})
+        return Point(**{name: _at(self.rules[name], flops) for name in VALUES})
 
     def config(self, flops: float, point: Point | None = None) -> TrainConfig:
         """Settings of a run of `flops`, at a point of the search or else where the rules say; steps are what the budget buys.
@@ -81,12 +82,18 @@ class Rules:
                 },
             },
         )
+        if (order := self.rules.get("count_order")) is not None:
+            table["model"]["count_order"] = min(max(1, round(_at(order, flops))), LONGEST_NGRAM)
         optimizer = table["optimizer"]
         optimizer.update({name: optimizer[name] * point.rate for name in RATES if name in optimizer})
         config = from_table(TrainConfig, table, f"the rules of {self.name}")
         config = replace(config, steps=steps_for(config, flops))
         config.validate()
         return config
+
+
+def _at(rule: dict[str, float], flops: float) -> float:
+    return rule["at_1e12"] * (flops / 1e12) ** rule["power"]
 
 
 def _table(name: str) -> dict[str, Any]:

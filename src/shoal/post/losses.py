@@ -31,10 +31,10 @@ class RowLosses:
 def row_losses(model: Transformer, row: Row, learnt: int, mtp_weight: float, balance_weight: float) -> RowLosses:
     """A row's part of the loss of a step with `learnt` tokens to learn: cross-entropy per token, MTP and balance as in pretraining."""
     output = model(row.ids, mtp_ids=row.mtp_ids if mtp_weight else (), documents=row.documents)
-    nats, count = model.cross_entropy(output.hidden, row.targets, output.keys)
+    nats, _, count = model.cross_entropy(output.hidden, row.targets, output.keys)
     mtp = torch.zeros_like(nats)
     for hidden, targets in zip(output.mtp_hidden, row.mtp_targets, strict=False):
-        ahead, ahead_count = model.cross_entropy(hidden, targets)
+        ahead, _, ahead_count = model.cross_entropy(hidden, targets)
         mtp = mtp + ahead * (count / max(ahead_count, 1) / len(output.mtp_hidden))
     balance = torch.stack([stats.balance_loss for stats in output.routing]).sum() if output.routing else torch.zeros_like(nats)
     total = (nats + mtp_weight * mtp + balance_weight * balance * count) / max(learnt, 1)

@@ -101,11 +101,11 @@ def likelihood(
             at += len(batch)
             if output is None:
                 continue
-            sum_nats, scored = model.cross_entropy(output.hidden, targets.to(machine.device), output.keys)
-            nats += float(sum_nats)
-            count += int(scored)
+            scored = model.cross_entropy(output.hidden, targets.to(machine.device), output.keys)
+            nats += float(scored.nats)
+            count += scored.counted
             if progress is not None:
-                progress(int(scored))
+                progress(scored.counted)
     model.train(was_training)
     nats, total = team.sum(torch.tensor([nats, count], dtype=torch.float64)).tolist()
     return Likelihood(nats, int(total), total_bytes)

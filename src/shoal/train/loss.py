@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..model import Output, RoutingStats, Transformer
+from .counting import Teacher
 
 
 @dataclass
@@ -25,32 +26,36 @@ class Losses:
     routing: list[RoutingStats]
 
 
-def compute_losses(model: Transformer, rows: Tensor, mtp_weight: float, balance_weight: float) -> Losses:
+def compute_losses(model: Transformer, rows: Tensor, mtp_weight: float, balance_weight: float, teacher: Teacher | None = None) -> Losses:
     """Losses of `rows [B, T + 1 + depth]` of token ids: position i predicts i + 1, MTP depth k predicts i + 1 + k.
 
-    MTP loss: DeepSeek-V3 (2412.19437), equations 24-25. With `mtp_weight` 0 the MTP modules do not run.
+    MTP loss: DeepSeek-V3 (2412.19437), equations 24-25. With `mtp_weight` 0 the MTP modules do not run. A `teacher` softens the targets of
+    the next token.
     """
     depth = model.config.num_nextn_predict_layers
     length = rows.shape[1] - 1 - depth
     shifted = [rows[:, k : k + length] for k in range(1, depth + 1)] if mtp_weight else []
-    return losses_of(model(rows[:, :length], mtp_ids=shifted), model, rows, mtp_weight, balance_weight)
+    return losses_of(model(rows[:, :length], mtp_ids=shifted), model, rows, mtp_weight, balance_weight, teacher)
 
 
-def losses_of(output: Output, model: Transformer, rows: Tensor, mtp_weight: float, balance_weight: float) -> Losses:
+def losses_of(
+    output: Output, model: Transformer, rows: Tensor, mtp_weight: float, balance_weight: float, teacher: Teacher | None = None
+) -> Losses:
     """Losses of what the model made of `rows`."""
     length = output.hidden.shape[1]
+    soft = None if teacher is None else teacher(rows[:, :length])
+    main = model.cross_entropy(output.hidden, rows[:, 1 : 1 + length], output.keys, soft)
 
-    def cross_entropy(hidden: Tensor, offset: int, keys: Tensor | None = None) -> Tensor:
-        nats, count = model.cross_entropy(hidden, rows[:, offset : offset + length], keys)
-        return nats / count
+    def ahead(hidden: Tensor, offset: int) -> Tensor:
+        loss, _, count = model.cross_entropy(hidden, rows[:, offset : offset + length])
+        return loss / count
 
-    main = cross_entropy(output.hidden, 1, output.keys)
     zero = torch.zeros((), device=rows.device)
     mtp = zero
     if output.mtp_hidden:
-        mtp = torch.stack([cross_entropy(hidden, k + 2) for k, hidden in enumerate(output.mtp_hidden)]).mean()
+        mtp = torch.stack([ahead(hidden, k + 2) for k, hidden in enumerate(output.mtp_hidden)]).mean()
     # Each layer's loss counts in full (V3 adds one per layer); the mean is what is shown.
     balance_sum = torch.stack([stats.balance_loss for stats in output.routing]).sum() if output.routing else zero
-    total = main + mtp_weight * mtp + balance_weight * balance_sum
+    total = main.loss / main.counted + mtp_weight * mtp + balance_weight * balance_sum
     balance = balance_sum.detach() / max(len(output.routing), 1)
-    return Losses(total, main.detach(), mtp.detach(), balance, output.routing)
+    return Losses(total, main.nats / main.counted, mtp.detach(), balance, output.routing)

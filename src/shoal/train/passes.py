@@ -62,7 +62,8 @@ class PlainPasses:
     def forward_backward(self, rows: Tensor, mtp_weight: float, parts: int) -> list[Losses]:
         """Losses of one of `parts` equal parts of a step."""
         with self.machine.autocast():
-            losses = compute_losses(self.state.model, rows.to(self.machine.device), mtp_weight, self.config.balance.sequence_loss)
+            alpha, teacher = self.config.balance.sequence_loss, self.state.teacher
+            losses = compute_losses(self.state.model, rows.to(self.machine.device), mtp_weight, alpha, teacher)
         if not self.state.config.update_early or losses.total.detach().isfinite():  # nothing could be taken back
             (losses.total / parts).backward()
         return [losses]

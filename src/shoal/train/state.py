@@ -15,7 +15,7 @@ from ..formats.locate import locate_model
 from ..model import Transformer, init_weights
 from ..parallel import Shards, Team, divide, make_dispatcher
 from ..runtime import Machine
-from .counting import count_into, counted_while_training
+from .counting import Teacher, count_into, counted, counts_while_training
 from .fp8 import compute_in_fp8
 from .optimizer import Optimizers
 from .qat import go_on, on_grid, round_weights
@@ -34,7 +34,7 @@ class Counters:
     seconds: float = 0.0
     """Wall-clock time in the training loop, evaluations and saving included, time between stop and resume not."""
     counting_seconds: float = 0.0
-    """Of n-grams, for models that count them; those before the first step are part of `seconds`."""
+    """Taken by counting n-grams; before the first step they are part of `seconds`."""
     skipped: int = 0
     """Steps whose loss or gradient was not finite: nothing was applied."""
     best_bpb: float = float("inf")
@@ -56,6 +56,7 @@ class TrainState:
     team: Team
     shards: Shards
     """Of the model, what this process holds."""
+    teacher: Teacher | None = None
     counters: Counters = field(default_factory=Counters)
     _saving: Future[None] | None = None
 
@@ -67,8 +68,8 @@ class TrainState:
         if team.is_first:
             checkpoints.clean_temporary(folder.path)
         complete = team.agree(checkpoints.complete_checkpoints(folder.path))
-        counted = read_config(complete[-1]).count_entries if complete else config.model.count_entries
-        shape = replace(config.model, count_entries=counted)
+        entries = read_config(complete[-1]).count_entries if complete else config.model.count_entries
+        shape = replace(config.model, count_entries=entries)
         model = Transformer(shape, dispatcher=make_dispatcher(config.parallel, team, config.model.n_routed_experts or 0))
         counting = 0.0
         if complete:
@@ -77,8 +78,8 @@ class TrainState:
             init_weights(model, config.seed)
             if config.start is not None:
                 load_state(model, locate_model(config.start))
-            elif config.model.count_order:
-                counting = count_into(model, counted_while_training(data.train))
+            elif counts_while_training(config) and config.model.count_order:
+                counting = count_into(model, counted(data.train))
         model = model.to(machine.device)
         if machine.precision == "fp8":
             compute_in_fp8(model, config.fp8)
@@ -90,16 +91,13 @@ class TrainState:
             model.model.ngrams.sparse_gradient = team.is_alone
         offload = folder.path if config.offload else None
         optimizers = Optimizers(model, config.optimizer, shards, offload, one_by_one=config.update_early)
+        teacher = Teacher(config.teacher, config.model, counted(data.train)) if config.teacher.order else None
+        counting += teacher.seconds if teacher is not None else 0.0
         counters = Counters(seconds=counting, counting_seconds=counting)
-        state = cls(config, folder, data, model, optimizers, batches, team, shards, counters)
+        state = cls(config, folder, data, model, optimizers, batches, team, shards, teacher, counters)
         if complete:
             state._load(complete[-1])
         return state
-
-    @property
-    def counts_while_training(self) -> bool:
-        """Whether the model's n-grams are counted in this run."""
-        return bool(self.config.model.count_order and not self.config.model.count_entries)
 
     def _load(self, path: Path) -> None:
         """All but the weights, and of rounded ones what they were before."""

@@ -23,7 +23,7 @@ from ..plan.cost import flops_per_token, optimizer_flops
 from ..runtime import Machine, start
 from .balance import routing_row, update_biases
 from .budget import Budget
-from .counting import count_into, studied
+from .counting import count_into, counts_while_training, studied
 from .display import Display
 from .early import EarlyUpdates
 from .likelihood import BATCH_TOKENS, Document, Likelihood, held_out, likelihood
@@ -74,7 +74,7 @@ def train(requested: TrainConfig) -> Trained:
     config = requested if started is not None else replace(requested, model=fit_tokenizer(requested.model, data.tokenizer))
     lookahead = 1 + config.model.num_nextn_predict_layers
     share = {"rank": team.data_rank, "world": team.layout.data}
-    text = studied(config.model, data.train)
+    text = studied(config, data.train)
     batches = Batches(text, config.sequence_length, config.batch_size, config.seed, lookahead=lookahead, **share)
     if folder is None:
         folder = team.decide(lambda: begin_run(requested, corpus.name, data.fingerprint, machine))
@@ -90,7 +90,7 @@ def train(requested: TrainConfig) -> Trained:
 def refuse_teams(config: TrainConfig, team: Team) -> None:
     """Raise `UserError` for what only a single process can do."""
     asked = [name for name in ("memory_limit", "recompute", "offload", "update_early", "qat") if getattr(config, name)]
-    asked += ["model.count_order"] if config.model.count_order else []
+    asked += [name for name, order in (("model.count_order", config.model.count_order), ("teacher.order", config.teacher.order)) if order]
     if asked and not team.is_alone:
         raise UserError(f"{asked[0]} is for a single process: leave it away, or --nproc")
 
@@ -197,7 +197,7 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
             state.finish_saving()
             display.message(f"stopped at step {at.step} and saved; go on with: shoal train --resume --out {state.folder.path}")
             return Trained(state.folder.path, {"step": at.step}, finished=False, reports=team.is_first)
-        if state.counts_while_training:
+        if model.model.counted is not None and counts_while_training(config):
             at.counting_seconds += count_into(model, state.data.train)
         state.save(evaluate(state, passes, machine, log, display, config.eval_tokens))
         display.message("scoring the held-out text")

@@ -18,7 +18,7 @@ from .runs import Run, Runs, Trainer
 from .search import search
 
 BUDGETS: dict[str, dict[str, tuple[float, ...]]] = {
-    "small": {"baseline": (1e12, 3e12, 1e13), "exportable": (3e11, 1e12, 3e12), "full": (1e11, 3e11, 1e12, 3e12)},
+    "small": {"baseline": (1e12, 3e12, 1e13), "exportable": (1e11, 3e11, 1e12), "full": (1e9, 1e10, 1e11, 1e12)},
     "medium": {"baseline": (1e14, 3e14, 1e15), "exportable": (3e13, 1e14, 3e14), "full": (1e13, 3e13, 1e14, 3e14)},
     "gpu": {"baseline": (1e17, 3e17, 1e18), "exportable": (3e16, 1e17, 3e17), "full": (1e16, 3e16, 1e17, 3e17)},
 }

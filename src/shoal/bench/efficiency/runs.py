@@ -32,7 +32,7 @@ class Run:
     flops: float
     """FLOPs that were spent."""
     seconds: float
-    """Steps times the time of an undisturbed one (the lower quartile of all steps)."""
+    """Steps times the time of an undisturbed one (the lower quartile of all steps), and counting n-grams."""
     bpb: float
     tokens: int
     steps: int
@@ -47,7 +47,7 @@ class Run:
     active: int
     """Parameters that a token multiplies with."""
     tables: int
-    """Parameters that are looked up: embedding and the tables beside it."""
+    """Numbers that are looked up: embedding, the tables beside it, and counted n-grams."""
 
     @property
     def shape(self) -> str:
@@ -105,8 +105,9 @@ def _run(side: str, budget: float, config: TrainConfig, key: str, summary: dict[
     undisturbed = quantiles(times, n=4)[0] if len(times) > 1 else times[0]
     counted = count_parameters(config.model)
     return Run(
-        side=side, budget=budget, seed=config.seed, key=key, flops=summary["train_flops"], seconds=undisturbed * len(times),
+        side=side, budget=budget, seed=config.seed, key=key, flops=summary["train_flops"],
+        seconds=undisturbed * len(times) + summary["counting_seconds"],
         bpb=summary["val_bpb"], tokens=summary["tokens"], steps=summary["steps"], skipped=summary["skipped"],
         width=config.model.hidden_size, layers=config.model.num_hidden_layers, batch=config.batch_size, rate=config.optimizer.adam_lr,
-        parameters=counted.trained, active=counted.active, tables=counted.embedding + counted.tables,
+        parameters=counted.trained, active=counted.active, tables=counted.embedding + counted.tables + summary["counted_ngrams"],
     )  # fmt: skip

@@ -1,0 +1,155 @@
+"""Training with counted n-grams: as a prior of the model, and as a teacher."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from shoal.cli import main
+from shoal.config import TrainConfig, UserError
+from shoal.config.recipes import load_recipe
+from shoal.data import Tokenizer, TokenShards
+from shoal.formats import complete_checkpoints, load_model
+from shoal.train import train, trainer
+from shoal.train.counting import LONG, PIECE, counted, in_pieces, studied
+
+Args = Callable[..., list[str]]
+
+
+def shards(*lengths: int) -> TokenShards:
+    """Documents of different tokens: 0, 0, ..., 1, 1, ..."""
+    return TokenShards(
+        np.repeat(np.arange(len(lengths), dtype=np.uint16), lengths), np.cumsum([0, *lengths]), np.array(lengths, dtype=np.int64)
+    )
+
+
+@pytest.fixture
+def config(workshop: Path, tmp_path: Path) -> TrainConfig:
+    recipe = load_recipe(str(workshop / "recipe.toml"))
+    model = replace(recipe.model, num_nextn_predict_layers=0)
+    corpus = replace(recipe.corpus, cache=str(workshop / "cache"))
+    return replace(recipe, data=(str(workshop / "text.txt"),), out=str(tmp_path / "run"), corpus=corpus, model=model)
+
+
+def with_counts(config: TrainConfig, **changes: Any) -> TrainConfig:
+    return replace(config, model=replace(config.model, count_order=3), **changes)
+
+
+def test_no_document_is_both_counted_and_studied(config: TrainConfig) -> None:
+    text = shards(5, 3, 1, 8, 2)
+    one, other = counted(text), studied(with_counts(config), text)
+    assert {*one.tokens.tolist()} == {0, 2, 4}
+    assert {*other.tokens.tolist()} == {1, 3}
+    assert [len(other.document(i)) for i in range(2)] == [3, 8]
+    assert studied(config, text) is text
+    assert studied(replace(config, model=replace(config.model, count_order=3, count_entries=7)), text) is text, "it brings its counts"
+    with pytest.raises(UserError, match="two documents"):
+        studied(with_counts(config), shards(5))
+
+
+def test_a_very_long_document_is_many() -> None:
+    text = shards(7, LONG + PIECE + 1, LONG)
+    pieces = in_pieces(text)
+    assert pieces.documents.tolist() == [0, *range(7, 7 + LONG + PIECE + 1, PIECE), 8 + LONG + PIECE, 8 + 2 * LONG + PIECE]
+    assert pieces.tokens is text.tokens
+
+
+def test_a_prior_is_worth_a_lot_to_a_short_run_and_is_saved_with_it(config: TrainConfig) -> None:
+    plain = train(replace(config, out=str(config.out) + "-plain"))
+    run = train(with_counts(config))
+    assert run.summary["val_bpb"] < 0.8 * plain.summary["val_bpb"]
+    assert run.summary["counted_ngrams"] > 100
+    assert run.summary["counting_seconds"] > 0 == plain.summary["counting_seconds"]
+    early, last = (load_model(path) for path in complete_checkpoints(run.folder))
+    assert early.model.counted is not None
+    assert last.model.counted is not None
+    assert len(early.model.counted.entries) < len(last.model.counted.entries) == run.summary["counted_ngrams"], "all text in the end"
+    assert json.loads((complete_checkpoints(run.folder)[-1] / "config.json").read_text())["model_type"] == "shoal"
+
+
+def test_a_teacher_leaves_a_plain_model_behind(config: TrainConfig) -> None:
+    plain = train(replace(config, out=str(config.out) + "-plain"))
+    taught = train(replace(config, teacher=replace(config.teacher, order=3)))
+    assert taught.summary["val_bpb"] < plain.summary["val_bpb"]
+    model = load_model(complete_checkpoints(taught.folder)[-1])
+    assert model.state_dict().keys() == load_model(complete_checkpoints(plain.folder)[-1]).state_dict().keys()
+
+
+@pytest.mark.parametrize("kind", ["prior", "teacher"])
+def test_resumed_it_is_the_run_that_was_never_stopped(kind: str, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = with_counts(config) if kind == "prior" else replace(config, teacher=replace(config.teacher, order=3))
+    whole = train(replace(config, out=str(config.out) + "-whole"))
+
+    class Stop(trainer.StopRequest):
+        steps = 0
+
+        @property
+        def asked(self) -> bool:  # type: ignore[override]
+            Stop.steps += 1
+            return Stop.steps > 5
+
+        @asked.setter
+        def asked(self, value: bool) -> None:
+            pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "StopRequest", Stop)
+        assert not train(config).finished
+    again = train(replace(config, resume=True))
+    assert again.finished
+    one, other = (load_model(complete_checkpoints(run.folder)[-1]).state_dict() for run in (whole, again))
+    for name, tensor in one.items():
+        assert other[name].equal(tensor), name
+    assert again.summary["val_bpb"] == whole.summary["val_bpb"]
+
+
+def test_the_engine_predicts_what_the_model_predicts(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(with_counts(config))
+    model = load_model(complete_checkpoints(run.folder)[-1]).eval()
+    assert (
+        main(
+            [
+                "generate",
+                str(run.folder),
+                "red green",
+                "--max-tokens",
+                "12",
+                "--temperature",
+                "0",
+                "--ignore-eos",
+                "--threads",
+                "1",
+                "--json",
+            ]
+        )
+        == 0
+    )
+    made = json.loads(capsys.readouterr().out.splitlines()[-1])
+    tokenizer = Tokenizer.load(complete_checkpoints(run.folder)[-1])
+    ids = tokenizer.encode("red green")
+    ids = ids if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
+    with torch.no_grad():
+        for _ in range(12):
+            output = model(torch.tensor([ids]))
+            assert output.keys is not None
+            ids.append(int(model.logits(output.hidden[0, -1:], output.keys[0, -1:]).argmax()))
+    assert made["text"].strip() == tokenizer.decode(ids[-12:]).strip()
+
+
+def test_what_cannot_count_refuses(train_args: Args, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more, complaint in (
+        (["--teacher.order", "9"], "1 to 8"),
+        (["--teacher.order", "2", "--model.count-order", "2"], "without counts"),
+        (["--teacher.share", "1.5"], "between 0 and 1"),
+    ):
+        assert main(train_args(tmp_path / "run", "--model.num-nextn-predict-layers", "0", *more)) == 2
+        assert complaint in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(train_args(tmp_path / "run", "--model.num-nextn-predict-layers", "0", "--teacher.order", "2", "--nproc", "2"))

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
@@ -80,7 +81,8 @@ def train(args: list[str]) -> None:
     if "--help" in args or "-h" in args:
         print(f"shoal train [RECIPE] [OPTIONS]; RECIPE is a TOML file or one of: {', '.join(recipe_names())}")
         print(
-            "shoal train [RULES] --flops 1e13 [OPTIONS]; shape, batch, rates and steps from a budget; RULES: exportable, full or baseline\n"
+            "shoal train [RULES] --minutes 5 [OPTIONS], or --flops 1e13: shape, batch and rates from a budget; RULES: full (where\n"
+            "neither rules nor a recipe are named), exportable (plain deepseek_v3 files) or baseline\n"
         )
     config = parse(TrainConfig, args, "train", default)
 
@@ -105,21 +107,45 @@ def train(args: list[str]) -> None:
 
 
 def _derived(args: list[str]) -> TrainConfig | None:
-    """Settings that rules derive from `--flops`, which is taken out of `args` with the name of the rules; None where it is not given."""
-    at = next((i for i, arg in enumerate(args) if arg == "--flops" or arg.startswith("--flops=")), None)
+    """Settings that rules derive from `--flops` or `--minutes`; None where a recipe or a model says what to train.
+
+    The name of the rules and `--flops` are taken out of `args`.
+    """
+    from .plan.rules import NAMES, Rules
+
+    named = bool(args) and not args[0].startswith("-")
+    flops = _take(args, "--flops")
+    if flops is None and not (args[0] in NAMES if named else _asked(args, "--minutes") and not _asked(args, "--start", "--resume")):
+        return None
+    rules = Rules.load(args.pop(0) if named else "full")
+    if flops is not None:
+        try:
+            return rules.config(float(flops))
+        except ValueError:
+            raise UserError(f"--flops is {flops!r}: it must be a number such as 1e13") from None
+    if not _asked(args, "--minutes"):
+        raise UserError(f"{rules.name} are rules, which need a budget: give --minutes or --flops")
+    from .runtime import start
+
+    asked = parse(TrainConfig, args, "train", replace(rules.config(1e12), steps=None, minutes=1.0))
+    if not (asked.minutes and asked.minutes > 0):
+        raise UserError(f"--minutes is {asked.minutes}: it must be more than 0")
+    return rules.config_for_minutes(asked.minutes, start(asked.device, asked.precision, asked.threads).peak_flops)
+
+
+def _asked(args: list[str], *options: str) -> bool:
+    return any(arg.split("=")[0] in options for arg in args)
+
+
+def _take(args: list[str], option: str) -> str | None:
+    """The value of an option, which is taken out; None where it is not given."""
+    at = next((i for i, arg in enumerate(args) if arg.split("=")[0] == option), None)
     if at is None:
         return None
-    from .plan.rules import Rules
-
     joined = "=" in args[at]
-    text = args[at].partition("=")[2] if joined else "".join(args[at + 1 : at + 2])
+    value = args[at].partition("=")[2] if joined else "".join(args[at + 1 : at + 2])
     del args[at : at + 1 + (not joined)]
-    name = args.pop(0) if args and not args[0].startswith("-") else "exportable"
-    try:
-        flops = float(text)
-    except ValueError:
-        raise UserError(f"--flops is {text!r}: it must be a number such as 1e13") from None
-    return Rules.load(name).config(flops)
+    return value
 
 
 def _start_processes(config: TrainConfig, args: list[str]) -> None:

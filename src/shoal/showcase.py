@@ -59,5 +59,8 @@ def _print_result(folder: Path, summary: dict[str, Any], report: Path | None) ->
     prompt = next((sample["prompt"] for sample in summary["samples"] if "\n" not in sample["prompt"]), "The ")
     print(f"chat:     shoal chat {folder}")
     print(f"continue: shoal generate {folder} {prompt!r}")
-    print(f"export:   shoal export {folder} OUT --format hf")
+    if summary["counted_ngrams"]:
+        print("plain:    shoal train exportable --minutes 5; this model counts n-grams, which only Shoal knows how to read")
+    else:
+        print(f"export:   shoal export {folder} OUT --format hf")
     print("your own: shoal train --data PATH --minutes 5")

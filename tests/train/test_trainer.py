@@ -24,7 +24,8 @@ from shoal.train import Trained, find_run, passes, train
 
 SUMMARY = {
     "val_bpb", "xz_bpb", "val_loss", "val_tokens", "val_bytes", "tokens", "steps", "skipped", "train_flops", "seconds",
-    "counting_seconds", "counted_ngrams", "tokens_per_second", "peak_share", "max_vio", "params_total", "params_active", "params_mtp", "precision", "peak_memory", "samples",
+    "counting_seconds", "counted_ngrams", "tokens_per_second", "peak_share", "max_vio", "params_total", "params_active", "params_mtp",
+    "precision", "peak_memory", "samples",
 }  # fmt: skip
 
 Args = Callable[..., list[str]]

@@ -1,8 +1,10 @@
 """Counted n-grams: what followed a context in the training text, as a prior that the network corrects.
 
-The prior is an interpolated n-gram model with absolute discounting (Ney, Essen & Kneser, 1994; three discounts an order as in Chen &
-Goodman, 1999). An n-gram counts once for every document it is in: what one document repeats says little about others. Nothing here is
-a matrix product, and which row is read is known from the text alone. Shapes: B sequences, T tokens, V vocabulary, K longest context.
+The prior is interpolated modified Kneser-Ney (Chen & Goodman, 1999) with one change: an n-gram of the greatest length counts once for
+every document it is in, as what one document repeats says little about others. Shorter ones count the different tokens before them.
+Nothing here is a matrix product, and which row is read is known from the text alone.
+
+Shapes: B sequences, T tokens, V vocabulary, K longest context.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ _DISCOUNT_MARGIN = 0.05
 
 
 class Counts(NamedTuple):
-    """Sorted entries and the number of documents each is in."""
+    """Sorted entries and how much each counts."""
 
     entries: Tensor
     """`[E]` int64: the length of a context less one (3 bits), a hash of it, and in the lowest bits the token that followed."""
@@ -60,19 +62,28 @@ def context_keys(ids: Tensor, positions: Tensor, before: Tensor | None, order: i
 
 
 def count_ngrams(tokens: np.ndarray, documents: np.ndarray, order: int, vocabulary: int) -> Counts:
-    """Count every n-gram of 2 to `order` + 1 tokens of `tokens`, whose documents begin at `documents [:-1]` and end at `documents [1:]`."""
+    """Count every n-gram of 2 to `order` + 1 tokens of `tokens`, whose documents begin at `documents [:-1]` and end at `documents [1:]`.
+
+    Those with `order` + 1 tokens count the documents they are in. A shorter one counts the different tokens before it, and the documents
+    that begin with it.
+    """
     bits = token_bits(vocabulary)
     ids = torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64))
-    sizes = np.diff(documents)
-    places = torch.from_numpy(np.arange(len(tokens)) - np.repeat(documents[:-1] - documents[0], sizes))
     bounds = documents - documents[0]
+    places = np.arange(len(tokens)) - np.repeat(bounds[:-1], np.diff(bounds))
     found: list[Counts] = []
-    for length, key in enumerate(context_keys(ids[None], places[None], None, order, bits), 1):
+    shorter = np.empty(0, np.int64)
+    for length, key in enumerate(context_keys(ids[None], torch.from_numpy(places)[None], None, order, bits), 1):
         entries = (key[0, :-1] << bits | ids[1:]).numpy()
-        usable = (places[1:] >= length).numpy()
-        # Once per document, then documents per entry: sorting many short pieces and one long array of plain integers is fast.
-        once = [np.unique(entries[a:b][usable[a:b]]) for a, b in zip(np.maximum(bounds[:-1] - 1, 0), bounds[1:] - 1, strict=True)]
-        found.append(_tally(np.concatenate(once)))
+        if length > 1:
+            (inside,) = np.nonzero(places[1:] >= length)
+            _, first = np.unique(entries[inside], return_index=True)
+            found.append(_tally(np.concatenate([shorter[inside[first]], shorter[places[1:] == length - 1]])))
+        shorter = entries
+    usable = places[1:] >= order
+    # Once per document, then documents per entry: sorting many short pieces and one long array of plain integers is fast.
+    once = [np.unique(shorter[a:b][usable[a:b]]) for a, b in zip(np.maximum(bounds[:-1] - 1, 0), bounds[1:] - 1, strict=True)]
+    found.append(_tally(np.concatenate(once)))
     return Counts(torch.cat([part.entries for part in found]), torch.cat([part.counts for part in found]))
 
 
@@ -135,7 +146,7 @@ class CountedNgrams(nn.Module):
         starts = torch.searchsorted(entries, torch.arange(self.order + 1, device=entries.device) << _KEY_AND_TOKEN_BITS).tolist()
         discounts = [_discounts(counts[a:b]) for a, b in pairwise(starts)]
         first = slice(starts[0], starts[1])
-        base = torch.bincount(tokens[first], counts[first].double(), minlength=self.vocabulary) + 0.5
+        base = torch.bincount(tokens[first], minlength=self.vocabulary).double() + 0.5
         return CountTables(entries, counts, self.bits, torch.tensor(discounts, device=entries.device), (base / base.sum()).float())
 
 

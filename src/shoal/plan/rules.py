@@ -22,6 +22,9 @@ NAMES = ("baseline", "exportable", "full")
 VALUES = ("width", "layers", "batch", "rate")
 HEAD = 16
 """Width of a head, and what widths are multiples of."""
+SHARE_OF_PEAK = 0.3
+"""Of a machine's products, what training small models reaches, roughly: shapes depend on it but little."""
+LEAST_FLOPS = 1e9
 RATES = ("adam_lr", "embed_lr", "head_lr", "muon_lr")
 
 
@@ -90,6 +93,10 @@ class Rules:
         config = replace(config, steps=steps_for(config, flops))
         config.validate()
         return config
+
+    def config_for_minutes(self, minutes: float, peak_flops: float) -> TrainConfig:
+        """Settings of a run that ends by the clock, on a machine whose products reach `peak_flops` a second."""
+        return replace(self.config(max(60 * minutes * SHARE_OF_PEAK * peak_flops, LEAST_FLOPS)), steps=None, minutes=minutes)
 
 
 def _at(rule: dict[str, float], flops: float) -> float:

@@ -15,10 +15,10 @@ import torch
 from shoal.cli import main
 from shoal.config import TrainConfig, UserError
 from shoal.config.recipes import load_recipe
-from shoal.data import Tokenizer, TokenShards
+from shoal.data import Batches, Tokenizer, TokenShards
 from shoal.formats import complete_checkpoints, load_model
 from shoal.train import train, trainer
-from shoal.train.counting import LONG, PIECE, counted, in_pieces, studied
+from shoal.train.counting import LONG, PIECE, AlternatingBatches, Counting, counts_while_training, halves, in_pieces
 
 Args = Callable[..., list[str]]
 
@@ -43,15 +43,31 @@ def with_counts(config: TrainConfig, **changes: Any) -> TrainConfig:
 
 
 def test_no_document_is_both_counted_and_studied(config: TrainConfig) -> None:
-    text = shards(5, 3, 1, 8, 2)
-    one, other = counted(text), studied(with_counts(config), text)
+    one, other = halves(shards(5, 3, 1, 8, 2))
     assert {*one.tokens.tolist()} == {0, 2, 4}
     assert {*other.tokens.tolist()} == {1, 3}
     assert [len(other.document(i)) for i in range(2)] == [3, 8]
-    assert studied(config, text) is text
-    assert studied(replace(config, model=replace(config.model, count_order=3, count_entries=7)), text) is text, "it brings its counts"
     with pytest.raises(UserError, match="two documents"):
-        studied(with_counts(config), shards(5))
+        halves(shards(5))
+    assert not counts_while_training(config)
+    assert counts_while_training(with_counts(config))
+    assert not counts_while_training(replace(config, model=replace(config.model, count_order=3, count_entries=7))), "it brings its counts"
+
+
+def test_each_half_is_studied_with_the_counts_of_the_other(config: TrainConfig) -> None:
+    text = shards(*[12] * 8)
+    counting = Counting(with_counts(config), text)
+    batches = AlternatingBatches(*(Batches(half, 6, 1, 0) for half in counting.texts), counting.study)
+    token = (1 << counting.module.bits) - 1
+    for turn in range(6):
+        studied = {*batches.next().flatten().tolist()}
+        known = {*(counting.module.entries & token).tolist()}
+        assert all(number % 2 == turn % 2 for number in studied)
+        assert known == {number for number in range(8) if number % 2 != turn % 2}
+    state = batches.state_dict()
+    following = [batches.next().tolist() for _ in range(3)]
+    batches.load_state_dict(state)
+    assert [batches.next().tolist() for _ in range(3)] == following
 
 
 def test_a_very_long_document_is_many() -> None:

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def save_model(
         save_file(shard, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    written = model_config_to_dict(model.config, dtype=str(stored_dtype(_EMBEDDING)).removeprefix("torch."))
+    config = model.config if model.model.counted is None else replace(model.config, count_entries=len(model.model.counted.entries))
+    written = model_config_to_dict(config, dtype=str(stored_dtype(_EMBEDDING)).removeprefix("torch."))
     if fp8 is not None:
         written["quantization_config"] = fp8.settings
     write_json(folder / CONFIG, written)

@@ -33,6 +33,14 @@ class CountTables:
         starts = torch.searchsorted(self.entries, firsts)
         self.index = torch.cat([starts, starts.new_tensor([len(self.entries)])])
 
+    def to(self, device: torch.device) -> CountTables:
+        """The same on another device."""
+        if self.entries.device == device:
+            return self
+        parts = (part.to(device) for part in (self.entries, self.counts, self.discounts, self.base))
+        entries, counts, discounts, base = parts
+        return CountTables(entries, counts, self.token_bits, discounts, base)
+
 
 def counted_prior(tables: CountTables, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Interpolated absolute discounting: p_n(v) = max(c(v) - D, 0) / C + (sum of D) / C p_{n-1}(v), from `base` up to the longest

@@ -114,6 +114,17 @@ class CountedNgrams(nn.Module):
         self.entries, self.counts = (part.to(self.entries.device) for part in counts)
         self._tables = None
 
+    @property
+    def filled(self) -> CountTables:
+        """The counts with what is computed from them; setting it costs nothing. Getting raises `UserError` where they are damaged."""
+        if self._tables is None or self._tables.entries is not self.entries:
+            self._tables = self._prepare()
+        return self._tables
+
+    @filled.setter
+    def filled(self, tables: CountTables) -> None:
+        self.entries, self.counts, self._tables = tables.entries, tables.counts, tables
+
     def keys(self, ids: Tensor, positions: Tensor, before: Tensor | None) -> Tensor:
         """See `context_keys`; `[B, T, K]`."""
         return torch.stack(list(context_keys(ids, positions, before, self.order, self.bits)), dim=-1)
@@ -127,9 +138,7 @@ class CountedNgrams(nn.Module):
     def probabilities(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Of contexts `keys [..., K]`: probabilities `[..., V]` fp32 of the token that follows, and the length of the longest context
         that was ever counted, `[...]` int64."""
-        if self._tables is None or self._tables.entries is not self.entries:
-            self._tables = self._prepare()
-        probabilities, lengths = kernels.counted_prior(self._tables, keys.flatten(0, -2))
+        probabilities, lengths = kernels.counted_prior(self.filled, keys.flatten(0, -2))
         return probabilities.view(*keys.shape[:-1], -1), lengths.view(keys.shape[:-1])
 
     def scale(self, hidden: Tensor, lengths: Tensor) -> Tensor:

@@ -1,50 +1,34 @@
 """Counting n-grams of the training text: for models with a counted prior, and to teach models without.
 
-Half of the documents are counted and the network studies the others: what it trusts must not know the answers already. When training is
-over, a model with a counted prior gets the counts of all documents.
+What the network trusts must not know the answers already. So the two halves of the documents are counted each by itself, and a step
+studies one half with the counts of the other, in turns. When training is over, a model with a counted prior gets the counts of all.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..config import ModelConfig, TeacherConfig, TrainConfig, UserError
-from ..data import TokenShards
+from ..data import Batches, TokenShards
+from ..kernels import CountTables
 from ..model import Transformer
-from ..model.counted import CountedNgrams, count_ngrams
+from ..model.counted import CountedNgrams, Counts, count_ngrams
 
 LONG, PIECE = 1 << 16, 1 << 12
 """Tokens of a document that is counted in pieces, and of a piece."""
 
 
 def counts_while_training(config: TrainConfig) -> bool:
-    """Whether half of the text is counted. A model that brings its counts along (`--start`) keeps them and studies everything."""
+    """Whether the text is counted. A model that brings its counts along (`--start`) keeps them."""
     return bool(config.teacher.order or (config.model.count_order and not config.model.count_entries))
-
-
-def studied(config: TrainConfig, text: TokenShards) -> TokenShards:
-    """What the network is trained on."""
-    return _every_second(text, 1) if counts_while_training(config) else text
-
-
-def counted(text: TokenShards) -> TokenShards:
-    """The documents that are counted meanwhile."""
-    return _every_second(text, 0)
-
-
-def _every_second(text: TokenShards, first: int) -> TokenShards:
-    """Documents `first`, `first` + 2, ..., as a copy in memory. Raises `UserError` where there is only one."""
-    text = in_pieces(text)
-    chosen = [text.document(i) for i in range(first, text.num_documents, 2)]
-    if not chosen:
-        raise UserError("counting n-grams needs at least two documents: give more data, or set model.count_order and teacher.order to 0")
-    return TokenShards(np.concatenate(chosen), np.cumsum([0, *map(len, chosen)], dtype=np.int64), text.document_bytes[first::2])
 
 
 def in_pieces(text: TokenShards) -> TokenShards:
@@ -54,34 +38,91 @@ def in_pieces(text: TokenShards) -> TokenShards:
     return TokenShards(text.tokens, cuts, np.zeros(len(cuts) - 1, np.int64))
 
 
+def halves(text: TokenShards) -> tuple[TokenShards, TokenShards]:
+    """Every second document, and the others; copies in memory. Raises `UserError` where there is only one document."""
+    text = in_pieces(text)
+    if text.num_documents < 2:
+        raise UserError("counting n-grams needs at least two documents: give more data, or set model.count_order and teacher.order to 0")
+
+    def half(first: int) -> TokenShards:
+        chosen = [text.document(i) for i in range(first, text.num_documents, 2)]
+        return TokenShards(np.concatenate(chosen), np.cumsum([0, *map(len, chosen)], dtype=np.int64), text.document_bytes[first::2])
+
+    return half(0), half(1)
+
+
 def count_into(model: Transformer, text: TokenShards) -> float:
     """Give a model with a counted prior the counts of `text`; returns the seconds it took."""
     began = time.perf_counter()
     assert model.model.counted is not None
-    model.config.count_entries = _count(model.model.counted, model.config, text)
+    model.model.counted.fill(_count(model.config, text))
     return time.perf_counter() - began
 
 
-def _count(counted: CountedNgrams, config: ModelConfig, text: TokenShards) -> int:
+def _count(config: ModelConfig, text: TokenShards) -> Counts:
     text = in_pieces(text)
-    counts = count_ngrams(text.tokens, text.documents, config.count_order, config.vocab_size)
-    counted.fill(counts)
-    return len(counts.entries)
+    return count_ngrams(text.tokens, text.documents, config.count_order, config.vocab_size)
+
+
+class Counting:
+    """The counts of both halves, of which `module` has one at a time."""
+
+    def __init__(self, config: TrainConfig, text: TokenShards) -> None:
+        began = time.perf_counter()
+        shape = replace(config.model, count_order=config.model.count_order or config.teacher.order, num_nextn_predict_layers=0)
+        self.module = CountedNgrams(shape)
+        """Answers by the counts of one half: the teacher's, until a model's own takes its place."""
+        self.texts = halves(text)
+        self._filled: list[CountTables] = []
+        for half in self.texts:
+            self.module.fill(_count(shape, half))
+            self._filled.append(self.module.filled)
+        self.seconds = time.perf_counter() - began
+        """Taken by counting."""
+
+    def serve(self, module: CountedNgrams) -> None:
+        """From now on `module` has the counts."""
+        self.module = module
+        self._filled = [filled.to(module.entries.device) for filled in self._filled]
+        self.study(0)
+
+    def study(self, half: int) -> None:
+        """Answer by what is not in this half."""
+        self.module.filled = self._filled[1 - half]
+
+
+class AlternatingBatches:
+    """Batches of one half and of the other in turns; `study` is told which half comes."""
+
+    def __init__(self, first: Batches, second: Batches, study: Callable[[int], None]) -> None:
+        self._batches, self._study = (first, second), study
+        self._turn = 0
+
+    def next(self) -> Tensor:
+        """See `Batches`."""
+        half, self._turn = self._turn, 1 - self._turn
+        self._study(half)
+        return self._batches[half].next()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Batches`."""
+        return {"turn": self._turn, "halves": [batches.state_dict() for batches in self._batches]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Batches`."""
+        self._turn = state["turn"]
+        for batches, its in zip(self._batches, state["halves"], strict=True):
+            batches.load_state_dict(its)
 
 
 class Teacher:
     """Knows what followed the last tokens in other documents. One token of text says what came once; counts say what could have come."""
 
-    def __init__(self, config: TeacherConfig, model: ModelConfig, text: TokenShards) -> None:
-        began = time.perf_counter()
-        self.share = config.share
-        shape = replace(model, count_order=config.order, count_entries=0, num_nextn_predict_layers=0)
-        self._counted = CountedNgrams(shape)
-        _count(self._counted, shape, text)
-        self.seconds = time.perf_counter() - began
-        """Taken by counting."""
+    def __init__(self, config: TeacherConfig, counting: Counting) -> None:
+        self.share, self._counting = config.share, counting
 
     def __call__(self, ids: Tensor) -> tuple[Tensor, float]:
         """Probabilities `[B, T, V]` fp32 of what follows each of `ids [B, T]`, and their share in what is learnt."""
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        return self._counted.probabilities(self._counted.keys(ids, positions, None))[0], self.share
+        counted = self._counting.module
+        return counted.probabilities(counted.keys(ids, positions, None))[0], self.share

@@ -15,7 +15,7 @@ from ..formats.locate import locate_model
 from ..model import Transformer, init_weights
 from ..parallel import Shards, Team, divide, make_dispatcher
 from ..runtime import Machine
-from .counting import Teacher, count_into, counted, counts_while_training
+from .counting import AlternatingBatches, Counting, Teacher
 from .fp8 import compute_in_fp8
 from .optimizer import Optimizers
 from .qat import go_on, on_grid, round_weights
@@ -52,7 +52,7 @@ class TrainState:
     data: PreparedData
     model: Transformer
     optimizers: Optimizers
-    batches: Batches
+    batches: Batches | AlternatingBatches
     team: Team
     shards: Shards
     """Of the model, what this process holds."""
@@ -62,25 +62,32 @@ class TrainState:
 
     @classmethod
     def create(
-        cls, config: TrainConfig, folder: RunFolder, data: PreparedData, batches: Batches, machine: Machine, team: Team
+        cls,
+        config: TrainConfig,
+        folder: RunFolder,
+        data: PreparedData,
+        batches: Batches | AlternatingBatches,
+        machine: Machine,
+        team: Team,
+        counting: Counting | None = None,
     ) -> TrainState:
         """Fresh from `config.seed`, or from the folder's last complete checkpoint where there is one."""
         if team.is_first:
             checkpoints.clean_temporary(folder.path)
         complete = team.agree(checkpoints.complete_checkpoints(folder.path))
+        # The counts of a model that was trained to its end are not those of a half.
         entries = read_config(complete[-1]).count_entries if complete else config.model.count_entries
         shape = replace(config.model, count_entries=entries)
         model = Transformer(shape, dispatcher=make_dispatcher(config.parallel, team, config.model.n_routed_experts or 0))
-        counting = 0.0
         if complete:
             load_state(model, complete[-1])
         else:
             init_weights(model, config.seed)
             if config.start is not None:
                 load_state(model, locate_model(config.start))
-            elif counts_while_training(config) and config.model.count_order:
-                counting = count_into(model, counted(data.train))
         model = model.to(machine.device)
+        if counting is not None:
+            counting.serve(model.model.counted or counting.module.to(machine.device))
         if machine.precision == "fp8":
             compute_in_fp8(model, config.fp8)
         if config.qat:
@@ -91,9 +98,9 @@ class TrainState:
             model.model.ngrams.sparse_gradient = team.is_alone
         offload = folder.path if config.offload else None
         optimizers = Optimizers(model, config.optimizer, shards, offload, one_by_one=config.update_early)
-        teacher = Teacher(config.teacher, config.model, counted(data.train)) if config.teacher.order else None
-        counting += teacher.seconds if teacher is not None else 0.0
-        counters = Counters(seconds=counting, counting_seconds=counting)
+        teacher = Teacher(config.teacher, counting) if config.teacher.order and counting is not None else None
+        took = counting.seconds if counting is not None else 0.0
+        counters = Counters(seconds=took, counting_seconds=took)
         state = cls(config, folder, data, model, optimizers, batches, team, shards, teacher, counters)
         if complete:
             state._load(complete[-1])

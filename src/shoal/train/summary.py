@@ -60,7 +60,7 @@ def summarize(state: TrainState, machine: Machine, scored: list[Document], final
         "params_total": count.total,
         "params_active": count.active,
         "params_mtp": count.mtp,
-        "counted_ngrams": state.model.config.count_entries,
+        "counted_ngrams": 0 if state.model.model.counted is None else len(state.model.model.counted.entries),
         "precision": machine.precision,
         "peak_memory": peak_memory(machine.device),
     }

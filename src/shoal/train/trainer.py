@@ -23,7 +23,7 @@ from ..plan.cost import flops_per_token, optimizer_flops
 from ..runtime import Machine, start
 from .balance import routing_row, update_biases
 from .budget import Budget
-from .counting import count_into, counts_while_training, studied
+from .counting import AlternatingBatches, Counting, count_into, counts_while_training
 from .display import Display
 from .early import EarlyUpdates
 from .likelihood import BATCH_TOKENS, Document, Likelihood, held_out, likelihood
@@ -74,15 +74,19 @@ def train(requested: TrainConfig) -> Trained:
     config = requested if started is not None else replace(requested, model=fit_tokenizer(requested.model, data.tokenizer))
     lookahead = 1 + config.model.num_nextn_predict_layers
     share = {"rank": team.data_rank, "world": team.layout.data}
-    text = studied(config, data.train)
-    batches = Batches(text, config.sequence_length, config.batch_size, config.seed, lookahead=lookahead, **share)
+    counting = Counting(config, data.train) if counts_while_training(config) else None
+    each = [
+        Batches(text, config.sequence_length, config.batch_size, config.seed, lookahead=lookahead, **share)
+        for text in (counting.texts if counting is not None else (data.train,))
+    ]
+    batches = each[0] if counting is None else AlternatingBatches(each[0], each[1], counting.study)
     if folder is None:
         folder = team.decide(lambda: begin_run(requested, corpus.name, data.fingerprint, machine))
     else:
         refuse_changes(folder.facts(), requested, data.fingerprint)
     if team.is_first:
         folder.write_config(config)
-    result = run_loop(TrainState.create(config, folder, data, batches, machine, team), machine)
+    result = run_loop(TrainState.create(config, folder, data, batches, machine, team, counting), machine)
     team.leave()
     return result
 

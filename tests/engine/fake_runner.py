@@ -76,7 +76,7 @@ class FakeRunner:
         experts = torch.from_numpy((hidden.astype(np.int64) % 16)[None].repeat(2, 0))
         return Forward(torch.from_numpy(hidden), experts)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, keys: Tensor | None = None) -> Tensor:
         logits = torch.zeros(len(hidden), self.config.vocab_size)
         for row, entry in enumerate(hidden[:, 0].tolist()):
             logits[row, mix(int(entry), -7) % self.config.vocab_size] = 9.0

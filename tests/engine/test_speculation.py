@@ -37,7 +37,7 @@ class Chain:
     def forward(self, batch: Batch) -> Forward:
         return Forward(self.table[batch.ids], None)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, keys: Tensor | None = None) -> Tensor:
         return hidden
 
     def draft(self, batch: Batch, hidden: Tensor, next_ids: Tensor) -> Tensor:

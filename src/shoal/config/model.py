@@ -206,7 +206,9 @@ class ModelConfig:
             raise UserError(f"model.ngram_order is {self.ngram_order}: it must be 0 for no tables, or 2 to {LONGEST_NGRAM}")
         if self.ngram_rows < 1:
             raise UserError(f"model.ngram_rows is {self.ngram_rows}: it must be at least 1")
-        if not 0 <= self.count_order <= LONGEST_NGRAM or self.count_entries < 0:
+        if self.count_entries < 0:
+            raise UserError(f"model.count_entries is {self.count_entries}: it must be 0, until training sets it")
+        if not 0 <= self.count_order <= LONGEST_NGRAM:
             raise UserError(f"model.count_order is {self.count_order}: it must be 0 for no counts, or 1 to {LONGEST_NGRAM}")
         if self.count_order and (self.logit_softcap or self.num_nextn_predict_layers):
             raise UserError("counted n-grams know neither logit_softcap nor multi-token prediction: leave them away, or model.count_order")

@@ -59,8 +59,10 @@ def small(command: list[str], recipe: Path, cache: Path) -> list[str]:
     if "--flops" in command:
         at = command.index("--flops") + 1
         return [*command[:at], "1e9", *command[at + 1 :], "--corpus.cache", str(cache)]
-    rest = command[2:] if command[1] == "demo" else command[1:]
     sizes = {"--minutes": "0.02", "--steps": "2"}
+    if "--minutes" in command:
+        return [*(sizes.get(before, word) for before, word in zip(["", *command], command, strict=False)), "--corpus.cache", str(cache)]
+    rest = command[2:] if command[1] == "demo" else command[1:]
     rest = [sizes.get(before, word) for before, word in zip(["", *rest], rest, strict=False)]
     if "--data" not in rest:
         rest += ["--data", "PATH"]

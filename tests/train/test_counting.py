@@ -17,7 +17,7 @@ from shoal.config import TrainConfig, UserError
 from shoal.config.recipes import load_recipe
 from shoal.data import Batches, Tokenizer, TokenShards
 from shoal.formats import complete_checkpoints, load_model
-from shoal.train import train, trainer
+from shoal.train import counting, train, trainer
 from shoal.train.counting import LONG, PIECE, AlternatingBatches, Counting, counts_while_training, halves, in_pieces
 
 Args = Callable[..., list[str]]
@@ -159,11 +159,19 @@ def test_the_engine_predicts_what_the_model_predicts(config: TrainConfig, capsys
     assert made["text"].strip() == tokenizer.decode(ids[-12:]).strip()
 
 
+def test_a_text_too_large_to_count_is_refused_at_once(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counting, "available_memory", lambda device: 10_000)
+    with pytest.raises(UserError, match=r"counting n-grams of [\d,]+ tokens takes .* GB"):
+        train(with_counts(config))
+    assert not Path(str(config.out)).exists()
+
+
 def test_what_cannot_count_refuses(train_args: Args, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for more, complaint in (
         (["--teacher.order", "9"], "1 to 8"),
         (["--teacher.order", "2", "--model.count-order", "2"], "without counts"),
         (["--teacher.share", "1.5"], "between 0 and 1"),
+        (["--teacher.order", "2", "--memory-limit", "4G"], "name a recipe"),
     ):
         assert main(train_args(tmp_path / "run", "--model.num-nextn-predict-layers", "0", *more)) == 2
         assert complaint in capsys.readouterr().err

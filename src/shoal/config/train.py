@@ -237,6 +237,8 @@ class TrainConfig:
             raise UserError(f"micro_batch_size {micro} does not divide batch_size {self.batch_size}: choose a divisor")
         if self.memory_limit is not None:
             parse_bytes(self.memory_limit)
+            if self.teacher.order or self.model.count_order:
+                raise UserError("--memory-limit does not know what counting n-grams takes: name a recipe, as in shoal train default")
         if not 0 <= self.teacher.order <= LONGEST_NGRAM:
             raise UserError(f"teacher.order is {self.teacher.order}: it must be 0 for no teacher, or 1 to {LONGEST_NGRAM}")
         if self.teacher.order and (self.model.count_order or self.model.logit_softcap):

@@ -94,9 +94,10 @@ def train(requested: TrainConfig) -> Trained:
 def refuse_teams(config: TrainConfig, team: Team) -> None:
     """Raise `UserError` for what only a single process can do."""
     asked = [name for name in ("memory_limit", "recompute", "offload", "update_early", "qat") if getattr(config, name)]
-    asked += [name for name, order in (("model.count_order", config.model.count_order), ("teacher.order", config.teacher.order)) if order]
     if asked and not team.is_alone:
         raise UserError(f"{asked[0]} is for a single process: leave it away, or --nproc")
+    if not team.is_alone and (config.model.count_order or config.teacher.order):
+        raise UserError("n-grams are counted by a single process: leave --nproc away, or name a recipe, as in shoal train default")
 
 
 def begin_run(config: TrainConfig, name: str, data_fingerprint: str, machine: Machine) -> RunFolder:

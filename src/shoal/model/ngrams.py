@@ -6,6 +6,8 @@ waits for the network. Shapes: B sequences, T tokens, D model width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,18 @@ from ..config import ModelConfig
 
 MULTIPLIERS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0x2C1B3C6D, 0x297A2D39, 0x5851F42D)
 """Odd constants of common multiplicative hashes, one for every place of an n-gram."""
+
+
+def tokens_back(ids: Tensor, before: Tensor | None, count: int) -> Iterator[Tensor]:
+    """Of every one of `ids [B, T]` the token itself, the one before it, ... `count` in all; `[B, T]` each.
+
+    `before [B, count - 1]` or more stand in front of `ids`; None: zeros do.
+    """
+    if before is None:
+        before = ids.new_zeros(ids.shape[0], count - 1)
+    text = torch.cat([before[:, before.shape[1] - count + 1 :], ids], dim=1)
+    for back in range(count):
+        yield text[:, count - 1 - back :][:, : ids.shape[1]]
 
 
 class Ngrams(nn.Module):
@@ -37,14 +51,11 @@ class Ngrams(nn.Module):
         `ids [B, T]` stand at `positions [B or 1, T]`, after `before [B, order - 1]` or more (any ids where a text begins; None: nothing is
         before them). An n-gram that would reach beyond the beginning of its text has an empty place there.
         """
-        if before is None:
-            before = ids.new_zeros(ids.shape[0], self.order - 1)
-        text = torch.cat([before[:, before.shape[1] - self.order + 1 :], ids], dim=1) + 1  # 0 is the empty place
-        length = ids.shape[1]
-        mixed = text[:, self.order - 1 :] * MULTIPLIERS[0]
+        last, *before_it = tokens_back(ids, before, self.order)
+        mixed = (last + 1) * MULTIPLIERS[0]
         keys = []
-        for back in range(1, self.order):
-            earlier = text[:, self.order - 1 - back :][:, :length].masked_fill(positions < back, 0)
+        for back, token in enumerate(before_it, 1):
+            earlier = (token + 1).masked_fill(positions < back, 0)  # 0 is the empty place
             mixed = mixed ^ (earlier * MULTIPLIERS[back])
             keys.append(((mixed ^ (mixed >> 15)) * 0x2545F491 >> 7) % self.rows + (back - 1) * self.rows)
         return keys

@@ -128,10 +128,9 @@ def _derived(args: list[str]) -> TrainConfig | None:
     from .runtime import start
 
     asked = parse(TrainConfig, args, "train", replace(rules.config(1e12), steps=None, minutes=1.0))
-    if not (asked.minutes and asked.minutes > 0):
-        raise UserError(f"--minutes is {asked.minutes}: it must be more than 0")
-    if asked.steps is not None or asked.tokens is not None:
-        raise UserError("the budget is set 2 times: give exactly one of --minutes, --tokens and --steps")
+    if asked.minutes is None:
+        raise UserError("--minutes is None: it must be more than 0")
+    asked.validate_budget()
     return rules.config_for_minutes(asked.minutes, start(asked.device, asked.precision, asked.threads).peak_flops)
 
 

@@ -178,13 +178,11 @@ def available_memory(device: torch.device) -> int:
     return room
 
 
-def require_memory(needed: int, what: str) -> None:
-    """Raise `UserError` unless `needed` bytes are available."""
+def require_memory(needed: int, what: str, remedy: str = "use a smaller format") -> None:
+    """Raise `UserError`, which says `remedy`, unless `needed` bytes are available for `what`."""
     available = available_memory(torch.device("cpu"))
     if needed > available:
-        raise UserError(
-            f"{what} needs {needed / 1e9:.1f} GB of memory, but only {available / 1e9:.1f} GB are available: use a smaller format"
-        )
+        raise UserError(f"{what} needs {needed / 1e9:.1f} GB of memory, but only {available / 1e9:.1f} GB are available: {remedy}")
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from shoal.config import TrainConfig, UserError
 from shoal.config.recipes import load_recipe
 from shoal.data import Batches, Tokenizer, TokenShards
 from shoal.formats import complete_checkpoints, load_model
-from shoal.train import counting, train, trainer
+from shoal.train import train, trainer
 from shoal.train.counting import LONG, PIECE, AlternatingBatches, Counting, counts_while_training, halves, in_pieces
 
 Args = Callable[..., list[str]]
@@ -160,8 +160,8 @@ def test_the_engine_predicts_what_the_model_predicts(config: TrainConfig, capsys
 
 
 def test_a_text_too_large_to_count_is_refused_at_once(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(counting, "available_memory", lambda device: 10_000)
-    with pytest.raises(UserError, match=r"counting n-grams of [\d,]+ tokens takes .* GB"):
+    monkeypatch.setattr("shoal.runtime.available_memory", lambda device: 10_000)
+    with pytest.raises(UserError, match=r"counting n-grams of [\d,]+ tokens needs .* GB"):
         train(with_counts(config))
     assert not Path(str(config.out)).exists()
 

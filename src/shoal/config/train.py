@@ -205,15 +205,19 @@ class TrainConfig:
     def tokens_per_step(self) -> int:
         return self.batch_size * self.sequence_length
 
-    def validate(self) -> None:
-        """Raise `UserError` on the first setting that cannot work."""
-        self.model.validate()
-        self.parallel.validate()
+    def validate_budget(self) -> None:
+        """Raise `UserError` unless exactly one budget is set, to more than nothing."""
         budgets = [name for name in ("minutes", "tokens", "steps") if getattr(self, name) is not None]
         if len(budgets) != 1:
             raise UserError(f"the budget is set {len(budgets)} times: give exactly one of --minutes, --tokens and --steps")
         if not 0 < getattr(self, budgets[0]) < math.inf:
             raise UserError(f"--{budgets[0]} is {getattr(self, budgets[0])}: it must be more than 0")
+
+    def validate(self) -> None:
+        """Raise `UserError` on the first setting that cannot work."""
+        self.model.validate()
+        self.parallel.validate()
+        self.validate_budget()
         for name in ("sequence_length", "batch_size", "eval_tokens", "nproc", "optimizer.muon_steps", "checkpoint.keep_last"):
             if (value := attrgetter(name)(self)) < 1:
                 raise UserError(f"{name} is {value}: it must be at least 1")

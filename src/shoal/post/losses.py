@@ -54,10 +54,11 @@ def token_logprobs(model: Transformer, hidden: Tensor, targets: Tensor, keys: Te
             entropy = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs.gather(1, targets.unsqueeze(1)).squeeze(1), entropy
 
-    chunks_of_keys = [None] * len(hidden.split(CHUNK)) if keys is None else keys.split(CHUNK)
+    chunks = hidden.split(CHUNK)
+    chunks_of_keys = [None] * len(chunks) if keys is None else keys.split(CHUNK)
     parts = [
         checkpoint(chunk, *part, use_reentrant=False) if torch.is_grad_enabled() else chunk(*part)
-        for part in zip(hidden.split(CHUNK), targets.split(CHUNK), chunks_of_keys, strict=True)
+        for part in zip(chunks, targets.split(CHUNK), chunks_of_keys, strict=True)
     ]
     logprobs, entropies = zip(*parts, strict=True)
     return torch.cat(logprobs), torch.cat(entropies)

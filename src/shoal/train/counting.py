@@ -21,7 +21,7 @@ from ..data import Batches, TokenShards
 from ..kernels import CountTables
 from ..model import Transformer
 from ..model.counted import CountedNgrams, Counts, count_ngrams
-from ..runtime import available_memory
+from ..runtime import require_memory
 
 LONG, PIECE = 1 << 16, 1 << 12
 """Tokens of a document that is counted in pieces, and of a piece."""
@@ -65,12 +65,8 @@ def count_into(model: Transformer, text: TokenShards) -> float:
 
 def _count(config: ModelConfig, text: TokenShards) -> Counts:
     """Raises `UserError` where there is not enough memory."""
-    needed, available = COUNTING_BYTES * text.num_tokens, available_memory(torch.device("cpu"))
-    if needed > available:
-        raise UserError(
-            f"counting n-grams of {text.num_tokens:,} tokens takes {needed / 1e9:.1f} GB of memory, but only {available / 1e9:.1f} GB are "
-            "available: set model.count_order and teacher.order to 0, or name a recipe"
-        )
+    what = f"counting n-grams of {text.num_tokens:,} tokens"
+    require_memory(COUNTING_BYTES * text.num_tokens, what, "set model.count_order and teacher.order to 0, or name a recipe")
     text = in_pieces(text)
     return count_ngrams(text.tokens, text.documents, config.count_order, config.vocab_size)
 

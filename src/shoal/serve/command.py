@@ -86,8 +86,9 @@ def make_server(host: Host) -> uvicorn.Server:
     from .app import make_app
 
     config = uvicorn.Config(
-        make_app(host), log_level="error", access_log=False, timeout_keep_alive=30, timeout_graceful_shutdown=CLOSING_SECONDS, ws="none"
-    )
+        make_app(host), log_level="error", access_log=False, timeout_keep_alive=30, timeout_graceful_shutdown=CLOSING_SECONDS, ws="none",
+        proxy_headers=False,
+    )  # fmt: skip
     return uvicorn.Server(config)
 
 

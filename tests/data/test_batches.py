@@ -122,3 +122,19 @@ def test_batch_that_does_not_divide_and_state_of_other_data() -> None:
         Batches(shards_of([72]), 9, 2, seed=0).load_state_dict({**state, "num_rows": 7})
     with pytest.raises(UserError, match="num_rows"):
         Batches(shards_of([500]), 10, 2, seed=0).load_state_dict(state)
+
+
+@given(**settings_of_batches, lookback=st.integers(1, 30))
+def test_what_stands_in_front_of_a_row_is_what_the_stream_has_there(
+    lengths: list[int], length: int, batch: int, lookahead: int, seed: int, lookback: int
+) -> None:
+    plain = make(lengths, length, batch, lookahead, seed)
+    wide = Batches(shards_of(lengths), length, batch, seed, lookahead=lookahead, lookback=lookback)
+    steps = (sum(lengths) - lookahead) // length // batch
+    rows = [row.tolist() for _ in range(steps) for row in wide.next()]
+    assert [row[lookback:] for row in rows] == [row.tolist() for _ in range(steps) for row in plain.next()]
+    ends = {int(end) - 1 for end in np.cumsum(lengths)}
+    for row in rows:
+        there = [token for token in row if token >= 0]
+        assert row == [-1] * (len(row) - len(there)) + there
+        assert all(after == before + 1 or before in ends for before, after in pairwise(there))

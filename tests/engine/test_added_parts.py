@@ -19,12 +19,23 @@ from shoal.formats.huggingface import load_model, read_config, save_model
 from shoal.model import Transformer, init_weights
 from shoal.runtime import Machine
 
-ADDITIONS: dict[str, Any] = {"ngram_order": 4, "ngram_rows": 200, "embedding_skip": True, "value_embedding": True, "convolution": 3}
+ADDITIONS: dict[str, Any] = {
+    "ngram_order": 4,
+    "ngram_rows": 200,
+    "embedding_skip": True,
+    "value_embedding": True,
+    "convolution": 3,
+}
 PROMPTS = [[7], [5, 9, 11], [3 * i % 61 + 2 for i in range(70)], [3 * i % 61 + 2 for i in range(33)]]
 GREEDY = SamplingOptions(max_tokens=20, temperature=0, ignore_eos=True)
 
 
+REPEATS: dict[str, Any] = {"repeat_window": 40, "num_nextn_predict_layers": 0, "logit_softcap": None}
+
+
 def make(kind: str, **changes: Any) -> Transformer:
+    if kind == "repeats":
+        kind, changes = "llama", REPEATS | changes
     model = Transformer(ModelConfig(**{**COMMON, **KINDS[kind], **ADDITIONS, **changes}))
     init_weights(model, 0)
     generator = torch.Generator().manual_seed(1)
@@ -39,11 +50,12 @@ def make(kind: str, **changes: Any) -> Transformer:
 def whole_passes(model: Transformer, prompt: list[int], count: int) -> list[int]:
     ids = list(prompt)
     for _ in range(count):
-        ids.append(int(model.logits(model(torch.tensor([ids])).hidden[0, -1]).argmax()))
+        output = model(torch.tensor([ids]))
+        ids.append(int(model.logits(output.hidden[0, -1], None if output.keys is None else output.keys[0, -1]).argmax()))
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("kind", ["v3", "llama"])
+@pytest.mark.parametrize("kind", ["v3", "llama", "repeats"])
 @pytest.mark.parametrize(
     "options", [{}, {"step_tokens": 12}, {"speculate": "on", "draft_tokens": 2}, {"cache_tokens": 128}], ids=lambda o: str(o) or "plain"
 )

@@ -25,9 +25,11 @@ MACHINE = Machine(torch.device("cpu"), "fp32", 1, 1.0, "test")
 @given(st.integers(0, 60), st.integers(1, 12), st.data())
 def test_windows_score_every_token_once_with_enough_context(size: int, length: int, data: st.DataObject) -> None:
     overlap = data.draw(st.integers(0, length - 1))
+    lookback = data.draw(st.integers(0, 9))
     document = np.arange(size)
     scored: list[int] = []
-    for number, (window, skip) in enumerate(windows(document, length, overlap)):
+    for number, (window, skip, before) in enumerate(windows(document, length, overlap, lookback)):
+        assert before.tolist() == document[max(window[0] - lookback, 0) : window[0]].tolist()
         assert len(window) <= length + 1
         assert (np.diff(window) == 1).all()
         targets = window[1 + skip :]

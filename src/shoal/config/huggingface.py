@@ -38,7 +38,7 @@ _SUPPORTED = (*_DEFAULTS, "qwen2")
 _UNDERSTOOD = ("rope_parameters", "architectures", "hidden_act", "base_model_type")
 _OWN = (
     *("qk_norm", "logit_softcap", "init", "zero_init_output"),
-    *("ngram_order", "ngram_rows", "count_order", "count_entries", "embedding_skip", "value_embedding", "convolution"),
+    *("ngram_order", "ngram_rows", "count_order", "count_entries", "repeat_window", "embedding_skip", "value_embedding", "convolution"),
 )
 _NULLABLE = ("q_lora_rank", "num_key_value_heads", "head_dim", "n_routed_experts", "n_shared_experts", "rope_scaling", "logit_softcap")
 _MOE_FIELDS = (

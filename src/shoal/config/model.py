@@ -29,6 +29,9 @@ SCALING_NUMBERS = {
 
 LONGEST_NGRAM = 8
 
+LONGEST_REPEAT = 16
+"""Tokens of a repetition, at most: longer ones tell no more."""
+
 LARGEST = {"num_hidden_layers": 1000, "num_nextn_predict_layers": 100, "n_routed_experts": 2**14, "hidden_size": 2**20, "vocab_size": 2**24}
 """Above these no model is plausible; of other whole numbers the largest is 2^31 - 1."""
 
@@ -111,6 +114,9 @@ class ModelConfig:
     Not exportable."""
     count_entries: int = 0
     """N-grams that were counted; training sets it."""
+    repeat_window: int = 0
+    """Tokens back to which a repetition of the last ones is looked for; what followed it is a hint for the output. 0 for none.
+    Not exportable."""
     embedding_skip: bool = False
     """Every layer starts from a learned mixture of its input and the embedding. Not exportable."""
     value_embedding: bool = False
@@ -164,14 +170,14 @@ class ModelConfig:
 
     @property
     def looks_back(self) -> int:
-        """Tokens before each that its tables of n-grams ask for."""
-        return max(self.ngram_order - 1, self.count_order - 1, 0)
+        """Tokens before each that are looked at beside attention: by tables of n-grams, and for repetitions."""
+        return max(self.ngram_order - 1, self.count_order - 1, self.repeat_window + LONGEST_REPEAT - 1 if self.repeat_window else 0, 0)
 
     @property
     def additions(self) -> list[str]:
         """The settings in use, each as a phrase, of parts that only the model in plain torch has."""
         plain = ModelConfig()
-        names = ("ngram_order", "count_order", "embedding_skip", "value_embedding", "convolution")
+        names = ("ngram_order", "count_order", "repeat_window", "embedding_skip", "value_embedding", "convolution")
         return [f"model.{name} is {value}" for name in names if (value := getattr(self, name)) != getattr(plain, name)]
 
     def is_moe_layer(self, layer: int) -> bool:
@@ -210,8 +216,11 @@ class ModelConfig:
             raise UserError(f"model.count_entries is {self.count_entries}: it must be 0, until training sets it")
         if not 0 <= self.count_order <= LONGEST_NGRAM:
             raise UserError(f"model.count_order is {self.count_order}: it must be 0 for no counts, or 1 to {LONGEST_NGRAM}")
-        if self.count_order and (self.logit_softcap or self.num_nextn_predict_layers):
-            raise UserError("counted n-grams know neither logit_softcap nor multi-token prediction: leave them away, or model.count_order")
+        if self.repeat_window < 0:
+            raise UserError(f"model.repeat_window is {self.repeat_window}: it must be 0 for none, or the tokens to look back")
+        for name in ("count_order", "repeat_window"):
+            if getattr(self, name) and (self.logit_softcap or self.num_nextn_predict_layers):
+                raise UserError(f"model.{name} knows neither logit_softcap nor multi-token prediction: leave them away, or set it to 0")
         if self.convolution < 0:
             raise UserError(f"model.convolution is {self.convolution}: it must be 0 for none, or the tokens to look back")
         if self.rope_dim % 2:

@@ -16,7 +16,8 @@ class Batches:
 
     Every epoch the documents are shuffled and laid end to end. Row w of that stream is its tokens from w * sequence_length on,
     `sequence_length + lookahead` of them: `lookahead` is how far beyond its input the model is asked to see (1 for
-    the next token, one more per multi-token prediction module). The rows are shuffled too, because a document may fill many.
+    the next token, one more per multi-token prediction module). `lookback` tokens of the stream stand in front of it, -1 before its
+    beginning, for models that look farther back than the row. The rows are shuffled too, because a document may fill many.
     Batch s holds rows [s * batch_size, (s + 1) * batch_size) of that order, whatever the number of ranks; what is left at the end
     of an epoch, less than a batch, is dropped. Order costs memory for two integers per document and one per row, once an epoch.
     """
@@ -30,6 +31,7 @@ class Batches:
         rank: int = 0,
         world: int = 1,
         lookahead: int = 1,
+        lookback: int = 0,
     ) -> None:
         """`batch_size` is in sequences per step over all `world` ranks.
 
@@ -48,19 +50,21 @@ class Batches:
         self._sequence_length = sequence_length
         self._batch_size = batch_size
         self._share = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-        self._columns = np.arange(sequence_length + lookahead)
+        self._columns = np.arange(-lookback, sequence_length + lookahead)
         self._seed = seed
         self._begin_epoch(0)
 
     def next(self) -> torch.Tensor:
-        """This rank's part of the next batch: int64 [batch_size / world, sequence_length + lookahead]."""
+        """This rank's part of the next batch: int64 [batch_size / world, lookback + sequence_length + lookahead]."""
         if self._row + self._batch_size > self.num_rows:
             self._begin_epoch(self.epoch + 1)
         rows = self._row_order[self._row : self._row + self._batch_size][self._share]
         self._row += self._batch_size
         positions = rows[:, None] * self._sequence_length + self._columns
-        document = np.searchsorted(self._starts, positions, side="right") - 1
-        return torch.from_numpy(self._tokens.tokens[positions + self._moved[document]].astype(np.int64))
+        there = np.maximum(positions, 0)
+        document = np.searchsorted(self._starts, there, side="right") - 1
+        found = self._tokens.tokens[there + self._moved[document]].astype(np.int64)
+        return torch.from_numpy(np.where(positions < 0, -1, found))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the sequence of batches stands: small, and the same on every rank."""

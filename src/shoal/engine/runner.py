@@ -71,7 +71,7 @@ class Forward:
     experts: Tensor | None
     """`[MoE layers, N, K]` int: who was chosen; None for dense models."""
     keys: Tensor | None = None
-    """With counted n-grams: what `logits` looks up for every prediction, `[N, K]`."""
+    """What `logits` looks up for every prediction, `[N, K]`; None for models that look nothing up."""
 
     def predictions(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """What `Runner.logits` takes, of some rows, increasing."""
@@ -202,11 +202,12 @@ class TorchRunner:
             self._text[target] = self._text[source]
 
     def _before(self, ids: Tensor, positions: Tensor, table: Tensor) -> Tensor:
-        """Remember the new tokens of a sequence; the ones that stand before them, `[1, looks_back]`."""
+        """Remember the new tokens of a sequence; the ones that stand before them, `[1, looks_back]`, -1 where there is none."""
         pages = table.long()
         self._text[pages[positions // PAGE], positions % PAGE] = ids
-        earlier = (positions[0] - torch.arange(self._looks_back, 0, -1, device=ids.device)).clamp(min=0)
-        return self._text[pages[earlier // PAGE], earlier % PAGE][None]
+        earlier = positions[0] - torch.arange(self._looks_back, 0, -1, device=ids.device)
+        there = earlier.clamp(min=0)
+        return self._text[pages[there // PAGE], there % PAGE].masked_fill(earlier < 0, -1)[None]
 
     def _sequences(self, batch: Batch) -> list[tuple[Tensor, Tensor, list[PagedLayer]]]:
         """Ids, positions and caches of every sequence, on the device."""

@@ -27,6 +27,7 @@ def linear_cross_entropy(
     targets: Tensor,
     softcap: float | None = None,
     prior: tuple[Tensor, Tensor] | None = None,
+    hint: tuple[Tensor, Tensor] | None = None,
     soft: tuple[Tensor, float] | None = None,
     chunk: int = 512,
 ) -> CrossEntropy:
@@ -39,13 +40,14 @@ def linear_cross_entropy(
         hidden: [N, D].
         weight: [V, D].
         targets: [N] int64; -100 is not counted.
-        softcap: logits become softcap * tanh(logits / softcap); None for plain logits. Not together with the next two.
+        softcap: logits become softcap * tanh(logits / softcap); None for plain logits. Not together with the next three.
         prior: [N, V] fp32 and factors [N]: their product is added to the logits; only the factors have a gradient.
+        hint: a token [N] of every row, and what is added to its logit, [N].
         soft: [N, V] fp32 probabilities of a teacher, and the share that they have in what is learnt; the targets have the rest.
         chunk: tokens whose logits exist at a time.
     """
     counted = int((targets != reference.IGNORED).sum())
-    extra = (*(prior or (None, None)), *(soft or (None, 0.0)))
+    extra = (*(prior or (None, None)), *(hint or (None, None)), *(soft or (None, 0.0)))
     loss, nats = _LinearCrossEntropy.apply(hidden, weight, targets, softcap, *extra, chunk, torch.is_grad_enabled())
     return CrossEntropy(loss, nats.detach(), counted)
 
@@ -60,6 +62,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         prior: Tensor | None,
         factors: Tensor | None,
+        hinted: Tensor | None,
+        bonus: Tensor | None,
         soft: Tensor | None,
         share: float,
         chunk: int,
@@ -73,6 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=math) if wants_weight else None
         grad_factors = torch.empty_like(factors) if factors is not None and grad_enabled and ctx.needs_input_grad[5] else None
+        grad_bonus = torch.empty_like(bonus) if bonus is not None and grad_enabled and ctx.needs_input_grad[7] else None
         nats = torch.zeros((), dtype=math, device=hidden.device)
         more = torch.zeros_like(nats)  # what the teacher's probabilities add
         with torch.autocast(device, enabled=False):
@@ -84,6 +89,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits_NV = torch.mm(hidden_ND, weight_VD.T, out=buffer[: len(rows_N)]).to(math)
                 if prior is not None and factors is not None:
                     logits_NV.addcmul_(prior[part], factors[part, None])
+                if hinted is not None and bonus is not None:
+                    logits_NV.scatter_add_(1, hinted[part, None], bonus[part, None])
                 if soft is not None:
                     counted_N, index_N1 = rows_N != reference.IGNORED, rows_N.clamp(min=0)[:, None]
                     surprise_N = logits_NV.gather(1, index_N1)[:, 0] - torch.einsum("nv,nv->n", soft[part], logits_NV)
@@ -98,6 +105,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     logits_NV.scatter_add_(1, index_N1, share * counted_N[:, None].to(math))
                 if grad_factors is not None and prior is not None:
                     grad_factors[part] = torch.einsum("nv,nv->n", logits_NV, prior[part])
+                if grad_bonus is not None and hinted is not None:
+                    grad_bonus[part] = logits_NV.gather(1, hinted[part, None])[:, 0]
                 grad_NV = logits_NV.to(dtype)
                 if grad_hidden is not None:
                     grad_hidden[part] = grad_NV @ weight_VD
@@ -105,12 +114,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight.addmm_(grad_NV.T, hidden_ND)
                 elif grad_weight is not None:
                     grad_weight += grad_NV.T @ hidden_ND
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), grad_factors)
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), grad_factors, grad_bonus)
         ctx.mark_non_differentiable(nats)
         return nats + more, nats
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight, grad_factors = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
-        return grad_hidden, grad_weight, None, None, None, grad_factors, None, None, None, None
+        grad_hidden, grad_weight, grad_factors, grad_bonus = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        return grad_hidden, grad_weight, None, None, None, grad_factors, None, grad_bonus, None, None, None, None

@@ -11,6 +11,7 @@ from .embedding_skip import EmbeddingSkip
 from .layers import RMSNorm, TokenTable
 from .moe import Experts, Router
 from .ngrams import Ngrams
+from .repeats import Repeats
 from .transformer import Transformer
 
 OUTPUT_PROJECTIONS = ("o_proj", "down_proj")
@@ -40,7 +41,7 @@ def init_weights(model: Transformer, seed: int) -> None:
             module.weight.fill_(1.0)
         elif isinstance(module, Ngrams | TokenTable | ShortConvolution):
             module.weight.zero_()
-        elif isinstance(module, EmbeddingSkip):
+        elif isinstance(module, EmbeddingSkip | Repeats):
             module.reset()
         elif isinstance(module, CountedNgrams):
             module.trust.zero_()

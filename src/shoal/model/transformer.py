@@ -22,6 +22,7 @@ from .layers import LinearFactory, RMSNorm, plain_linear
 from .moe import Dispatcher, LocalDispatcher, MoE, RoutingStats
 from .mtp import MTPModule
 from .ngrams import Ngrams
+from .repeats import Repeats
 from .rope import rotary_tables
 
 
@@ -34,6 +35,7 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1), freeze=False)
         self.ngrams = Ngrams(config) if config.ngram_order else None
         self.counted = CountedNgrams(config) if config.count_order else None
+        self.repeats = Repeats(config) if config.repeat_window else None
         layers, depths = config.num_hidden_layers, config.num_nextn_predict_layers
         blocks = [Block(config, i, linear, dispatcher) for i in range(layers)]
         self.layers = nn.ModuleList(blocks + [MTPModule(config, layers + k, linear, dispatcher) for k in range(depths)])
@@ -51,7 +53,8 @@ class Output:
     routing: list[RoutingStats]
     """One for every MoE layer, MTP layers last."""
     keys: Tensor | None = None
-    """With counted n-grams: what to look up for every prediction, `[B, T, K]`; see `CountedNgrams`."""
+    """What to look up for every prediction, `[B, T, K]`: contexts of counted n-grams, then the two numbers of `Repeats.find`; None without
+    either."""
 
 
 class Transformer(nn.Module):
@@ -96,7 +99,7 @@ class Transformer(nn.Module):
         without, to each other. `mtp_ids[k - 1] [B, T]` holds for every position i the token i + k: one entry for every
         MTP depth to run, in order. `documents` (B = 1) packs several texts into one row: each has positions from 0 on
         and sees itself alone. `chosen` holds `[B, T, K]` for every MoE layer of the main model: the experts to use in
-        place of the routers' choice.
+        place of the routers' choice. `before [B, config.looks_back]` are the tokens in front of `ids`, -1 where there is none.
         """
         if documents is not None:
             positions = documents.positions
@@ -105,7 +108,10 @@ class Transformer(nn.Module):
         x = self.model.embed_tokens(ids)
         if self.model.ngrams is not None:
             x = x + self.model.ngrams(ids, positions, before)
-        keys = None if self.model.counted is None else self.model.counted.keys(ids, positions, before)
+        looked_up = [] if self.model.counted is None else [self.model.counted.keys(ids, positions, before)]
+        if self.model.repeats is not None:
+            looked_up.append(self.model.repeats.find(ids, before, None if documents is None else documents.positions == 0))
+        keys = torch.cat(looked_up, dim=-1) if looked_up else None
         context = Context(positions, *rotary_tables(self.config, positions), documents, ids, x)
         replayed = iter(chosen or ())
         routing: list[RoutingStats] = []
@@ -149,11 +155,13 @@ class Transformer(nn.Module):
         return x, module.shared_head["norm"](x), stats
 
     def logits(self, hidden: Tensor, keys: Tensor | None = None) -> Tensor:
-        """`[..., D]` -> `[..., V]` in fp32, soft-capped where configured; `keys [..., K]` as in `Output`, for models that count n-grams."""
+        """`[..., D]` -> `[..., V]` in fp32, soft-capped where configured; `keys [..., K]` as in `Output`."""
         logits = self.lm_head(hidden).float()
-        if self.model.counted is not None:
-            prior, scale = self._prior(hidden, keys)
-            return torch.addcmul(logits, prior, scale.unsqueeze(-1))
+        prior, hint = self._prior(hidden, keys), self._hint(hidden, keys)
+        if prior is not None:
+            logits = torch.addcmul(logits, prior[0], prior[1].unsqueeze(-1))
+        if hint is not None:
+            logits = logits.scatter_add(-1, hint[0].unsqueeze(-1), hint[1].unsqueeze(-1))
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -164,16 +172,24 @@ class Transformer(nn.Module):
 
         `keys` as for `logits`; `soft`: a teacher's probabilities `[..., V]` and their share in what is learnt.
         """
-        prior = None if self.model.counted is None else self._prior(hidden.flatten(0, -2), None if keys is None else keys.flatten(0, -2))
+        hidden, keys = hidden.flatten(0, -2), None if keys is None else keys.flatten(0, -2)
         if soft is not None:
             soft = soft[0].flatten(0, -2), soft[1]
-        return kernels.linear_cross_entropy(
-            hidden.flatten(0, -2), self.lm_head.weight, targets.flatten(), self.config.logit_softcap, prior, soft
-        )
+        prior, hint = self._prior(hidden, keys), self._hint(hidden, keys)
+        return kernels.linear_cross_entropy(hidden, self.lm_head.weight, targets.flatten(), self.config.logit_softcap, prior, hint, soft)
 
-    def _prior(self, hidden: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _prior(self, hidden: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Log-probabilities by counting and their factors."""
-        assert self.model.counted is not None
+        if self.model.counted is None:
+            return None
         assert keys is not None
-        prior, lengths = self.model.counted(keys)
+        prior, lengths = self.model.counted(keys[..., : self.config.count_order])
         return prior, self.model.counted.scale(hidden, lengths)
+
+    def _hint(self, hidden: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Tokens that followed a repetition, and what is added to their logits."""
+        if self.model.repeats is None:
+            return None
+        assert keys is not None
+        tokens, lengths = keys[..., -2:].unbind(-1)
+        return tokens, self.model.repeats.bonus(hidden, lengths)

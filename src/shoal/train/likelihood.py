@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -50,15 +51,25 @@ def held_out(data: PreparedData, tokens: int) -> list[Document]:
     return [(np.concatenate([head, shards.document(i)]).astype(np.int64), int(shards.document_bytes[i])) for i in chosen]
 
 
-def windows(document: np.ndarray, length: int, overlap: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Cut a document of n tokens into windows of at most `length` + 1, each with its number of leading targets not to score.
+class Window(NamedTuple):
+    """A piece of a document."""
+
+    tokens: np.ndarray
+    skip: int
+    """Leading targets not to score."""
+    before: np.ndarray
+    """What stands in front of it in the document."""
+
+
+def windows(document: np.ndarray, length: int, overlap: int, lookback: int = 0) -> Iterator[Window]:
+    """Cut a document of n tokens into windows of at most `length` + 1, with up to `lookback` tokens before each.
 
     Every token but the first is scored exactly once; from the second window on it has at least `overlap` tokens of context.
     """
     scored, start = 0, 0
     while scored < len(document) - 1:
         window = document[start : start + length + 1]
-        yield window, scored - start
+        yield Window(window, scored - start, document[max(start - lookback, 0) : start])
         scored = start + len(window) - 1
         start = scored - overlap
 
@@ -73,7 +84,7 @@ def likelihood(
     batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int], None] | None = None,
     team: Team | None = None,
-    run: Callable[[torch.Tensor], Output | None] | None = None,
+    run: Callable[[torch.Tensor, torch.Tensor | None], Output | None] | None = None,
 ) -> Likelihood:
     """Score `documents`: how likely the model holds them.
 
@@ -83,21 +94,24 @@ def likelihood(
     """
     team = team or Team()
     overlap = window // 2 if overlap is None else overlap
-    pieces: list[tuple[np.ndarray, int]] = []
+    lookback = model.config.looks_back
+    pieces: list[Window] = []
     total_bytes = 0
     for tokens, size in documents:
-        pieces.extend(windows(np.asarray(tokens), window, overlap))
+        pieces.extend(windows(np.asarray(tokens), window, overlap, lookback))
         total_bytes += size
-    pieces.sort(key=lambda piece: -len(piece[0]))
+    pieces.sort(key=lambda piece: -len(piece.tokens))
     nats, count, at = 0.0, 0, 0
     was_training = model.training
     model.eval()
     with inference(machine) if team.is_alone else divided_inference(machine):
         while at < len(pieces):
-            width = len(pieces[at][0])
+            width = len(pieces[at].tokens)
             batch = pieces[at : at + max(1, batch_tokens // width)]
-            ids, targets = _pad(_share(batch, team), width)
-            output = (run or model)(ids.to(machine.device))
+            mine = _share(batch, team)
+            ids, targets = _pad(mine, width)
+            before = _before(mine, lookback).to(machine.device) if lookback else None
+            output = run(ids.to(machine.device), before) if run else model(ids.to(machine.device), before=before)
             at += len(batch)
             if output is None:
                 continue
@@ -111,19 +125,27 @@ def likelihood(
     return Likelihood(nats, int(total), total_bytes)
 
 
-def _share(batch: list[tuple[np.ndarray, int]], team: Team) -> list[tuple[np.ndarray, int]]:
+def _share(batch: list[Window], team: Team) -> list[Window]:
     """This process's part of a batch; where it is too short for all, a row of which nothing is scored: all must take part."""
     if team.is_alone:
         return batch
-    window, _ = batch[0]
-    return batch[team.data_rank :: team.layout.data] or [(window, len(window))]
+    first = batch[0]
+    return batch[team.data_rank :: team.layout.data] or [first._replace(skip=len(first.tokens))]
 
 
-def _pad(batch: list[tuple[np.ndarray, int]], width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad(batch: list[Window], width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets, `[B, width - 1]`; padding stands at the end, where causal attention keeps it out of sight."""
     ids = np.zeros((len(batch), width - 1), dtype=np.int64)
     targets = np.full((len(batch), width - 1), IGNORED, dtype=np.int64)
-    for row, (window, skip) in enumerate(batch):
+    for row, (window, skip, _) in enumerate(batch):
         ids[row, : len(window) - 1] = window[:-1]
         targets[row, skip : len(window) - 1] = window[skip + 1 :]
     return torch.from_numpy(ids), torch.from_numpy(targets)
+
+
+def _before(batch: list[Window], lookback: int) -> torch.Tensor:
+    """`[B, lookback]`, with -1 where nothing is there."""
+    before = np.full((len(batch), lookback), -1, dtype=np.int64)
+    for row, (_, _, tokens) in enumerate(batch):
+        before[row, lookback - len(tokens) :] = tokens
+    return torch.from_numpy(before)

@@ -26,16 +26,23 @@ class Losses:
     routing: list[RoutingStats]
 
 
-def compute_losses(model: Transformer, rows: Tensor, mtp_weight: float, balance_weight: float, teacher: Teacher | None = None) -> Losses:
+def compute_losses(
+    model: Transformer,
+    rows: Tensor,
+    mtp_weight: float,
+    balance_weight: float,
+    teacher: Teacher | None = None,
+    before: Tensor | None = None,
+) -> Losses:
     """Losses of `rows [B, T + 1 + depth]` of token ids: position i predicts i + 1, MTP depth k predicts i + 1 + k.
 
     MTP loss: DeepSeek-V3 (2412.19437), equations 24-25. With `mtp_weight` 0 the MTP modules do not run. A `teacher` softens the targets of
-    the next token.
+    the next token; `before` as for the model.
     """
     depth = model.config.num_nextn_predict_layers
     length = rows.shape[1] - 1 - depth
     shifted = [rows[:, k : k + length] for k in range(1, depth + 1)] if mtp_weight else []
-    return losses_of(model(rows[:, :length], mtp_ids=shifted), model, rows, mtp_weight, balance_weight, teacher)
+    return losses_of(model(rows[:, :length], mtp_ids=shifted, before=before), model, rows, mtp_weight, balance_weight, teacher)
 
 
 def losses_of(

@@ -20,14 +20,14 @@ class Passes(Protocol):
     """Leaves this process's share of the gradients in the parameters."""
 
     def __call__(self, batch: Tensor, mtp_weight: float) -> tuple[Tensor, StepRouting]:
-        """Of `batch [B, T + 1 + depth]`, this process's rows of a step.
+        """Of `batch [B, looks_back + T + 1 + depth]`, this process's rows of a step.
 
         Returns the means `[4]` of total, main, MTP and balance loss over these rows, and their routing.
         """
         ...
 
-    def run(self, ids: Tensor) -> Output | None:
-        """What the main model makes of `ids [B, T]`, without gradients; None where another process has it."""
+    def run(self, ids: Tensor, before: Tensor | None) -> Output | None:
+        """What the main model makes of `ids [B, T]` behind `before`, without gradients; None where another process has it."""
         ...
 
     def figures(self) -> dict[str, float]:
@@ -63,13 +63,14 @@ class PlainPasses:
         """Losses of one of `parts` equal parts of a step."""
         with self.machine.autocast():
             alpha, teacher = self.config.balance.sequence_loss, self.state.teacher
-            losses = compute_losses(self.state.model, rows.to(self.machine.device), mtp_weight, alpha, teacher)
+            back, rows = self.config.model.looks_back, rows.to(self.machine.device)
+            losses = compute_losses(self.state.model, rows[:, back:], mtp_weight, alpha, teacher, rows[:, :back] if back else None)
         if not self.state.config.update_early or losses.total.detach().isfinite():  # nothing could be taken back
             (losses.total / parts).backward()
         return [losses]
 
-    def run(self, ids: Tensor) -> Output | None:
-        output: Output = self.state.model(ids)
+    def run(self, ids: Tensor, before: Tensor | None) -> Output | None:
+        output: Output = self.state.model(ids, before=before)
         return output
 
     def figures(self) -> dict[str, float]:
@@ -119,7 +120,8 @@ class PipelinePasses:
         total = main + mtp_weight * mtp + alpha * balance
         return torch.stack([total, main, mtp, balance / max(len(mixtures), 1)]), routing
 
-    def run(self, ids: Tensor) -> Output | None:
+    def run(self, ids: Tensor, before: Tensor | None) -> Output | None:
+        assert before is None, "stages pass hidden states alone"
         hidden = self.pipeline.hidden(ids)
         return None if hidden is None else Output(hidden, [], [])
 

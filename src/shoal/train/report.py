@@ -57,7 +57,7 @@ def write_report(run: Path) -> Path:
     config = _read_text(run / "config.toml")
     folder = run / "report"
     folder.mkdir(exist_ok=True)
-    plots = draw_plots(metrics, folder, _layer_names(config, metrics), summary.get("xz_bpb"))
+    plots = draw_plots(metrics, folder, _layer_names(config, metrics), summary.get("val_bpb"), summary.get("xz_bpb"))
 
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         _read_text(Path(__file__).with_name("report.html.jinja"))

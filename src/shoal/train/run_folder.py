@@ -90,16 +90,25 @@ class RunFolder:
         (self.path / "config.toml").write_text(to_toml(config), encoding="utf-8")
 
 
+def refuse_taken(config: Destination) -> None:
+    """Raise `UserError` where --out holds what must not be written over."""
+    if config.out is None:
+        return
+    path = Path(config.out)
+    if (path / "run.json").exists():
+        if not config.overwrite:
+            raise UserError(f"{path} already holds a run: --resume goes on with it, --overwrite discards it; or choose another --out")
+    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists and is not the folder of a run: choose another --out")
+
+
 def new_run(config: Destination, name: str) -> RunFolder:
     """Create the folder of a new run: --out, or the next free runs/NAME. Refuses to write into an earlier run."""
+    refuse_taken(config)
     if config.out is not None:
         path = Path(config.out)
         if (path / "run.json").exists():
-            if not config.overwrite:
-                raise UserError(f"{path} already holds a run: --resume goes on with it, --overwrite discards it; or choose another --out")
             remove_folder(path)
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path} exists and is not the folder of a run: choose another --out")
     else:
         path, number = Path("runs") / name, 1
         while path.exists():

@@ -30,7 +30,7 @@ from .likelihood import BATCH_TOKENS, Document, Likelihood, held_out, likelihood
 from .metrics import MetricsLog
 from .optimizer import clip_gradients
 from .passes import Passes, make_passes
-from .run_folder import RunFolder, find_run, holds_run, new_run, refuse_changes, run_facts
+from .run_folder import RunFolder, find_run, holds_run, new_run, refuse_changes, refuse_taken, run_facts
 from .schedule import learning_rate_share, mtp_weight
 from .signals import StopRequest
 from .state import TrainState
@@ -65,6 +65,8 @@ def train(requested: TrainConfig) -> Trained:
     team = join(requested)
     refuse_teams(requested, team)
     folder = team.agree(find_run(requested.out) if requested.resume or (was_restarted() and holds_run(requested.out)) else None)
+    if folder is None:
+        team.decide(lambda: refuse_taken(requested))  # before the data is prepared, which takes its time
     precision = folder.facts()["precision"] if folder else requested.precision
     machine = team.same_precision(start(requested.device, precision, requested.threads or team.cores, requested.return_memory))
     corpus = open_corpus(requested.data, requested.corpus)
@@ -73,10 +75,10 @@ def train(requested: TrainConfig) -> Trained:
     data = team.first_then_others(lambda: prepare(corpus, tokenizer, requested.model.vocab_size, requested.corpus))
     config = requested if started is not None else replace(requested, model=fit_tokenizer(requested.model, data.tokenizer))
     lookahead = 1 + config.model.num_nextn_predict_layers
-    share = {"rank": team.data_rank, "world": team.layout.data}
+    place = {"rank": team.data_rank, "world": team.layout.data, "lookahead": lookahead, "lookback": config.model.looks_back}
     counting = Counting(config, data.train) if counts_while_training(config) else None
     each = [
-        Batches(text, config.sequence_length, config.batch_size, config.seed, lookahead=lookahead, **share)
+        Batches(text, config.sequence_length, config.batch_size, config.seed, **place)
         for text in (counting.texts if counting is not None else (data.train,))
     ]
     batches = each[0] if counting is None else AlternatingBatches(each[0], each[1], counting.study)

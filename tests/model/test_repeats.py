@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shoal.config import ModelConfig, UserError
 from shoal.model import Documents, Transformer, init_weights
-from shoal.model.repeats import LENGTHS, NOTHING, Repeats
+from shoal.model.repeats import AGAIN, LENGTHS, NOTHING, ONCE, OTHERWISE, Repeats
 
 END = 1
 SHAPE: dict[str, Any] = {
@@ -26,16 +26,19 @@ def finder(window: int) -> Repeats:
 
 
 def by_hand(text: list[int], window: int) -> list[tuple[int, int]]:
-    """The token that followed, and the number of the length."""
+    """The token that followed, and the kind."""
     found = []
     for at in range(len(text)):
         best = (0, 0)
-        for number, length in enumerate(LENGTHS, 1):
-            last = text[at - length + 1 : at + 1] if at >= length - 1 else None
+        for number, length in enumerate(LENGTHS):
+            followed = []
             for earlier in range(at - 1, max(at - window, length - 1) - 1, -1):
-                if last and END not in text[earlier:at] and text[earlier - length + 1 : earlier + 1] == last:
-                    best = (text[earlier + 1], number)
-                    break
+                same = text[earlier - length + 1 : earlier + 1] == text[at - length + 1 : at + 1]
+                if same and END not in text[earlier:at]:
+                    followed.append(text[earlier + 1])
+            if followed:
+                state = ONCE if len(followed) == 1 else AGAIN if followed[0] == followed[1] else OTHERWISE
+                best = (followed[0], 1 + 3 * number + state)
         found.append(best)
     return found
 
@@ -84,7 +87,7 @@ def test_a_repetition_makes_what_followed_likely() -> None:
 def test_gradients_are_those_of_plain_torch() -> None:
     model = model_of()
     assert model.model.repeats is not None
-    watched = [model.lm_head.weight, model.model.repeats.trust, model.model.repeats.trust_in_length, model.model.embed_tokens.weight]
+    watched = [model.lm_head.weight, model.model.repeats.trust, model.model.repeats.trust_in_kind, model.model.embed_tokens.weight]
     ids, targets = torch.tensor([[5, 6, 5, 6, 5, 7]]), torch.tensor([[6, 5, -100, 5, 7, 2]])
     output = model(ids)
     loss = model.cross_entropy(output.hidden, targets, output.keys).loss

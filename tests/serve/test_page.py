@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,12 +147,14 @@ def test_what_a_model_writes_is_never_html(page: Any) -> None:
 
 
 def test_a_base_model_completes(browser: Any, base: Served, tmp_path: Path) -> None:
+    from playwright.sync_api import expect
+
     page = browser.new_page()
     page.goto(base.url)
     area = page.locator(".completion textarea")
     area.fill("the red fish")
     area.press("Control+Enter")
-    page.wait_for_function("document.querySelector('.completion textarea').value.length > 'the red fish'.length")
+    expect(area).to_have_value(re.compile("^the red fish.+", re.DOTALL))
     page.wait_for_selector("text=Continue")
     assert page.locator(".completion textarea").input_value().startswith("the red fish")
     page.close()

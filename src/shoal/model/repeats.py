@@ -20,6 +20,10 @@ from ..config.model import LONGEST_REPEAT
 
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, LONGEST_REPEAT)
 """Of repetitions that are told apart, in tokens."""
+ONCE, OTHERWISE, AGAIN = range(3)
+"""What the place before that with the same tokens says: there is none in the window, another token followed it, or the same."""
+START = (1.0, 0.5, 1.5)
+"""How much of the bonus each of these begins with."""
 NOTHING = -1
 """In place of a token where the text has not begun."""
 _MULTIPLIERS = (-7046029254386353131, -4417276706812531889)  # odd, as signed numbers: 2^64 over the golden ratio, and one of xxHash's
@@ -32,17 +36,18 @@ class Repeats(nn.Module):
         super().__init__()
         self._window, self._end = config.repeat_window, config.eos_token_id
         self.trust = nn.Parameter(torch.empty(config.hidden_size))
-        self.trust_in_length = nn.Parameter(torch.empty(len(LENGTHS)))
+        self.trust_in_kind = nn.Parameter(torch.empty(len(LENGTHS), len(START)))
 
     @torch.no_grad()
     def reset(self) -> None:
         """About what training finds."""
         self.trust.zero_()
-        self.trust_in_length.copy_(torch.tensor([1.5 * (1 + math.log(length)) for length in LENGTHS]))
+        self.trust_in_kind.copy_(torch.tensor([[1.5 * (1 + math.log(length)) * share for share in START] for length in LENGTHS]))
 
     @torch.no_grad()
     def find(self, ids: Tensor, before: Tensor | None, begins: Tensor | None = None) -> Tensor:
-        """For each of `ids [B, T]` the token that followed the repetition, and how long that was: 1, 2, ... by `LENGTHS`, 0 for none.
+        """For each of `ids [B, T]` the token that followed the repetition, and of what kind that was: 0 for none, then by length
+        (`LENGTHS`), and for every length whether what followed was the same the time before (`ONCE`, `OTHERWISE`, `AGAIN`).
 
         `before [B, S - T]` stands in front of `ids`, `NOTHING` where there is no token. Returns `[B, T, 2]` int64. Only the same
         text is searched: one ends with its end-of-text token, and without `before`, texts begin where `begins [B, T]` says so.
@@ -55,7 +60,8 @@ class Repeats(nn.Module):
             number = number + begins.cumsum(1)
         number = number * _MULTIPLIERS[1]
         places = torch.arange(size, device=ids.device)[-new:]
-        mixed, length, source = torch.zeros_like(text), torch.zeros_like(ids), torch.zeros_like(ids)
+        following = nn.functional.pad(text[:, 1:], (0, 1))
+        mixed, token, kind = torch.zeros_like(text), torch.zeros_like(ids), torch.zeros_like(ids)
         for back in range(LENGTHS[-1]):
             earlier = nn.functional.pad(text, (back, 0), value=NOTHING)[:, :size]
             mixed = (mixed ^ (earlier + 1)) * _MULTIPLIERS[0]
@@ -65,13 +71,16 @@ class Repeats(nn.Module):
             # Equal runs of tokens become neighbours, and those of one kind keep their order: the one to the left is the latest before.
             keys, order = (mixed ^ number).sort(dim=1, stable=True)
             left = torch.where(keys[:, 1:] == keys[:, :-1], order[:, :-1], -1)
-            latest = torch.full_like(order, -1).scatter_(1, order[:, 1:], left)[:, -new:]
-            found = (latest >= 0) & (places - latest <= self._window)
-            length = torch.where(found, LENGTHS.index(back + 1) + 1, length)
-            source = torch.where(found, latest, source)
-        return torch.stack([text.gather(1, (source + 1).clamp(max=size - 1)) * (length > 0), length], dim=-1)
+            latest = torch.full_like(order, -1).scatter_(1, order[:, 1:], left)
+            first, second = latest[:, -new:], latest.gather(1, latest[:, -new:].clamp(min=0))
+            found, twice = ((place >= 0) & (places - place <= self._window) for place in (first, second))
+            told, earlier_told = (following.gather(1, place.clamp(min=0)) for place in (first, second))
+            state = torch.where(twice, torch.where(told == earlier_told, AGAIN, OTHERWISE), ONCE)
+            token = torch.where(found, told, token)
+            kind = torch.where(found, 1 + LENGTHS.index(back + 1) * len(START) + state, kind)
+        return torch.stack([token, kind], dim=-1)
 
-    def bonus(self, hidden: Tensor, lengths: Tensor) -> Tensor:
-        """What is added to the logit of the token that was found, `[...]` fp32: for `hidden [..., D]` and `lengths [...]` of `find`."""
-        by_length = nn.functional.pad(self.trust_in_length.float(), (1, 0))
-        return by_length[lengths] + (lengths > 0) * (hidden.float() @ self.trust.float())
+    def bonus(self, hidden: Tensor, kinds: Tensor) -> Tensor:
+        """What is added to the logit of the token that was found, `[...]` fp32: for `hidden [..., D]` and `kinds [...]` of `find`."""
+        by_kind = nn.functional.pad(self.trust_in_kind.float().flatten(), (1, 0))
+        return by_kind[kinds] + (kinds > 0) * (hidden.float() @ self.trust.float())

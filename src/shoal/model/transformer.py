@@ -191,5 +191,5 @@ class Transformer(nn.Module):
         if self.model.repeats is None:
             return None
         assert keys is not None
-        tokens, lengths = keys[..., -2:].unbind(-1)
-        return tokens, self.model.repeats.bonus(hidden, lengths)
+        tokens, kinds = keys[..., -2:].unbind(-1)
+        return tokens, self.model.repeats.bonus(hidden, kinds)

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.config import ModelConfig, UserError
+from shoal.config.model import REPEAT_LENGTHS
 from shoal.model import Documents, Transformer, init_weights
-from shoal.model.repeats import AGAIN, LENGTHS, NOTHING, ONCE, OTHERWISE, Repeats
+from shoal.model.repeats import AGAIN, NOTHING, ONCE, OTHERWISE, Repeats
 
 END = 1
 SHAPE: dict[str, Any] = {
@@ -30,7 +31,7 @@ def by_hand(text: list[int], window: int) -> list[tuple[int, int]]:
     found = []
     for at in range(len(text)):
         best = (0, 0)
-        for number, length in enumerate(LENGTHS):
+        for number, length in enumerate(REPEAT_LENGTHS):
             followed = []
             for earlier in range(at - 1, max(at - window, length - 1) - 1, -1):
                 same = text[earlier - length + 1 : earlier + 1] == text[at - length + 1 : at + 1]

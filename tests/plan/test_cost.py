@@ -96,11 +96,12 @@ CONFIGS = st.builds(
     embedding_skip=st.booleans(),
     value_embedding=st.booleans(),
     convolution=st.integers(0, 3),
+    repeat_window=st.sampled_from([0, 20]),
 )
 
 
 def without_impossible_mtp(config: ModelConfig) -> ModelConfig:
-    return config if config.uses_mla else replace(config, num_nextn_predict_layers=0)
+    return config if config.uses_mla and not config.repeat_window else replace(config, num_nextn_predict_layers=0)
 
 
 @settings(max_examples=60, deadline=None)

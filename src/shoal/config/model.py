@@ -29,8 +29,10 @@ SCALING_NUMBERS = {
 
 LONGEST_NGRAM = 8
 
-LONGEST_REPEAT = 16
-"""Tokens of a repetition, at most: longer ones tell no more."""
+REPEAT_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
+"""Of repetitions that are told apart, in tokens."""
+REPEAT_STATES = 3
+"""Of each: what the repetition before it says."""
 
 LARGEST = {"num_hidden_layers": 1000, "num_nextn_predict_layers": 100, "n_routed_experts": 2**14, "hidden_size": 2**20, "vocab_size": 2**24}
 """Above these no model is plausible; of other whole numbers the largest is 2^31 - 1."""
@@ -171,7 +173,7 @@ class ModelConfig:
     @property
     def looks_back(self) -> int:
         """Tokens before each that are looked at beside attention: by tables of n-grams, and for repetitions."""
-        return max(self.ngram_order - 1, self.count_order - 1, self.repeat_window + LONGEST_REPEAT - 1 if self.repeat_window else 0, 0)
+        return max(self.ngram_order - 1, self.count_order - 1, self.repeat_window + REPEAT_LENGTHS[-1] - 1 if self.repeat_window else 0, 0)
 
     @property
     def additions(self) -> list[str]:

@@ -16,11 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..config.model import LONGEST_REPEAT
+from ..config.model import REPEAT_LENGTHS, REPEAT_STATES
 
-LENGTHS = (1, 2, 3, 4, 6, 8, 12, LONGEST_REPEAT)
-"""Of repetitions that are told apart, in tokens."""
-ONCE, OTHERWISE, AGAIN = range(3)
+ONCE, OTHERWISE, AGAIN = range(REPEAT_STATES)
 """What the place before that with the same tokens says: there is none in the window, another token followed it, or the same."""
 START = (1.0, 0.5, 1.5)
 """How much of the bonus each of these begins with."""
@@ -36,18 +34,18 @@ class Repeats(nn.Module):
         super().__init__()
         self._window, self._end = config.repeat_window, config.eos_token_id
         self.trust = nn.Parameter(torch.empty(config.hidden_size))
-        self.trust_in_kind = nn.Parameter(torch.empty(len(LENGTHS), len(START)))
+        self.trust_in_kind = nn.Parameter(torch.empty(len(REPEAT_LENGTHS), REPEAT_STATES))
 
     @torch.no_grad()
     def reset(self) -> None:
         """About what training finds."""
         self.trust.zero_()
-        self.trust_in_kind.copy_(torch.tensor([[1.5 * (1 + math.log(length)) * share for share in START] for length in LENGTHS]))
+        self.trust_in_kind.copy_(torch.tensor([[1.5 * (1 + math.log(length)) * share for share in START] for length in REPEAT_LENGTHS]))
 
     @torch.no_grad()
     def find(self, ids: Tensor, before: Tensor | None, begins: Tensor | None = None) -> Tensor:
         """For each of `ids [B, T]` the token that followed the repetition, and of what kind that was: 0 for none, then by length
-        (`LENGTHS`), and for every length whether what followed was the same the time before (`ONCE`, `OTHERWISE`, `AGAIN`).
+        (`REPEAT_LENGTHS`), and for every length whether what followed was the same the time before (`ONCE`, `OTHERWISE`, `AGAIN`).
 
         `before [B, S - T]` stands in front of `ids`, `NOTHING` where there is no token. Returns `[B, T, 2]` int64. Only the same
         text is searched: one ends with its end-of-text token, and without `before`, texts begin where `begins [B, T]` says so.
@@ -62,11 +60,11 @@ class Repeats(nn.Module):
         places = torch.arange(size, device=ids.device)[-new:]
         following = nn.functional.pad(text[:, 1:], (0, 1))
         mixed, token, kind = torch.zeros_like(text), torch.zeros_like(ids), torch.zeros_like(ids)
-        for back in range(LENGTHS[-1]):
+        for back in range(REPEAT_LENGTHS[-1]):
             earlier = nn.functional.pad(text, (back, 0), value=NOTHING)[:, :size]
             mixed = (mixed ^ (earlier + 1)) * _MULTIPLIERS[0]
             mixed = mixed ^ (mixed >> 29)
-            if back + 1 not in LENGTHS:
+            if back + 1 not in REPEAT_LENGTHS:
                 continue
             # Equal runs of tokens become neighbours, and those of one kind keep their order: the one to the left is the latest before.
             keys, order = (mixed ^ number).sort(dim=1, stable=True)
@@ -77,7 +75,7 @@ class Repeats(nn.Module):
             told, earlier_told = (following.gather(1, place.clamp(min=0)) for place in (first, second))
             state = torch.where(twice, torch.where(told == earlier_told, AGAIN, OTHERWISE), ONCE)
             token = torch.where(found, told, token)
-            kind = torch.where(found, 1 + LENGTHS.index(back + 1) * len(START) + state, kind)
+            kind = torch.where(found, 1 + REPEAT_LENGTHS.index(back + 1) * REPEAT_STATES + state, kind)
         return torch.stack([token, kind], dim=-1)
 
     def bonus(self, hidden: Tensor, kinds: Tensor) -> Tensor:

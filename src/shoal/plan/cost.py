@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from math import ceil
 
 from shoal.config import ModelConfig, UserError
+from shoal.config.model import REPEAT_LENGTHS, REPEAT_STATES
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Parameters:
     tables: int
     """Looked up by token or by n-gram, beside the embedding."""
     mixing: int
-    """Convolutions over time and weights of embedding skips."""
+    """Convolutions over time, weights of embedding skips, and trust in counts and repetitions."""
     mtp: int
     """Parameters of the multi-token prediction modules, without the embedding and the head that they share."""
     active: int
@@ -227,7 +228,7 @@ def count_parameters(model: ModelConfig) -> Parameters:
     parts["attention"] += model.num_hidden_layers * biases
     active += norms + model.num_hidden_layers * biases
 
-    mixing = model.num_hidden_layers * layer_mixing(model)
+    mixing = model.num_hidden_layers * layer_mixing(model) + trust_parameters(model)
     extra = {"norms": norms, "tables": table_parameters(model), "mixing": mixing}
     return Parameters(**parts, **extra, mtp=sum(mtp_parameters(model).values()), active=active + mixing)
 
@@ -242,6 +243,12 @@ def table_parameters(model: ModelConfig) -> int:
 def layer_mixing(model: ModelConfig) -> int:
     """Parameters of a main layer's convolution and embedding skip."""
     return model.convolution * model.hidden_size + 2 * model.embedding_skip
+
+
+def trust_parameters(model: ModelConfig) -> int:
+    """Parameters that weigh what counted n-grams and repetitions say."""
+    counted = model.hidden_size + model.count_order + 1 if model.count_order else 0
+    return counted + (model.hidden_size + len(REPEAT_LENGTHS) * REPEAT_STATES if model.repeat_window else 0)
 
 
 def mtp_parameters(model: ModelConfig) -> dict[str, int]:
@@ -370,7 +377,7 @@ def checkpoint_bytes(model: ModelConfig, weights: NumberFormat, mtp: bool = True
         matrices = mtp_matrices(model)
         total += sum(m.stored * stored_as(m.part, weights, mtp=True).matrix_bytes(m.out_features, m.in_features) for m in matrices)
     layer_norms, biases = layer_vectors(model)
-    vectors = table_parameters(model) + model.num_hidden_layers * layer_mixing(model)
+    vectors = table_parameters(model) + model.num_hidden_layers * layer_mixing(model) + trust_parameters(model)
     vectors += model.hidden_size + model.num_hidden_layers * (layer_norms + biases) + modules * (layer_norms + 3 * model.hidden_size)
     routing_biases = 0
     if model.topk_method == "noaux_tc":

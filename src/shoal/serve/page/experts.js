@@ -23,9 +23,12 @@ export function paint(span, token, layer) {
   }
 }
 
+// Every token can be seen and picked, also one that is half a character, a control character or the end of a line.
+const visible = (text) => text.replaceAll("\n", "↵\n").replace(/^\p{C}*$/u, "·");
+
 export function tokenSpan(token, layer, onPick) {
   const span = document.createElement("span");
-  span.textContent = token.text;
+  span.textContent = visible(token.text);
   span.token = token;
   span.tabIndex = -1;
   paint(span, token, layer);

@@ -19,13 +19,7 @@ from shoal.formats.huggingface import load_model, read_config, save_model
 from shoal.model import Transformer, init_weights
 from shoal.runtime import Machine
 
-ADDITIONS: dict[str, Any] = {
-    "ngram_order": 4,
-    "ngram_rows": 200,
-    "embedding_skip": True,
-    "value_embedding": True,
-    "convolution": 3,
-}
+ADDITIONS: dict[str, Any] = {"ngram_order": 4, "ngram_rows": 200, "embedding_skip": True, "value_embedding": True, "convolution": 3}
 PROMPTS = [[7], [5, 9, 11], [3 * i % 61 + 2 for i in range(70)], [3 * i % 61 + 2 for i in range(33)]]
 GREEDY = SamplingOptions(max_tokens=20, temperature=0, ignore_eos=True)
 

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from .. import kernels
 from ..config import ModelConfig, UserError
 from ..kernels import CountTables
-from .ngrams import tokens_back
+from .ngrams import hashes_back
 
 MOST = 2**15 - 1
 """Largest count that is kept."""
 _KEY_AND_TOKEN_BITS = 60
-_MULTIPLIER = -7046029254386353131  # 2^64 divided by the golden ratio, odd, as a signed number
 _DISCOUNT_MARGIN = 0.05
 
 
@@ -49,10 +48,7 @@ def context_keys(ids: Tensor, positions: Tensor, before: Tensor | None, order: i
     `positions [B or 1, T]`; `before [B, order - 1]` are the ids in front of them (any where a text begins; None: nothing is there).
     """
     mask = (1 << (_KEY_AND_TOKEN_BITS - bits)) - 1
-    mixed = torch.zeros_like(ids)
-    for back, token in enumerate(tokens_back(ids, before, order)):
-        mixed = (mixed ^ (token + 1)) * _MULTIPLIER
-        mixed = mixed ^ (mixed >> 29)
+    for back, mixed in enumerate(hashes_back(ids, before, order)):
         key = (mixed & mask) | (back << (_KEY_AND_TOKEN_BITS - bits))
         yield key.masked_fill(positions < back, -1)
 

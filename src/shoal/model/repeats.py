@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..config.model import REPEAT_LENGTHS, REPEAT_STATES
+from .ngrams import hashes_back
 
 ONCE, OTHERWISE, AGAIN = range(REPEAT_STATES)
 """What the place before that with the same tokens says: there is none in the window, another token followed it, or the same."""
@@ -24,7 +25,7 @@ START = (1.0, 0.5, 1.5)
 """How much of the bonus each of these begins with."""
 NOTHING = -1
 """In place of a token where the text has not begun."""
-_MULTIPLIERS = (-7046029254386353131, -4417276706812531889)  # odd, as signed numbers: 2^64 over the golden ratio, and one of xxHash's
+_MULTIPLIER = -4417276706812531889  # odd, as a signed number: one of xxHash's
 
 
 class Repeats(nn.Module):
@@ -56,15 +57,13 @@ class Repeats(nn.Module):
         number = ends.cumsum(1) - ends
         if begins is not None:
             number = number + begins.cumsum(1)
-        number = number * _MULTIPLIERS[1]
+        number = number * _MULTIPLIER
         places = torch.arange(size, device=ids.device)[-new:]
         following = nn.functional.pad(text[:, 1:], (0, 1))
-        mixed, token, kind = torch.zeros_like(text), torch.zeros_like(ids), torch.zeros_like(ids)
-        for back in range(REPEAT_LENGTHS[-1]):
-            earlier = nn.functional.pad(text, (back, 0), value=NOTHING)[:, :size]
-            mixed = (mixed ^ (earlier + 1)) * _MULTIPLIERS[0]
-            mixed = mixed ^ (mixed >> 29)
-            if back + 1 not in REPEAT_LENGTHS:
+        token, kind = torch.zeros_like(ids), torch.zeros_like(ids)
+        nothing = text.new_full((len(text), REPEAT_LENGTHS[-1] - 1), NOTHING)
+        for length, mixed in enumerate(hashes_back(text, nothing, REPEAT_LENGTHS[-1]), 1):
+            if length not in REPEAT_LENGTHS:
                 continue
             # Equal runs of tokens become neighbours, and those of one kind keep their order: the one to the left is the latest before.
             keys, order = (mixed ^ number).sort(dim=1, stable=True)
@@ -75,7 +74,7 @@ class Repeats(nn.Module):
             told, earlier_told = (following.gather(1, place.clamp(min=0)) for place in (first, second))
             state = torch.where(twice, torch.where(told == earlier_told, AGAIN, OTHERWISE), ONCE)
             token = torch.where(found, told, token)
-            kind = torch.where(found, 1 + REPEAT_LENGTHS.index(back + 1) * REPEAT_STATES + state, kind)
+            kind = torch.where(found, 1 + REPEAT_LENGTHS.index(length) * REPEAT_STATES + state, kind)
         return torch.stack([token, kind], dim=-1)
 
     def bonus(self, hidden: Tensor, kinds: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import tyro
 
 from . import __version__
 from .config import (
+    BenchAblationCommand,
     BenchDispatchCommand,
     BenchEfficiencyCommand,
     BenchEngineCommand,
@@ -291,6 +292,7 @@ BENCHES: dict[str, type[Any]] = {
     "serve": BenchServeCommand,
     "dispatch": BenchDispatchCommand,
     "efficiency": BenchEfficiencyCommand,
+    "ablation": BenchAblationCommand,
 }
 """Options of every benchmark; the module of that name in `bench` runs it."""
 

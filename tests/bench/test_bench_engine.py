@@ -150,7 +150,7 @@ def side() -> Iterator[Side]:
 
 def test_errors_of_a_side_are_told_and_it_stands_still_between_requests(side: Side, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="shoal: UserError"):
-        side.ask("load", model=str(tmp_path), threads=1, bits=None, precision="bf16")
+        side.ask("load", model=str(tmp_path), threads=1, bits=None, group=32, precision="bf16")
     state = Path(f"/proc/{side._process.pid}/stat")
     deadline = time.monotonic() + 10  # a signal arrives when the system finds the time
     while state.exists() and state.read_text().rsplit(")", 1)[1].split()[0] != "T":

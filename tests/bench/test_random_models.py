@@ -32,11 +32,12 @@ SHAPES = {
 SCHEME = replace(quantized_scheme(4), head="int4", embedding="fp32")
 
 
+@pytest.mark.parametrize("group", [32, 64])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_both_forms_hold_the_same_weights(shape: str, tmp_path: Path) -> None:
+def test_both_forms_hold_the_same_weights(shape: str, group: int, tmp_path: Path) -> None:
     config = ModelConfig(**SHAPES[shape])
-    write_random_gguf(config, tmp_path / "model.gguf")
-    write_random_folder(config, SCHEME, tmp_path / "model")
+    write_random_gguf(config, tmp_path / "model.gguf", group)
+    write_random_folder(config, replace(SCHEME, group=group), tmp_path / "model")
     theirs = {
         tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors
     }
@@ -62,7 +63,7 @@ def shape_of(part: PackedMatrix | torch.Tensor) -> tuple[int, ...]:
 def test_llama_cpp_and_shoal_compute_the_same(shape: str, tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
     config = ModelConfig(**SHAPES[shape])
-    write_random_gguf(config, tmp_path / "model.gguf")
+    write_random_gguf(config, tmp_path / "model.gguf", SCHEME.group)
     write_random_folder(config, SCHEME, tmp_path / "model")
     ids = torch.randint(200, (1, 40), generator=torch.Generator().manual_seed(0))
     model = to_transformer(opened(tmp_path / "model"))
@@ -89,4 +90,4 @@ def test_llama_cpp_and_shoal_compute_the_same(shape: str, tmp_path: Path) -> Non
 
 def test_a_shape_that_llama_cpp_cannot_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="qk_norm"):
-        write_random_gguf(ModelConfig(**SMALL, qk_norm=True), tmp_path / "model.gguf")
+        write_random_gguf(ModelConfig(**SMALL, qk_norm=True), tmp_path / "model.gguf", 32)

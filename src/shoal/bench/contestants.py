@@ -53,7 +53,7 @@ class Contest:
         opened: list[Side] = []
         try:
             opened.append(Side("shoal", "shoal_worker"))
-            self._load(opened[-1], model=str(self.model), threads=threads, bits=self.bits, precision=command.precision)
+            self._load(opened[-1], model=str(self.model), threads=threads, bits=self.bits, group=command.group, precision=command.precision)
             if self.gguf is not None:
                 opened.append(Side("llama.cpp", "llama_worker", command.llama_python))
                 self._load(opened[-1], model=str(self.gguf), threads=threads, flash=1)
@@ -115,12 +115,12 @@ def _small(name: str, config: ModelConfig, command: BenchEngineCommand, cache: P
 def _large(name: str, config: ModelConfig, command: BenchEngineCommand, cache: Path, say: Callable[[str], None]) -> Contest:
     """Random 4-bit weights, made directly in both forms."""
     # The output head in 4 bits too, as the peer's file has it: both sides then hold the very same numbers.
-    scheme = replace(quantized_scheme(4), head="int4")
+    scheme = replace(quantized_scheme(4, command.group), head="int4")
     size = sum(part.nbytes for part in parts_of(config, scheme).values())
-    folder, gguf = cache / f"{name}.int4", cache / f"{name}.q4_0.gguf"
+    folder, gguf = cache / f"{name}.int4-{command.group}", cache / f"{name}.q4_0-{command.group}.gguf"
     wanted: list[tuple[Path, Callable[[], None]]] = [(folder, lambda: write_random_folder(config, scheme, folder))]
     if "llama.cpp" in command.vs:
-        wanted.append((gguf, lambda: write_random_gguf(config, gguf)))
+        wanted.append((gguf, lambda: write_random_gguf(config, gguf, scheme.group)))
     missing = [(path, make) for path, make in wanted if not path.exists()]
     free = shutil.disk_usage(cache).free
     if free < len(missing) * size + ROOM:

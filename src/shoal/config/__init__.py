@@ -17,6 +17,7 @@ from .commands import ExportCommand as ExportCommand
 from .commands import GenerateCommand as GenerateCommand
 from .commands import MachineOptions as MachineOptions
 from .commands import QuantizeCommand as QuantizeCommand
+from .efficiency import BenchAblationCommand as BenchAblationCommand
 from .efficiency import BenchEfficiencyCommand as BenchEfficiencyCommand
 from .engine import CacheFormat as CacheFormat
 from .engine import EngineOptions as EngineOptions

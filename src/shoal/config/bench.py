@@ -29,6 +29,8 @@ class BenchEngineCommand:
     """A trained model in place of a shape: run, checkpoint or Hugging Face folder."""
     bits: Literal[4, 8] | None = None
     """Quantize the weights (llama.cpp: q4_0, q8_0). None: 4 for v2-lite, otherwise not."""
+    group: Literal[32, 64] = 32
+    """Weights that share a scale on Shoal's side, as for `shoal quantize`; llama.cpp's blocks are always of 32."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Weights that are not quantized (llama.cpp: f32, f16). transformers takes the faster one whatever this says."""
     vs: Annotated[tuple[Literal["llama.cpp", "transformers"], ...], tyro.conf.UseAppendAction] = ()

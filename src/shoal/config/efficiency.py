@@ -1,4 +1,4 @@
-"""Options of `shoal bench efficiency`."""
+"""Options of `shoal bench efficiency` and `shoal bench ablation`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal
 from .errors import require_at_least_one
 
 Scale = Literal["small", "medium", "gpu"]
+StudyName = Literal["experts", "attention", "granularity", "balance"]
 
 
 @dataclass
@@ -30,6 +31,34 @@ class BenchEfficiencyCommand:
     """Tune width, depth, batch and learning rate of every side by the same steps around its rule, and print what was found."""
     out: str = "runs/efficiency"
     """Folder of results and picture. Runs that it holds already are not repeated."""
+    threads: int = 1
+    """CPU threads of a run; so small models gain little from more."""
+    json: bool = False
+    """A benchmark always ends with its JSON object; accepted for the sake of scripts."""
+
+    def validate(self) -> None:
+        """Raise `UserError` on the first option that cannot work."""
+        require_at_least_one(self, "seeds", "threads")
+
+
+@dataclass
+class BenchAblationCommand:
+    """What one ingredient is worth: small models of one shape whose arms differ in one thing, up to 6e13 FLOPs.
+
+    experts: a mixture against a dense layer of as many active parameters. attention: MLA against multi-head attention. granularity: few
+    wide experts against many narrow ones. balance: the routing bias against a balance loss, and against neither. Every run has a complete
+    schedule of its own; the ratio of FLOPs and of seconds is taken at equal bits per byte, as in `shoal bench efficiency`.
+    """
+
+    study: StudyName = "experts"
+    data: tuple[str, ...] = ()
+    """Files or folders as for `shoal train`. None: the Python standard library's source on this machine."""
+    seeds: int | None = None
+    """Runs of every budget; the interval is over seeds. None: 3, with --quick 1."""
+    quick: bool = False
+    """Budgets of 1%: whether all works, in a minute."""
+    out: str = "runs/ablation"
+    """Folder of results and pictures. Runs that it holds already are not repeated; studies share those of equal arms."""
     threads: int = 1
     """CPU threads of a run; so small models gain little from more."""
     json: bool = False

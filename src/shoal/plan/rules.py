@@ -56,7 +56,7 @@ class Rules:
         if name not in NAMES:
             raise UserError(f"there are no rules {name!r}: use one of {', '.join(NAMES)}")
         common, own = _table("common"), _table(name)
-        return cls(name, _merged(common, own["settings"]), own["rule"])
+        return cls(name, merged(common, own["settings"]), own["rule"])
 
     def point(self, flops: float) -> Point:
         """Where the rules put a budget."""
@@ -72,7 +72,7 @@ class Rules:
         point = point or self.point(flops)
         heads = max(1, round(point.width / HEAD))
         width = heads * HEAD
-        table = _merged(
+        table = merged(
             self.settings,
             {
                 "batch_size": max(1, round(point.batch)),
@@ -107,9 +107,9 @@ def _table(name: str) -> dict[str, Any]:
     return read_toml((resources.files("shoal") / "recipes" / "rules" / f"{name}.toml").read_text(encoding="utf-8"), name)
 
 
-def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """Nested tables, the second's values over the first's."""
     result = copy.deepcopy(first)
     for key, value in second.items():
-        result[key] = _merged(result.get(key, {}), value) if isinstance(value, dict) else value
+        result[key] = merged(result.get(key, {}), value) if isinstance(value, dict) else value
     return result

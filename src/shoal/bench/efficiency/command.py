@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ...config import BenchEfficiencyCommand, CorpusConfig, TrainConfig
 from ...data import open_corpus
 from ...plan.rules import NAMES, Point, Rules
-from .frontier import Curve, Ratio, best_ratio, bound
+from .frontier import Ratio, best_ratio, bound
 from .picture import draw
-from .runs import Run, Runs, Trainer
+from .runs import Run, Runs, Trainer, curves, only_the_end
 from .search import search
 
 BUDGETS: dict[str, dict[str, tuple[float, ...]]] = {
@@ -45,10 +45,7 @@ def run_bench(command: BenchEfficiencyCommand, trainer: Trainer | None = None) -
 
 
 def _settings(command: BenchEfficiencyCommand, config: TrainConfig, seed: int) -> TrainConfig:
-    """Of a run of which only the end counts; it is scored on up to 65,536 tokens."""
-    device: Literal["cuda", "cpu"] = "cuda" if command.scale == "gpu" else "cpu"
-    quiet = replace(config, eval_every_minutes=0, eval_tokens=1024, checkpoint=replace(config.checkpoint, every_minutes=0, keep_last=1))
-    return replace(quiet, data=command.data, seed=seed, threads=command.threads, device=device)
+    return only_the_end(config, command.data, seed, command.threads, "cuda" if command.scale == "gpu" else "cpu")
 
 
 def _search(command: BenchEfficiencyCommand, sides: Sequence[Rules], budgets: dict[str, list[float]], runs: Runs) -> dict[str, Any]:
@@ -78,12 +75,6 @@ def _point(row: dict[str, Any]) -> str:
 
 def _say(run: Run) -> None:
     print(f"{run.side} {run.budget:.1e} seed {run.seed}: {run.bpb:.4f} bits per byte ({run.shape}, {run.tokens:,} tokens)", file=sys.stderr)
-
-
-def curves(runs: Sequence[Run], side: str, cost: str) -> list[Curve]:
-    """One curve a seed, by increasing seed."""
-    seeds = sorted({run.seed for run in runs})
-    return [[(getattr(run, cost), run.bpb) for run in runs if run.side == side and run.seed == seed] for seed in seeds]
 
 
 def compare(runs: Sequence[Run], side: str, cost: str) -> tuple[Ratio | None, float | None]:

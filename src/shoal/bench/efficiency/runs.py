@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import quantiles
-from typing import Any
+from typing import Any, Literal
 
 from ...atomic import remove_folder
 from ...config import TrainConfig, UserError
 from ...plan.cost import count_parameters
 from ...train import train
+from .frontier import Curve
 
 Trainer = Callable[[TrainConfig], "tuple[dict[str, Any], list[dict[str, Any]]]"]
 """Runs a training; the summary, and the rows of its steps."""
@@ -48,6 +49,8 @@ class Run:
     """Parameters that a token multiplies with."""
     tables: int
     """Numbers that are looked up: embedding, the tables beside it, and counted n-grams."""
+    max_vio: float | None = None
+    """How much more than its share the busiest expert had in the last steps; None without experts."""
 
     @property
     def shape(self) -> str:
@@ -83,6 +86,13 @@ class Runs:
         return self._known[side, key]
 
 
+def only_the_end(config: TrainConfig, data: tuple[str, ...], seed: int, threads: int, device: Literal["cuda", "cpu"]) -> TrainConfig:
+    """The settings of a run of which only the end counts; it is scored on up to 65,536 tokens."""
+    checkpoint = replace(config.checkpoint, every_minutes=0, keep_last=1)
+    quiet = replace(config, eval_every_minutes=0, eval_tokens=1024, checkpoint=checkpoint)
+    return replace(quiet, data=data, seed=seed, threads=threads, device=device)
+
+
 def key_of(config: TrainConfig, data: str) -> str:
     """Equal for settings that give the same result on the same data, wherever it lies."""
     settings = [data, asdict(replace(config, data=(), out=None, resume=False, overwrite=False, json=False))]
@@ -100,6 +110,12 @@ def train_in(config: TrainConfig, folder: Path) -> tuple[dict[str, Any], list[di
     return trained.summary, [row for row in rows if "loss" in row]
 
 
+def curves(runs: Sequence[Run], side: str, cost: str) -> list[Curve]:
+    """One curve a seed, by increasing seed; `cost` is `flops` or `seconds`."""
+    seeds = sorted({run.seed for run in runs})
+    return [[(getattr(run, cost), run.bpb) for run in runs if run.side == side and run.seed == seed] for seed in seeds]
+
+
 def _run(side: str, budget: float, config: TrainConfig, key: str, summary: dict[str, Any], steps: list[dict[str, Any]]) -> Run:
     times = [config.tokens_per_step / row["tokens_per_second"] for row in steps]
     undisturbed = quantiles(times, n=4)[0] if len(times) > 1 else times[0]
@@ -110,4 +126,5 @@ def _run(side: str, budget: float, config: TrainConfig, key: str, summary: dict[
         bpb=summary["val_bpb"], tokens=summary["tokens"], steps=summary["steps"], skipped=summary["skipped"],
         width=config.model.hidden_size, layers=config.model.num_hidden_layers, batch=config.batch_size, rate=config.optimizer.adam_lr,
         parameters=counted.trained, active=counted.active, tables=counted.embedding + counted.tables + summary["counted_ngrams"],
+        max_vio=summary.get("max_vio"),
     )  # fmt: skip

@@ -28,10 +28,10 @@ MARGIN = 256
 class Side:
     """What can be asked for; `loop.serve` names the requests after the methods."""
 
-    def load(self, model: str, threads: int, bits: int | None, precision: str) -> dict[str, Any]:
+    def load(self, model: str, threads: int, bits: int | None, group: int, precision: str) -> dict[str, Any]:
         torch.set_num_threads(threads)
         began = time.perf_counter()
-        weights = load_weights(Path(model), bits, precision=precision)
+        weights = load_weights(Path(model), bits, group, precision=precision)
         self.runner = NativeRunner(weights.config, weights.parts, threads)
         self.positions, self.filled = 0, (0, 0)
         self.make_room(MARGIN)

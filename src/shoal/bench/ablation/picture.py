@@ -1,0 +1,49 @@
+"""Loss against FLOPs of every arm, and how many times an arm's FLOPs the first arm pays for the same loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ...config import UserError
+from ..efficiency.runs import Run
+from .studies import Study
+
+COLOURS = ("#7a7f87", "#e2734f", "#35a7c9")
+
+
+def draw(study: Study, runs: Sequence[Run], result: dict[str, Any], path: Path) -> None:
+    """Write the picture. Raises `UserError` where matplotlib is missing or the file cannot be written."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("the picture needs matplotlib: pip install 'shoal[report]'") from None
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for (arm, label), colour in zip(study.labels.items(), COLOURS, strict=False):
+        mine = [run for run in runs if run.side == arm]
+        left.plot([run.flops for run in mine], [run.bpb for run in mine], "o", ms=4, alpha=0.5, color=colour)
+        means = [
+            (fmean(run.flops for run in mine if run.budget == budget), fmean(run.bpb for run in mine if run.budget == budget))
+            for budget in sorted({run.budget for run in mine})
+        ]
+        left.plot(*zip(*means, strict=True), color=colour, lw=1.5, label=label)
+        if arm == study.reference:
+            right.axhline(1, color=colour, lw=1.5, label=label)
+        elif points := result[f"{arm}_trend"]:
+            right.plot(*zip(*points, strict=True), "o-", ms=4, color=colour, lw=1.5, label=label)
+    left.set_ylabel("held-out bits per byte")
+    right.set_ylabel("FLOPs of the first arm for the same loss")
+    right.yaxis.set_major_formatter("{x:g}x")
+    for axes in (left, right):
+        axes.set_xscale("log")
+        axes.set_xlabel("training FLOPs")
+        axes.grid(alpha=0.25, which="both")
+        axes.legend(frameon=False)
+    right.set_xlim(left.get_xlim())
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the picture {path} cannot be written: {error}") from None

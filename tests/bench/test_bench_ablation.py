@@ -1,0 +1,136 @@
+"""The ablations: arms that differ in one thing, ratios, what the picture and the JSON object say; and a real one in miniature."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.bench.ablation.command import run_bench, trend
+from shoal.bench.ablation.studies import Study
+from shoal.cli import main
+from shoal.config import BenchAblationCommand, TrainConfig, UserError
+from shoal.plan.budget import step_flops
+from shoal.plan.cost import count_parameters
+
+pytest.importorskip("matplotlib")
+STUDIES = ("experts", "attention", "granularity", "balance")
+
+
+class FakeTrainer:
+    """Loss falls by 0.3 a decade of FLOPs; dense layers need 1.8 times as many as mixtures for the same."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, config: TrainConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        self.count += 1
+        assert config.steps is not None
+        flops = step_flops(config) * config.steps
+        mixture = bool(config.model.n_routed_experts)
+        bpb = 4 - 0.3 * math.log10(flops / 1e11 * (1.8 if mixture else 1)) + 1e-4 * config.seed
+        rows = [{"loss": 1.0, "tokens_per_second": 1e12 * config.tokens_per_step / step_flops(config)}] * config.steps
+        return {
+            "val_bpb": bpb,
+            "train_flops": flops,
+            "tokens": config.tokens_per_step * config.steps,
+            "steps": config.steps,
+            "skipped": 0,
+            "counting_seconds": 0.0,
+            "counted_ngrams": 0,
+            "max_vio": 0.25 if mixture else None,
+        }, rows
+
+
+@pytest.fixture
+def command(workshop: Path, tmp_path: Path) -> BenchAblationCommand:
+    return BenchAblationCommand(data=(str(workshop / "text.txt"),), out=str(tmp_path / "ablation"))
+
+
+def test_ratios_and_their_trend_are_those_of_the_laws_behind_the_runs(
+    command: BenchAblationCommand, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run_bench(command, FakeTrainer())
+    assert result["reference"] == "dense"
+    assert result["seeds"] == 3
+    assert result["fine_flops_ratio"] == pytest.approx(1.8, rel=0.02)
+    low, high = result["fine_flops_ratio_interval"]
+    assert low <= result["fine_flops_ratio"] <= high
+    assert [flops for flops, _ in result["fine_trend"]] == Study.load("experts").budgets["fine"]
+    assert [ratio for _, ratio in result["fine_trend"]] == pytest.approx([1.8] * len(result["fine_trend"]), rel=0.02)
+    assert (Path(command.out) / "experts.png").stat().st_size > 10_000
+    shown = capsys.readouterr().out
+    assert "95% interval" in shown
+    assert "0.25" in shown
+
+
+def test_nothing_is_said_beyond_what_the_first_arm_reaches(command: BenchAblationCommand, capsys: pytest.CaptureFixture[str]) -> None:
+    class Ahead(FakeTrainer):
+        def __call__(self, config: TrainConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+            summary, rows = super().__call__(config)
+            return summary | {"val_bpb": summary["val_bpb"] - (2 if config.model.n_routed_experts else 0)}, rows
+
+    result = run_bench(command, Ahead())
+    assert result["fine_flops_ratio"] is None
+    assert result["fine_trend"] == []
+    assert "do not overlap" in capsys.readouterr().out
+
+
+def test_studies_share_runs_of_equal_arms(command: BenchAblationCommand) -> None:
+    command.seeds = 1
+    trainer = FakeTrainer()
+    run_bench(command, trainer)
+    before = trainer.count
+    command.study = "granularity"
+    run_bench(command, trainer)
+    study = Study.load("granularity").budgets
+    known = {(arm, flops) for arm, budgets in Study.load("experts").budgets.items() for flops in budgets}
+    assert trainer.count - before == len({(arm, flops) for arm, budgets in study.items() for flops in budgets} - known)
+    assert len((Path(command.out) / "runs.jsonl").read_text().splitlines()) == trainer.count
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_arms_spend_their_budgets_and_have_as_many_active_parameters(name: str) -> None:
+    study = Study.load(name)
+    active = []
+    for arm, budgets in study.budgets.items():
+        for flops in budgets:
+            config = study.config(arm, flops)
+            assert config.steps is not None
+            assert config.steps * step_flops(config) == pytest.approx(flops, rel=0.02)
+        model = config.model
+        router = (model.n_routed_experts or 0) * model.hidden_size * model.num_hidden_layers
+        active.append(count_parameters(model).active - router)
+    assert max(study.budgets[study.reference]) > max(max(study.budgets[arm]) for arm in study.labels if arm != study.reference)
+    if name != "attention":  # MLA has smaller matrices than multi-head attention: there the FLOPs are equal
+        assert len(set(active)) == 1, "but for the router"
+
+
+def test_a_study_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(UserError, match="there is no study 'depth': use one of experts"):
+        Study.load("depth")
+
+
+def test_the_trend_needs_the_reference_of_the_same_seed(command: BenchAblationCommand) -> None:
+    from shoal.bench.efficiency.runs import Runs
+
+    study = Study.load("experts")
+    runs = Runs(Path(command.out), "data", FakeTrainer())
+    made = [runs.get("dense", flops, study.config("dense", flops)) for flops in study.budgets["dense"]]
+    assert trend(made, "dense", "fine") == []
+
+
+def test_a_real_one(command: BenchAblationCommand, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["bench", "ablation", "--study", "attention", "--quick", "--data", *command.data, "--out", command.out]
+    assert main(args) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {run["side"] for run in result["runs"]} == {"mha", "dense"}
+    assert all(math.isfinite(run["bpb"]) and run["seconds"] > 0 for run in result["runs"])
+
+
+def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "ablation", "--seeds", "0"]) == 2
+    assert capsys.readouterr().err == "shoal: error: --seeds is 0: it must be at least 1\n"

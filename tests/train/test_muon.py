@@ -157,7 +157,8 @@ def test_every_parameter_is_trained_by_exactly_one_optimizer(kind: str, name: An
 def test_optimizers_go_on_from_their_state_to_the_bit(name: Any) -> None:
     def step(model: Transformer, optimizers: Optimizers, seed: int) -> None:
         set_gradients(list(model.parameters()), seed)
-        optimizers.step(0.5)
+        optimizers.set_rates(0.5)
+        optimizers.step()
 
     model, twin = make("v3"), make("v3")
     optimizers = Optimizers(model, OptimizerConfig(name=name))
@@ -177,9 +178,11 @@ def test_share_scales_the_peak_rates_and_zero_changes_nothing() -> None:
     optimizers = Optimizers(model, OptimizerConfig())
     before = [p.detach().clone() for p in model.parameters()]
     set_gradients(list(model.parameters()), 0)
-    optimizers.step(0.0)
+    optimizers.set_rates(0.0)
+    optimizers.step()
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
-    optimizers.step(0.25)
+    optimizers.set_rates(0.25)
+    optimizers.step()
     assert {group["lr"] / group["peak_lr"] for optimizer in optimizers.all for group in optimizer.param_groups} == {0.25}
 
 

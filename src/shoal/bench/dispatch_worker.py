@@ -84,6 +84,7 @@ class Bench:
         bytes_of["router_bytes"] = self._dispatch_bytes(dispatcher, even=False)
         generator = torch.Generator().manual_seed(self.task.seed + 1)
         seconds, waited, sent, losses = [], [], [], []
+        optimizers.set_rates(0.25)
         for _ in range(self.task.steps + 1):  # the first one warms up
             shape = (self.team.layout.world * self.task.batch, self.task.sequence + 1)
             batch = torch.randint(self.config.model.vocab_size, shape, generator=generator)
@@ -97,7 +98,7 @@ class Bench:
             sent.append(self._sent() - before)
             losses.append(float(self.team.sum(figures)[1] / self.team.layout.world))
             self.shards.collect_gradients()
-            optimizers.step(0.25)
+            optimizers.step()
             optimizers.zero_grad()
             self.shards.forget_gradients()
         share = self.team.sum(torch.tensor(waited, dtype=torch.float64)) / self.team.layout.world

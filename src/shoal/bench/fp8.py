@@ -12,8 +12,9 @@ from statistics import mean
 from typing import Any
 
 from ..apart import run_apart
-from ..config import BenchFP8Command, FP8Config, ModelConfig, OptimizerConfig, TrainConfig, UserError
+from ..config import BenchFP8Command, FP8Config, ModelConfig, OptimizerConfig, TrainConfig
 from ..config.recipes import load_recipe, to_toml
+from .pictures import new_figure, save
 
 SMOOTHED = 0.15
 """Share of a run's steps, its last ones, over which the loss is averaged."""
@@ -154,15 +155,9 @@ def _print(result: dict[str, Any]) -> None:
 
 def draw(losses: dict[str, list[list[float]]], path: Path) -> None:
     """Differences from the first variant over the steps, smoothed, one thin line a seed and their mean."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("--picture needs matplotlib: pip install 'shoal[report]'") from None
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     baseline, *others = losses
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure = new_figure(10, 3.8)
+    left, right = figure.subplots(1, 2)
     for colour, (name, runs) in zip(("0.35", "tab:blue", "tab:red"), losses.items(), strict=True):
         average = [mean(step) for step in zip(*runs, strict=True)]
         left.plot(_moving(average), color=colour, label=name, linewidth=1.2)
@@ -177,8 +172,7 @@ def draw(losses: dict[str, list[list[float]]], path: Path) -> None:
     for axes in (left, right):
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def _moving(values: list[float], window: int = 25) -> list[float]:

@@ -35,12 +35,12 @@ def shoal(options: dict[str, Any], folder: Path) -> Callable[[Tensor], object]:
     shards = Shards.whole(model)
     early, config = options["update_early"], OptimizerConfig(moments="bf16" if options["bf16_moments"] else "fp32")
     optimizers = Optimizers(model, config, shards, folder if options["offload"] else None, one_by_one=early)
+    optimizers.set_rates(0.1)
     updates = EarlyUpdates(optimizers) if early else None
 
     def step(rows: Tensor) -> None:
         routing = StepRouting()
         parts = rows.split(options["micro_batch"])
-        optimizers.set_rates(0.1)
         for part in parts:
             with machine.autocast():
                 losses = compute_losses(model, part, 0.0, 1e-4)
@@ -51,7 +51,7 @@ def shoal(options: dict[str, Any], folder: Path) -> Callable[[Tensor], object]:
             updates.norm()
         else:
             clip_gradients(shards, config.clip)
-            optimizers.step(0.1)
+            optimizers.step()
             optimizers.zero_grad()
         update_biases(model, routing, 0.001)
 

@@ -50,6 +50,7 @@ class Shoal(Contestant):
         init_weights(self.model, 0)
         self.shards, self.clip = Shards.whole(self.model), optimizer.clip
         self.optimizers = Optimizers(self.model, optimizer, self.shards)
+        self.optimizers.set_rates(0.1)
 
     def step(self, rows: torch.Tensor) -> float:
         routing = StepRouting()
@@ -58,7 +59,7 @@ class Shoal(Contestant):
         losses.total.backward()
         routing.add(losses.routing)
         clip_gradients(self.shards, self.clip)
-        self.optimizers.step(0.1)
+        self.optimizers.step()
         update_biases(self.model, routing, 0.001)
         self.optimizers.zero_grad()
         return float(losses.main)

@@ -73,9 +73,8 @@ class Optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * share
 
-    def step(self, share: float) -> None:
-        """One update at `share` of every peak learning rate."""
-        self.set_rates(share)
+    def step(self) -> None:
+        """One update at the present rates."""
         for optimizer in self.all:
             optimizer.step()
 

@@ -156,7 +156,7 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
             total, main, mtp, balance, norm, *routed = on_host
             finite = math.isfinite(total) and math.isfinite(norm)
             if finite:
-                state.optimizers.step(lr_share)
+                state.optimizers.step()
                 update_biases(model, routing, config.balance.bias_update_speed)
             state.optimizers.zero_grad()
             shards.forget_gradients()

@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ...config import UserError
 from ..efficiency.runs import Run
+from ..pictures import new_figure, save
 from .studies import Study
 
 COLOURS = ("#7a7f87", "#e2734f", "#35a7c9")
@@ -16,11 +16,7 @@ COLOURS = ("#7a7f87", "#e2734f", "#35a7c9")
 
 def draw(study: Study, runs: Sequence[Run], result: dict[str, Any], path: Path) -> None:
     """Write the picture. Raises `UserError` where matplotlib is missing or the file cannot be written."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("the picture needs matplotlib: pip install 'shoal[report]'") from None
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = new_figure(11, 4.6)
     left, right = figure.subplots(1, 2)
     for (arm, label), colour in zip(study.labels.items(), COLOURS, strict=False):
         mine = [run for run in runs if run.side == arm]
@@ -43,7 +39,4 @@ def draw(study: Study, runs: Sequence[Run], result: dict[str, Any], path: Path) 
         axes.grid(alpha=0.25, which="both")
         axes.legend(frameon=False)
     right.set_xlim(left.get_xlim())
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the picture {path} cannot be written: {error}") from None
+    save(figure, path)

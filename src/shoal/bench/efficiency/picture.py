@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...config import UserError
+from ..pictures import new_figure, save
 from .frontier import Ratio, lower_hull
 from .runs import Run
 
@@ -14,11 +14,7 @@ LABELS = {"baseline": "Llama-style baseline", "exportable": "Shoal, exportable",
 
 def draw(runs: list[Run], flops_ratio: Ratio | None, path: Path) -> None:
     """Write the picture. Raises `UserError` where matplotlib is missing or the file cannot be written."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("the picture needs matplotlib: pip install 'shoal[report]'") from None
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = new_figure(11, 4.6)
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, cost, label in ((left, "flops", "training FLOPs"), (right, "seconds", "seconds of training")):
         for side in COLOURS:
@@ -38,7 +34,4 @@ def draw(runs: list[Run], flops_ratio: Ratio | None, path: Path) -> None:
         left.axhline(flops_ratio.loss, color="black", lw=0.8, ls="--")
         left.set_title(f"{flops_ratio.value:.1f} times the FLOPs for {flops_ratio.loss:.3f} bits per byte", fontsize=10)
     left.legend(frameon=False)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the picture {path} cannot be written: {error}") from None
+    save(figure, path)

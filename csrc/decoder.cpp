@@ -279,16 +279,21 @@ struct Walk {
     }
 };
 
-static Buffers make_buffers(const Model& model, const Step& step, const Layer* layers, int64_t count, Workspace& workspace, int threads) {
-    Arena measured(nullptr);
-    take_buffers(measured, model, step, layers, count, threads);
-    if (measured.used() > workspace.size) {
+// Memory of at least `size` bytes; what was in it is lost where it has to grow.
+static uint8_t* room_for(int64_t size, Workspace& workspace) {
+    if (size > workspace.size) {
         free(workspace.data);
-        workspace.size = round_up(measured.used(), 4096);
+        workspace.size = round_up(size, 4096);
         workspace.data = static_cast<uint8_t*>(aligned_alloc(4096, workspace.size));
         if (!workspace.data) abort();
     }
-    Arena arena(workspace.data);
+    return workspace.data;
+}
+
+static Buffers make_buffers(const Model& model, const Step& step, const Layer* layers, int64_t count, Workspace& workspace, int threads) {
+    Arena measured(nullptr);
+    take_buffers(measured, model, step, layers, count, threads);
+    Arena arena(room_for(measured.used(), workspace));
     Buffers b = take_buffers(arena, model, step, layers, count, threads);
     int64_t partials;
     divide_queries(model, step, b.items, &partials);
@@ -346,13 +351,7 @@ void packed_linear(const Matrix& w, int64_t tokens, const float* x, float cap, f
     const int64_t group = w.quantized() ? w.group : 0;
     Arena measured(nullptr);
     Activations::make(measured, tokens, w.columns, group);
-    if (measured.used() > workspace.size) {
-        free(workspace.data);
-        workspace.size = round_up(measured.used(), 4096);
-        workspace.data = static_cast<uint8_t*>(aligned_alloc(4096, workspace.size));
-        if (!workspace.data) abort();
-    }
-    Arena arena(workspace.data);
+    Arena arena(room_for(measured.used(), workspace));
     const Activations inputs = Activations::make(arena, tokens, w.columns, group);
     const int64_t taken = tiles_per_item(w, threads), items = blocks_of(taken, w.tiles());
     in_parallel(threads, [&](Member& me) {

@@ -210,7 +210,7 @@ class Cpu {
         expect(counts.numel() == counted.size && orders <= kMostOrders && discounts.numel() == 4 * orders && lengths.numel() == rows);
         expect(probabilities.size(0) == rows && probabilities.size(1) == vocab && 0 < token_bits && token_bits < 60);
         expect(0 < index_shift && index_shift < 63 && index.numel() == (int64_t{1} << (63 - index_shift)) + 1);
-        expect(index.numel() > 0 && counted.index[index.numel() - 1] == counted.size);
+        expect(counted.index[index.numel() - 1] == counted.size);
         nb::gil_scoped_release release;
         run_->counted_prior(rows, vocab, counted, contexts, out, longest, threads);
     }

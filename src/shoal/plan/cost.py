@@ -144,6 +144,9 @@ NEWTON_SCHULZ_STEPS = 5
 HIDDEN_PARTS = (*QUANTIZED_PARTS, "mtp_projection")
 """Parts whose matrices Muon trains; embedding, head, router and norms belong to AdamW."""
 
+COUNTED_BYTES = 8 + 2
+"""Of a counted n-gram: the entry and its count, whatever format the weights have."""
+
 
 def attention_matrices(model: ModelConfig) -> list[Matrix]:
     """Projections of one attention layer: MLA (DeepSeek-V2, 2405.04434, section 2.1) or grouped-query attention."""
@@ -363,7 +366,7 @@ def stored_as(part: str, weights: NumberFormat, mtp: bool = False) -> NumberForm
 
 
 def checkpoint_bytes(model: ModelConfig, weights: NumberFormat, mtp: bool = True) -> int:
-    """Bytes of the model's tensors on disk or in memory, every tensor once, routing biases in fp32 included.
+    """Bytes of the model's tensors on disk or in memory, every tensor once, routing biases in fp32 and counted n-grams included.
 
     Official DeepSeek-V3 files repeat the embedding and the head in the prediction module; they are counted once here. A head that is
     tied to the embedding is stored beside it in int8 and int4 models.
@@ -383,4 +386,4 @@ def checkpoint_bytes(model: ModelConfig, weights: NumberFormat, mtp: bool = True
     if model.topk_method == "noaux_tc":
         layers = sum(model.is_moe_layer(layer) for layer in range(model.num_hidden_layers + modules))
         routing_biases = layers * (model.n_routed_experts or 0)
-    return total + vector.matrix_bytes(1, vectors) + 4 * routing_biases
+    return total + vector.matrix_bytes(1, vectors) + 4 * routing_biases + COUNTED_BYTES * model.count_entries

@@ -61,6 +61,11 @@ def test_models_come_from_config_files_folders_and_runs(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "config.toml").write_text("minutes = 1\n[model]\nvocab_size = 512\n")
     assert load_model(str(folder)) == ModelConfig(vocab_size=512)
+    for step in (7, 12):
+        (checkpoint := folder / "checkpoints" / f"step_{step:07}").mkdir(parents=True)
+        counted = ModelConfig(model_type="llama", n_routed_experts=0, count_order=2, count_entries=step)
+        (checkpoint / "config.json").write_text(json.dumps(model_config_to_dict(counted)))
+    assert load_model(str(folder)).count_entries == 12, "what the last checkpoint holds"
 
 
 def test_files_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,7 +38,7 @@ def load_model(name: str) -> ModelConfig:
 
 
 def _config_in(folder: Path) -> Path | None:
-    """`config.json` of a checkpoint or export; of a run, that of its last checkpoint, which knows what was counted, or else its settings."""
+    """`config.json` of a checkpoint or export; of a run, that of its last checkpoint, which knows what was counted, or its settings."""
     checkpoints = sorted(folder.glob("checkpoints/step_*/config.json"), reverse=True)
     places = [folder / "config.json", *checkpoints, folder / "config.toml"]
     return next((place for place in places if place.is_file()), None)

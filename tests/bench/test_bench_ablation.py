@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from shoal.bench.ablation.command import run_bench, trend
+from shoal.bench.ablation.command import run_bench
 from shoal.bench.ablation.studies import Study
 from shoal.cli import main
 from shoal.config import BenchAblationCommand, TrainConfig, UserError
@@ -59,7 +59,8 @@ def test_ratios_and_their_trend_are_those_of_the_laws_behind_the_runs(
     assert result["shared_flops_ratio"] == pytest.approx(1.8, rel=0.02)
     low, high = result["shared_flops_ratio_interval"]
     assert low <= result["shared_flops_ratio"] <= high
-    assert [flops for flops, _ in result["shared_trend"]] == Study.load("experts").budgets["shared"]
+    budgets = Study.load("experts").budgets["shared"]
+    assert [flops for flops, _ in result["shared_trend"]] == pytest.approx(budgets, rel=0.05), "the dearest run is the lowest loss of both"
     assert [ratio for _, ratio in result["shared_trend"]] == pytest.approx([1.8] * len(result["shared_trend"]), rel=0.02)
     assert (Path(command.out) / "experts.png").stat().st_size > 10_000
     shown = capsys.readouterr().out
@@ -111,15 +112,6 @@ def test_arms_spend_their_budgets_and_have_as_many_active_parameters(name: str) 
 def test_a_study_that_does_not_exist_is_refused() -> None:
     with pytest.raises(UserError, match="there is no study 'depth': use one of experts"):
         Study.load("depth")
-
-
-def test_the_trend_needs_the_reference_of_the_same_seed(command: BenchAblationCommand) -> None:
-    from shoal.bench.efficiency.runs import Runs
-
-    study = Study.load("experts")
-    runs = Runs(Path(command.out), "data", FakeTrainer())
-    made = [runs.get("dense", flops, study.config("dense", flops)) for flops in study.budgets["dense"]]
-    assert trend(made, "dense", "shared") == []
 
 
 def test_a_real_one(command: BenchAblationCommand, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,7 +60,10 @@ def _ratio(name: str, ratio: Ratio | None) -> dict[str, Any]:
 
 
 def trend(runs: Sequence[Run], reference: str, arm: str) -> list[list[float]]:
-    """[FLOPs of the arm, ratio] of its budgets, from small to large: the mean over the seeds where the first arm reaches the loss."""
+    """[FLOPs of the arm, ratio], from few to many: of its budgets, the mean over the seeds where the first arm reaches the loss.
+
+    The last is that at the lowest loss of both, which most often lies between two budgets.
+    """
     found = []
     for budget in sorted({run.budget for run in runs if run.side == arm}):
         logs = []
@@ -70,6 +73,10 @@ def trend(runs: Sequence[Run], reference: str, arm: str) -> list[list[float]]:
                 logs.append(math.log(cost / run.flops))
         if logs:
             found.append([budget, math.exp(fmean(logs))])
+    dear = curves(runs, reference, "flops")
+    if (best := best_ratio(dear, curves(runs, arm, "flops"))) is not None:
+        flops = math.exp(fmean(math.log(cost) for curve in dear if (cost := cost_at(curve, best.loss)))) / best.value
+        found = [point for point in found if point[0] < flops] + [[flops, best.value]]
     return found
 
 

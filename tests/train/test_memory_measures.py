@@ -94,7 +94,8 @@ def test_a_file_holds_moments_as_memory_does(tmp_path: Path, name: Any, moments:
     for step in range(3):
         for model, mine in zip(models, optimizers, strict=True):
             backward(model, step)
-            mine.step(0.5)
+            mine.set_rates(0.5)
+            mine.step()
             mine.zero_grad()
         if step == 1:  # as a checkpoint does
             saved = copy.deepcopy(optimizers[0].state_dict())
@@ -107,15 +108,15 @@ def test_a_file_holds_moments_as_memory_does(tmp_path: Path, name: Any, moments:
 
 
 def test_bf16_moments_stay_close_to_fp32(tmp_path: Path) -> None:
-    models = make(), make(), make()
+    models = make(), make()
     before = [p.detach().clone() for p in models[0].parameters()]
-    kinds = [Optimizers(m, OptimizerConfig(moments=k)) for m, k in zip(models, ("fp32", "bf16", "fp32"), strict=True)]
-    kinds[2].set_rates(0)
+    kinds = [Optimizers(m, OptimizerConfig(moments=k)) for m, k in zip(models, ("fp32", "bf16"), strict=True)]
     for step in range(10):
         for model, mine in zip(models, kinds, strict=True):
             model.zero_grad()
             backward(model, step % 2)
-            mine.step(0.1)
+            mine.set_rates(0.1)
+            mine.step()
     moved = sum(((p - q) ** 2).sum() for p, q in zip(models[0].parameters(), before, strict=True))
     apart = sum(((p - q) ** 2).sum() for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
     assert 0 < apart < 0.05**2 * moved
@@ -130,7 +131,8 @@ def test_updates_in_the_backward_pass_are_those_after_it(name: Any) -> None:
     for step in range(3):
         backward(late, step)
         norm = torch.stack([p.grad.norm() for p in late.parameters() if p.grad is not None]).norm()
-        ours.step(0.5)
+        ours.set_rates(0.5)
+        ours.step()
         ours.zero_grad()
         theirs.set_rates(0.5)
         backward(early, step)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...config import BenchAblationCommand, CorpusConfig
 from ...data import open_corpus
-from ..efficiency.frontier import Ratio, best_ratio, cost_at
+from ..efficiency.frontier import best_ratio, cost_at, figures
 from ..efficiency.runs import Run, Runs, Trainer, curves, only_the_end
 from .picture import draw
 from .studies import Study
@@ -44,19 +44,11 @@ def run_bench(command: BenchAblationCommand, trainer: Trainer | None = None) -> 
 def summarize(study: Study, runs: Sequence[Run]) -> dict[str, Any]:
     """The JSON object. Ratios say how many times an arm's cost the first arm pays for the same loss; null where they do not overlap."""
     result: dict[str, Any] = {"study": study.name, "reference": study.reference, "seeds": len({run.seed for run in runs})}
-    for arm in [arm for arm in study.budgets if arm != study.reference]:
+    for arm in study.others:
         for cost in ("flops", "seconds"):
-            result |= _ratio(f"{arm}_{cost}_ratio", best_ratio(curves(runs, study.reference, cost), curves(runs, arm, cost)))
+            result |= figures(f"{arm}_{cost}_ratio", best_ratio(curves(runs, study.reference, cost), curves(runs, arm, cost)))
         result[f"{arm}_trend"] = trend(runs, study.reference, arm)
     return result | {"runs": [asdict(run) for run in runs]}
-
-
-def _ratio(name: str, ratio: Ratio | None) -> dict[str, Any]:
-    return {
-        name: None if ratio is None else ratio.value,
-        f"{name}_interval": None if ratio is None or ratio.seeds < 2 else [ratio.low, ratio.high],
-        f"{name}_bpb": None if ratio is None else ratio.loss,
-    }
 
 
 def trend(runs: Sequence[Run], reference: str, arm: str) -> list[list[float]]:
@@ -100,7 +92,7 @@ def _print(study: Study, runs: Sequence[Run], result: dict[str, Any]) -> None:
                 f"{fmean(violations):.2f}" if violations else "", str(sum(run.skipped for run in same)),
             )  # fmt: skip
     console.print(table)
-    for arm in [arm for arm in study.budgets if arm != study.reference]:
+    for arm in study.others:
         for cost, unit in (("flops", "FLOPs"), ("seconds", "seconds")):
             console.print(f"{study.labels[arm]}: {_spoken(study, result, f'{arm}_{cost}_ratio', unit)}")
 

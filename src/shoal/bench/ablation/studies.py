@@ -40,6 +40,10 @@ class Study:
     def reference(self) -> str:
         return next(iter(self.budgets))
 
+    @property
+    def others(self) -> list[str]:
+        return list(self.budgets)[1:]
+
     def config(self, arm: str, flops: float) -> TrainConfig:
         """Settings of a run of an arm; steps are what the budget buys."""
         batch = max(1, round(self.batch["at_1e12"] * (flops / 1e12) ** self.batch["power"]))

@@ -12,7 +12,7 @@ from typing import Any
 from ...config import BenchEfficiencyCommand, CorpusConfig, TrainConfig
 from ...data import open_corpus
 from ...plan.rules import NAMES, Point, Rules
-from .frontier import Ratio, best_ratio, bound
+from .frontier import Ratio, best_ratio, bound, figures
 from .picture import draw
 from .runs import Run, Runs, Trainer, curves, only_the_end
 from .search import search
@@ -91,10 +91,7 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
         ("exportable_flops_ratio", "exportable", "flops"), ("exportable_seconds_ratio", "exportable", "seconds"),
     ):  # fmt: skip
         ratio, least = compare(runs, side, cost)
-        result[name] = None if ratio is None else ratio.value
-        result[f"{name}_interval"] = None if ratio is None or ratio.seeds < 2 else [ratio.low, ratio.high]
-        result[f"{name}_bpb"] = None if ratio is None else ratio.loss
-        result[f"{name}_at_least"] = least
+        result |= figures(name, ratio) | {f"{name}_at_least": least}
     return result | {"seeds": len({run.seed for run in runs}), "runs": [asdict(run) for run in runs]}
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 Curve = list[tuple[float, float]]
 """(cost, loss) of every run of one side and one seed."""
@@ -29,6 +30,15 @@ class Ratio:
     loss: float
     """At which the ratio is taken."""
     seeds: int
+
+
+def figures(name: str, ratio: Ratio | None) -> dict[str, Any]:
+    """What a JSON object holds of a ratio called `name`; nulls where there is none, no interval where there is one seed."""
+    return {
+        name: None if ratio is None else ratio.value,
+        f"{name}_interval": None if ratio is None or ratio.seeds < 2 else [ratio.low, ratio.high],
+        f"{name}_bpb": None if ratio is None else ratio.loss,
+    }
 
 
 def lower_hull(curve: Curve) -> Curve:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.bench.made_up_runs import made_up_run
 
 from shoal.bench.ablation.command import run_bench
 from shoal.bench.ablation.studies import Study
@@ -28,21 +29,8 @@ class FakeTrainer:
 
     def __call__(self, config: TrainConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         self.count += 1
-        assert config.steps is not None
-        flops = step_flops(config) * config.steps
         mixture = bool(config.model.n_routed_experts)
-        bpb = 4 - 0.3 * math.log10(flops / 1e11 * (1.8 if mixture else 1)) + 1e-4 * config.seed
-        rows = [{"loss": 1.0, "tokens_per_second": 1e12 * config.tokens_per_step / step_flops(config)}] * config.steps
-        return {
-            "val_bpb": bpb,
-            "train_flops": flops,
-            "tokens": config.tokens_per_step * config.steps,
-            "steps": config.steps,
-            "skipped": 0,
-            "counting_seconds": 0.0,
-            "counted_ngrams": 0,
-            "max_vio": 0.25 if mixture else None,
-        }, rows
+        return made_up_run(config, 1.8 if mixture else 1, 0.25 if mixture else None)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.bench.made_up_runs import made_up_run
 
 from shoal.bench.efficiency.command import BUDGETS, run_bench
 from shoal.bench.efficiency.runs import Runs
@@ -36,19 +37,7 @@ class FakeTrainer:
 
     def __call__(self, config: TrainConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         self.count += 1
-        assert config.steps is not None
-        flops = step_flops(config) * config.steps
-        bpb = 4 - 0.3 * math.log10(flops / 1e11 * self.advantage[side_of(config)]) + 1e-4 * config.seed
-        rows = [{"loss": 1.0, "tokens_per_second": 1e12 * config.tokens_per_step / step_flops(config)}] * config.steps
-        return {
-            "val_bpb": bpb,
-            "train_flops": flops,
-            "tokens": config.tokens_per_step * config.steps,
-            "steps": config.steps,
-            "skipped": 0,
-            "counting_seconds": 0.0,
-            "counted_ngrams": 0,
-        }, rows
+        return made_up_run(config, self.advantage[side_of(config)])
 
 
 @pytest.fixture

@@ -33,7 +33,12 @@ STYLES: dict[str, dict[str, Any]] = {
     "v2": {"scoring_func": "softmax", "topk_method": "group_limited_greedy", "norm_topk_prob": False},
     "v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True, "q_lora_rank": 24, "routed_scaling_factor": 2.5},
 }
-SEEDS = {("v2", "muon"): 13, ("v2", "adamw"): 34, ("v3", "muon"): 1, ("v3", "adamw"): 10}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "muon": {"name": "muon"},
+    "split": {"name": "muon", "muon_split": True},
+    "adamw": {"name": "adamw"},
+}
+SEEDS = {("v2", "muon"): 13, ("v2", "adamw"): 34, ("v3", "muon"): 1, ("v3", "split"): 3, ("v3", "adamw"): 10}
 """Of runs in which one process chooses no expert by a hair (`MARGIN`).
 
 Sums in another order move scores by up to 2e-7. Where two scores are closer than that, a token may go to another expert, with which losses
@@ -48,7 +53,7 @@ def settings(workshop: Path, out: Path, *, style: str = "v3", optimizer: str = "
     """A run of a small model; `changes` that are settings of a layout go there, others to the run."""
     changes.setdefault("seed", SEEDS[style, optimizer])
     layout = {name: changes.pop(name) for name in list(changes) if name in ParallelConfig.__dataclass_fields__}
-    rates = OptimizerConfig(name=optimizer, muon_lr=0.01, adam_lr=0.002, embed_lr=0.005, head_lr=0.002)  # type: ignore[arg-type]
+    rates = OptimizerConfig(**OPTIMIZERS[optimizer], muon_lr=0.01, adam_lr=0.002, embed_lr=0.005, head_lr=0.002)
     return TrainConfig(**{
         "data": (str(workshop / "text.txt"),), "corpus": CorpusConfig(cache=str(workshop / "cache")), "out": str(out), "steps": steps,
         "sequence_length": 24, "batch_size": 16, "eval_every_minutes": 0, "eval_tokens": 512, "precision": "fp32", "device": "cpu",

@@ -12,6 +12,7 @@ from shoal.config import ModelConfig
 
 QUICK: list[tuple[str, str, dict[str, Any]]] = [
     ("v3", "muon", {}),  # FSDP2
+    ("v3", "split", {}),
     ("v3", "muon", {"expert": 2}),
     ("v2", "muon", {"expert": 2, "overlap": True}),
     ("v3", "muon", {"pipeline": 2, "schedule": "zbv"}),

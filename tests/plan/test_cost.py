@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from shoal.config import ModelConfig, UserError
+from shoal.config import ModelConfig, OptimizerConfig, UserError
 from shoal.engine.weights import quantized_scheme
 from shoal.formats.parts import parts_of
 from shoal.kernels.reference import newton_schulz
 from shoal.model import Transformer
 from shoal.plan import cost
 from shoal.plan.models import BUILT_IN
+from shoal.train.optimizer import Optimizers
 
 V3 = BUILT_IN["deepseek-v3"]
 
@@ -194,9 +195,26 @@ def test_newton_schulz_costs_what_torch_counts() -> None:
 def test_newton_schulz_is_counted_on_the_smaller_side_and_for_every_expert() -> None:
     m, n, steps = 20, 64, 5
     assert cost.newton_schulz_flops(n, m, steps) == cost.newton_schulz_flops(m, n, steps) == steps * (4 * m * m * n + 2 * m**3)
-    more = cost.optimizer_flops(replace(TINY, n_routed_experts=16), steps) - cost.optimizer_flops(TINY, steps)
+    muon = OptimizerConfig(muon_steps=steps)
+    more = cost.optimizer_flops(replace(TINY, n_routed_experts=16), muon) - cost.optimizer_flops(TINY, muon)
     moe_layers = 2 + 1
     assert more == 8 * moe_layers * 3 * cost.newton_schulz_flops(20, 64, steps)
+    assert cost.optimizer_flops(TINY, OptimizerConfig(name="adamw")) == 0
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "llama"])
+@pytest.mark.parametrize("split", [False, True])
+def test_muon_costs_what_torch_counts(monkeypatch: pytest.MonkeyPatch, model_type: str, split: bool) -> None:
+    """With Newton-Schulz's products taken by torch, which its counter sees."""
+    config = replace(TINY, model_type=model_type, num_nextn_predict_layers=0)
+    model = Transformer(config)
+    optimizers = Optimizers(model, OptimizerConfig(muon_split=split))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    monkeypatch.setattr("shoal.train.muon.newton_schulz", newton_schulz)
+    with FlopCounterMode(display=False) as counter:
+        optimizers.step()
+    assert counter.get_total_flops() == cost.optimizer_flops(config, OptimizerConfig(muon_split=split))
 
 
 def test_quantized_checkpoints_shrink_and_partial_blocks_have_scales() -> None:

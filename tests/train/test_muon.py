@@ -83,6 +83,29 @@ def test_an_expert_is_updated_as_if_it_stood_alone() -> None:
     torch.testing.assert_close(stack.detach()[1], alone.detach(), rtol=1e-9, atol=1e-9)
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.integers(1, 3), st.integers(1, 7), st.integers(0, 2**31))
+def test_blocks_of_rows_are_updated_as_if_they_were_matrices(blocks: list[int], alike: int, columns: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    params = [nn.Parameter(torch.randn(sum(blocks), columns, dtype=torch.float64)) for _ in range(alike)]
+    whole = nn.Parameter(torch.randn(sum(blocks), columns, dtype=torch.float64))  # of the same shape, but one matrix
+    alone = [nn.Parameter(part.clone()) for p in params for part in p.detach().split(blocks)] + [nn.Parameter(whole.detach().clone())]
+    split, single = (
+        Muon([*params, whole], LR, MOMENTUM, STEPS, DECAY, blocks={id(p): tuple(blocks) for p in params}),
+        Muon(alone, LR, MOMENTUM, STEPS, DECAY),
+    )
+    for _ in range(2):
+        gradients = set_gradients([*params, whole], seed)
+        parts = [part for gradient in gradients[:-1] for part in gradient.split(blocks)] + gradients[-1:]
+        for p, gradient in zip(alone, parts, strict=True):
+            p.grad = gradient
+        split.step()
+        single.step()
+    got = [part for p in params for part in p.detach().split(blocks)] + [whole.detach()]
+    for part, expected in zip(got, alone, strict=True):
+        torch.testing.assert_close(part, expected.detach(), rtol=1e-9, atol=1e-9)
+
+
 def test_muon_goes_on_from_its_state_dict_to_the_bit() -> None:
     params = parameters(1, torch.float32)
     muon = Muon(params, LR, MOMENTUM, STEPS, DECAY)
@@ -120,6 +143,35 @@ KINDS: dict[str, dict[str, Any]] = {
     "tied": {**V3, "tie_word_embeddings": True},
     "dense": {**V3, "n_routed_experts": None},
 }
+
+
+def test_a_head_has_as_many_rows_as_its_queries_keys_and_values_take() -> None:
+    heads = {kind: ModelConfig(**KINDS[kind]).head_rows for kind in ("v3", "dense", "llama")}
+    assert heads["v3"]("q_b_proj") == heads["dense"]("q_proj") == (4, 4, 4, 4)
+    assert heads["v3"]("kv_a_proj_with_mqa") == (8, 4)
+    assert heads["v3"]("kv_b_proj") == (4, 4, 4, 4)
+    assert (heads["llama"]("q_proj"), heads["llama"]("k_proj"), heads["llama"]("v_proj")) == ((8, 8), (8,), (8,))
+    assert heads["v3"]("q_a_proj") is heads["llama"]("o_proj") is heads["v3"]("down_proj") is None
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_with_muon_split_every_head_is_orthogonal_by_itself(kind: str) -> None:
+    model = make(kind)
+    optimizers = Optimizers(model, OptimizerConfig(muon_lr=1.0, muon_split=True, weight_decay=0.0))
+    optimizers.set_rates(1.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizers.step()
+    seen = 0
+    for name, p in model.named_parameters():
+        blocks = model.config.head_rows(name.split(".")[-2]) if p.ndim == 2 else None
+        for part in (before[name] - p.detach()).split(blocks) if blocks else ():
+            spread = torch.linalg.svdvals(part / 0.2 / max(part.shape) ** 0.5)
+            assert spread.min() > 0.6, name  # Newton-Schulz' five steps bring them near 1, no nearer
+            assert spread.max() < 1.3, name
+            seen += 1
+    assert seen
 
 
 def make(kind: str) -> Transformer:

@@ -125,11 +125,10 @@ def _in_turns(contestants: list[Contestant], batches: list[torch.Tensor], rounds
     return seconds
 
 
-def step_flops(command: BenchTrainCommand, optimizer: str) -> float:
+def step_flops(command: BenchTrainCommand, optimizer: OptimizerConfig) -> float:
     """FLOPs of one training step of the shape, Newton-Schulz included."""
     per_token = flops_per_token(SHAPE, command.sequence_length, training=True).total
-    extra = optimizer_flops(SHAPE, OptimizerConfig().muon_steps) if optimizer == "muon" else 0
-    return per_token * command.batch_size * command.sequence_length + extra
+    return per_token * command.batch_size * command.sequence_length + optimizer_flops(SHAPE, optimizer)
 
 
 def _result(contestants: list[Contestant], rates: list[float], machine: Machine, command: BenchTrainCommand) -> dict[str, Any]:
@@ -140,7 +139,7 @@ def _result(contestants: list[Contestant], rates: list[float], machine: Machine,
         "shoal_adamw_tokens_per_second": adamw,
         "precision": machine.precision,
         "peak_flops": machine.peak_flops,
-        "peak_share": muon / tokens * step_flops(command, "muon") / machine.peak_flops,
+        "peak_share": muon / tokens * step_flops(command, OptimizerConfig()) / machine.peak_flops,
     }
     peers = list(zip(contestants[2:], rates[2:], strict=True))
     if peers:

@@ -154,6 +154,23 @@ class ModelConfig:
     def value_head_dim(self) -> int:
         return self.v_head_dim if self.uses_mla else self.qk_head_dim
 
+    def head_rows(self, matrix: str) -> tuple[int, ...] | None:
+        """Rows of the matrices that an attention's projection, called `matrix`, puts on top of each other; None for any other one.
+
+        Each is what one head has for one purpose: its non-rotary and rotary queries, its keys, its values.
+        """
+        heads = self.num_attention_heads
+        if not self.uses_mla:
+            counts = {"q_proj": heads, "k_proj": self.kv_heads, "v_proj": self.kv_heads}
+            return (self.qk_head_dim,) * counts[matrix] if matrix in counts else None
+        queries = (self.qk_nope_head_dim, self.qk_rope_head_dim) * heads
+        return {
+            "q_proj": queries,
+            "q_b_proj": queries,
+            "kv_a_proj_with_mqa": (self.kv_lora_rank, self.qk_rope_head_dim),
+            "kv_b_proj": (self.qk_nope_head_dim, self.v_head_dim) * heads,
+        }.get(matrix)
+
     @property
     def kv_heads(self) -> int:
         return self.num_key_value_heads or self.num_attention_heads

@@ -54,6 +54,8 @@ class OptimizerConfig:
     muon_momentum: float = 0.95
     muon_steps: int = 5
     """Newton-Schulz iterations."""
+    muon_split: bool = False
+    """Orthogonalise what each head has of the attention's matrices by itself (Muon Split: GLM-5, 2026), as experts are."""
     adam_lr: float = 0.004
     """Router, norms, and with name = adamw everything that has no rate of its own."""
     embed_lr: float = 0.02

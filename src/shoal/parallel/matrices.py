@@ -12,6 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+Work = Callable[[list[Tensor], list[int]], list[Tensor]]
+"""Of the matrices that this process owns, and which they are of all, to as many of the same shapes."""
+
 
 class SplitMatrices:
     """Exchanges rows of matrices between the processes of `group`, which hold equal runs of rows, the last ones fewer or none."""
@@ -38,8 +41,8 @@ class SplitMatrices:
             load[owners[i]] += shapes[i][0] * shapes[i][1] * min(shapes[i])
         return owners
 
-    def apply(self, parts: list[Tensor], shapes: list[tuple[int, ...]], work: Callable[[list[Tensor]], list[Tensor]]) -> list[Tensor]:
-        """The same rows of `work(matrices)` as `parts` are of the matrices of `shapes`; `work` sees those that this process owns."""
+    def apply(self, parts: list[Tensor], shapes: list[tuple[int, ...]], work: Work) -> list[Tensor]:
+        """The same rows of what `work` makes of the matrices of `shapes` as `parts` are of them."""
         owners = self.owners(shapes)
         order = sorted(range(len(parts)), key=lambda i: owners[i])  # as values leave
         mine = [i for i in order if owners[i] == self.rank]
@@ -51,7 +54,7 @@ class SplitMatrices:
         dist.all_to_all_single(arrived, flat, [sum(c) for c in counts], leaving, group=self.group)
         runs = [run.split(count) for run, count in zip(arrived.split([sum(c) for c in counts]), counts, strict=True)]
         matrices = [torch.cat([runs[p][k] for p in range(self.size)]).view(shapes[i]) for k, i in enumerate(mine)]
-        done = work(matrices) if matrices else []
+        done = work(matrices, mine) if mine else []
         pieces = [m.flatten().split([counts[p][k] for p in range(self.size)]) for k, m in enumerate(done)]
         back = torch.cat([pieces[k][p] for p in range(self.size) for k in range(len(mine))]) if mine else flat.new_empty(0)
         home = torch.empty_like(flat)

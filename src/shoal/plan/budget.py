@@ -9,7 +9,7 @@ from .cost import flops_per_token, optimizer_flops
 def step_flops(config: TrainConfig) -> float:
     """FLOPs of one optimizer step: 3 times the forward pass of all its tokens, with multi-token prediction, and Newton-Schulz."""
     passes = flops_per_token(config.model, config.sequence_length, training=True).total * config.tokens_per_step
-    return passes + (optimizer_flops(config.model, config.optimizer.muon_steps) if config.optimizer.name == "muon" else 0)
+    return passes + optimizer_flops(config.model, config.optimizer)
 
 
 def steps_for(config: TrainConfig, flops: float) -> int:

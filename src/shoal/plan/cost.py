@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from math import ceil
 
-from shoal.config import ModelConfig, UserError
+from shoal.config import ModelConfig, OptimizerConfig, UserError
 from shoal.config.model import REPEAT_LENGTHS, REPEAT_STATES
 
 
@@ -325,14 +325,16 @@ def newton_schulz_flops(rows: int, columns: int, steps: int) -> int:
     return steps * (4 * m * m * n + 2 * m**3)
 
 
-def optimizer_flops(model: ModelConfig, steps: int) -> int:
-    """FLOPs of Muon's orthogonalisation in one optimizer step: all hidden matrices, every expert for itself."""
-    matrices = [*main_matrices(model), *mtp_matrices(model)]
-    return sum(
-        matrix.stored * newton_schulz_flops(matrix.out_features, matrix.in_features, steps)
-        for matrix in matrices
-        if matrix.part in HIDDEN_PARTS
-    )
+def optimizer_flops(model: ModelConfig, optimizer: OptimizerConfig) -> int:
+    """FLOPs of Muon's orthogonalisation in one optimizer step: all hidden matrices, every expert (with `muon_split` head) for itself."""
+    if optimizer.name != "muon":
+        return 0
+    flops = 0
+    for matrix in [*main_matrices(model), *mtp_matrices(model)]:
+        if matrix.part in HIDDEN_PARTS:
+            blocks = (model.head_rows(matrix.name) if optimizer.muon_split else None) or (matrix.out_features,)
+            flops += matrix.stored * sum(newton_schulz_flops(rows, matrix.in_features, optimizer.muon_steps) for rows in blocks)
+    return flops
 
 
 def kv_bytes_per_token(model: ModelConfig, number_format: str = "bf16") -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from shoal.config import ModelConfig
+from shoal.config import ModelConfig, OptimizerConfig
 
 from .assumptions import Assumptions
 from .check import TOLERANCE, Comparison
@@ -83,9 +83,10 @@ def flops_table(training: Flops, inference: Flops, model: ModelConfig, sequence_
     rows.append(("main model", f"{training.main / 1e9:.3f}", f"{inference.main / 1e9:.3f}"))
     if training.mtp:
         rows.append(("with multi-token prediction", f"{training.total / 1e9:.3f}", ""))
+    orthogonalisation = optimizer_flops(model, OptimizerConfig(muon_steps=NEWTON_SCHULZ_STEPS))
     note = (
         "attention is causal: a mean context of (T + 1) / 2; training is 3 x forward. Muon's Newton-Schulz "
-        f"({NEWTON_SCHULZ_STEPS} iterations) adds {count(optimizer_flops(model, NEWTON_SCHULZ_STEPS))}FLOP per optimizer step"
+        f"({NEWTON_SCHULZ_STEPS} iterations) adds {count(orthogonalisation)}FLOP per optimizer step"
     )
     return Table(f"GFLOPs per token at sequence length {sequence_length}", ("part", "training", "inference"), rows, note)
 

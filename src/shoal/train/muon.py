@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ the cache and in memory that malloc keeps."""
 class Muon(Uncompiled):
     """For matrices `[m, n]` and stacks of them `[E, m, n]` (each expert's matrix is orthogonalised by itself).
 
-    Weight decay is decoupled. All matrices of one shape are processed in batches.
+    Weight decay is decoupled. All matrices of one shape and division are processed in batches.
     """
 
     def __init__(
@@ -37,10 +37,15 @@ class Muon(Uncompiled):
         weight_decay: float,
         split: SplitMatrices | None = None,
         moments: Moments | None = None,
+        blocks: Mapping[int, tuple[int, ...]] | None = None,
     ) -> None:
-        """`split` knows which of `params` are some rows of a matrix, and where the others are."""
+        """`split` knows which of `params` are some rows of a matrix, and where the others are.
+
+        `blocks`: by the `id` of a parameter, how many rows each of the matrices has that it consists of; others are one matrix.
+        """
         super().__init__(params, {"lr": lr, "momentum": momentum, "steps": steps, "weight_decay": weight_decay})
         self._split = split
+        self._blocks = blocks or {}
         self._moments = moments or Moments()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -54,11 +59,11 @@ class Muon(Uncompiled):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            by_shape: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
+            alike: dict[tuple, list[Tensor]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None and (self._split is None or self._split.shape(p) is None):
-                    by_shape[tuple(p.shape[-2:])].append(p)
-            for same in by_shape.values():
+                    alike[p.shape[-2:], self._blocks.get(id(p))].append(p)
+            for same in alike.values():
                 for batch in _batches(same):
                     self._update(batch, group)
             if self._split is not None:
@@ -70,7 +75,7 @@ class Muon(Uncompiled):
         directions = torch.empty(sum(counts), rows, columns, dtype=params[0].dtype, device=params[0].device)
         for p, direction in zip(params, directions.split(counts), strict=True):
             self._direction(p, group, direction.view(p.shape))
-        updates = newton_schulz(directions.bfloat16() if directions.is_cuda else directions, group["steps"])
+        updates = _orthogonal(directions, self._blocks.get(id(params[0])), group["steps"])
         for p, update in zip(params, updates.split(counts), strict=True):
             _apply(p, update, (rows, columns), group)
 
@@ -83,7 +88,9 @@ class Muon(Uncompiled):
         for p, direction in zip(params, directions, strict=True):
             self._direction(p, group, direction)
         shapes = [shape for p in params if (shape := split.shape(p)) is not None]
-        for p, update, shape in zip(params, split.apply(directions, shapes, lambda m: _orthogonal(m, group["steps"])), shapes, strict=True):
+        blocks = [self._blocks.get(id(p)) for p in params]
+        updates = split.apply(directions, shapes, lambda matrices, which: _each(matrices, [blocks[i] for i in which], group["steps"]))
+        for p, update, shape in zip(params, updates, shapes, strict=True):
             _apply(p, update, shape, group)
 
     def _direction(self, p: Tensor, group: dict, out: Tensor) -> None:
@@ -106,17 +113,37 @@ def _apply(p: Tensor, update: Tensor, shape: tuple[int, ...], group: dict) -> No
     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.reshape(p.shape), alpha=scale)
 
 
-def _orthogonal(matrices: list[Tensor], steps: int) -> list[Tensor]:
-    """Newton-Schulz of each, those of one shape together."""
+def _each(matrices: list[Tensor], blocks: list[tuple[int, ...] | None], steps: int) -> list[Tensor]:
+    """`_orthogonal` of each, alike ones together."""
     results = list(matrices)
-    by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    alike: dict[tuple, list[int]] = defaultdict(list)
     for i, matrix in enumerate(matrices):
-        by_shape[tuple(matrix.shape)].append(i)
-    for same in by_shape.values():
-        stack = torch.stack([matrices[i] for i in same])
-        for i, update in zip(same, newton_schulz(stack.bfloat16() if stack.is_cuda else stack, steps), strict=True):
+        alike[matrix.shape, blocks[i]].append(i)
+    for (_, same_blocks), same in alike.items():
+        updates = _orthogonal(torch.stack([matrices[i] for i in same]), same_blocks, steps)
+        for i, update in zip(same, updates, strict=True):
             results[i] = update.to(matrices[i].dtype)
     return results
+
+
+def _orthogonal(matrices: Tensor, blocks: tuple[int, ...] | None, steps: int) -> Tensor:
+    """Newton-Schulz of each of `matrices [K, m, n]`, or of each block of their rows: `blocks` sum to m.
+
+    Blocks are scaled so that their updates, too, have the root mean square that `_apply` gives.
+    """
+    if matrices.is_cuda:
+        matrices = matrices.bfloat16()
+    if blocks is None:
+        return newton_schulz(matrices, steps)
+    rows, columns = matrices.shape[-2:]
+    parts = list(matrices.split(blocks, dim=1))
+    for size in set(blocks):
+        places = [i for i, block in enumerate(blocks) if block == size]
+        updates = newton_schulz(torch.stack([parts[i] for i in places], dim=1).flatten(0, 1), steps).unflatten(0, (-1, len(places)))
+        updates *= (max(size, columns) / max(rows, columns)) ** 0.5
+        for i, update in zip(places, updates.unbind(1), strict=True):
+            parts[i] = update
+    return torch.cat(parts, dim=1)
 
 
 def _batches(params: list[Tensor]) -> Iterable[list[Tensor]]:

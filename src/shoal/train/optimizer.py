@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..config import OptimizerConfig
+from ..config import ModelConfig, OptimizerConfig
 from ..model import Transformer
 from ..model.convolution import ShortConvolution
 from ..model.layers import TokenTable
@@ -53,7 +53,9 @@ class Optimizers:
         self.all: list[Muon | OneByOne | AdamW] = []
         if config.name == "muon":
             split = _split_matrices(pieces[0], shards)
-            self.all.append(Muon(muon, config.muon_lr, config.muon_momentum, config.muon_steps, config.weight_decay, split, moments))
+            blocks = _blocks(pieces[0], model.config) if config.muon_split else None
+            rates = (config.muon_lr, config.muon_momentum, config.muon_steps, config.weight_decay)
+            self.all.append(Muon(muon, *rates, split, moments, blocks))
         else:
             groups.append({"params": hidden, "lr": config.adam_lr, "weight_decay": config.weight_decay})
         groups = [group for group in groups if group["params"]]
@@ -120,3 +122,9 @@ def clip_gradients(shards: Shards, limit: float) -> Tensor:
 def _split_matrices(hidden: list[Piece], shards: Shards) -> SplitMatrices | None:
     cut = {id(piece.local): piece.shape for piece in hidden if piece.is_split_matrix}
     return SplitMatrices(shards.team.data_mesh.get_group(), cut) if cut else None
+
+
+def _blocks(hidden: list[Piece], model: ModelConfig) -> dict[int, tuple[int, ...]]:
+    """Rows of each of the matrices that a parameter consists of, where there are several."""
+    rows = {id(piece.local): model.head_rows(piece.name.split(".")[-2]) for piece in hidden}
+    return {piece: blocks for piece, blocks in rows.items() if blocks is not None}

@@ -124,7 +124,7 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
     config, model, at, team, shards = state.config, state.model, state.counters, state.team, state.shards
     budget = Budget.of(config)
     flops = flops_per_token(config.model, config.sequence_length, training=True)
-    step_flops = optimizer_flops(config.model, config.optimizer.muon_steps) if config.optimizer.name == "muon" else 0
+    step_flops = optimizer_flops(config.model, config.optimizer)
     bytes_per_token = state.data.train.num_bytes / state.data.train.num_tokens
     skipped_in_a_row = 0
     if team.is_first:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -102,11 +103,10 @@ def run_bench(command: BenchEngineCommand) -> dict[str, Any]:
 def _turn(sides: list[Side], wanted: list[Measurement], vocabulary: int, draw: random.Random, figures: Figures) -> None:
     """Every measurement once on every side; a shared machine changes its speed over minutes: in turns, all see the same."""
     prefix = [draw.randrange(vocabulary) for _ in range(PROMPT)]
+    figures.bandwidth.append(read_bandwidth())
     for measurement in wanted:
         ids = [[draw.randrange(vocabulary) for _ in range(measurement.sequences)] for _ in range(measurement.steps)]
-        for i, side in enumerate(sides):
-            # What the machine can read changes within minutes where others share its memory.
-            around = [read_bandwidth()] if i == 0 else []
+        for side in sides:
             if measurement.steps:
                 reply = side.ask("decode", prefix=prefix, context=measurement.context, ids=ids, warm=WARM)
                 tokens = measurement.sequences
@@ -114,14 +114,15 @@ def _turn(sides: list[Side], wanted: list[Measurement], vocabulary: int, draw: r
                 reply, tokens = side.ask("prefill", ids=prefix), PROMPT
             rates = figures.rates.setdefault(measurement.name, {}).setdefault(side.name, [])
             rates.append(tokens / statistics.median(reply["seconds"]))
-            if i == 0:
-                around.append(read_bandwidth())
-                figures.bandwidth += around
-                if measurement.steps and measurement.sequences == 1 and bytes_read(side, measurement) > OUT_OF_CACHE:
-                    share = rates[-1] * bytes_read(side, measurement) / statistics.mean(around)
-                    figures.shares.setdefault(measurement.name, []).append(share)
             if measurement.name == "decode" and side.name not in figures.memory:
                 figures.memory[side.name] = side.memory()
+        if measurement.steps and measurement.sequences == 1 and (size := bytes_read(sides[0], measurement)) > OUT_OF_CACHE:
+            # What the machine can read changes within seconds where others share its memory: step by step, both are under one roof.
+            reply = sides[0].ask("decode_and_read", prefix=prefix, context=measurement.context, ids=ids, warm=WARM)
+            figures.bandwidth.append(statistics.median(reply["bandwidth"]))
+            around = map(statistics.mean, pairwise(reply["bandwidth"]))
+            shares = [size / seconds / bandwidth for seconds, bandwidth in zip(reply["seconds"], around, strict=True)]
+            figures.shares.setdefault(measurement.name, []).append(statistics.median(shares))
 
 
 def bytes_read(shoal: Side, measurement: Measurement) -> float:

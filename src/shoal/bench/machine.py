@@ -18,16 +18,24 @@ READ_BYTES = 1 << 29
 REPEATS = 9
 
 
-def read_bandwidth() -> float:
-    """Bytes per second that all of torch's threads together read from memory in large pages: a median, as the sides' rates are."""
-    source = large_pages(READ_BYTES).view(torch.int64)
-    source.fill_(1)
-    seconds = []
-    for _ in range(REPEATS):
+class Reader:
+    """Reads memory in large pages with all of torch's threads."""
+
+    def __init__(self) -> None:
+        self._source = large_pages(READ_BYTES).view(torch.int64)
+        self._source.fill_(1)
+
+    def rate(self) -> float:
+        """Bytes per second, once."""
         began = time.perf_counter()
-        source.sum()
-        seconds.append(time.perf_counter() - began)
-    return READ_BYTES / statistics.median(seconds)
+        self._source.sum()
+        return READ_BYTES / (time.perf_counter() - began)
+
+
+def read_bandwidth() -> float:
+    """Bytes per second that can be read from memory: a median, as the sides' rates are."""
+    reader = Reader()
+    return statistics.median(reader.rate() for _ in range(REPEATS))
 
 
 def product_peaks() -> dict[str, float]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from loop import serve
 
+from shoal.bench.machine import Reader
 from shoal.config import EngineOptions, SamplingOptions
 from shoal.engine import Engine
 from shoal.engine.native import NativeRunner
@@ -23,6 +24,8 @@ from shoal.kernels.packed import PackedMatrix
 
 MARGIN = 256
 """Positions beyond the context of a case, for the tokens that it decodes."""
+PAUSE = 0.005
+"""Seconds in which torch's threads, which have read, go to sleep: a core that waits busily is not free for a step."""
 
 
 class Side:
@@ -65,13 +68,29 @@ class Side:
         return {"seconds": [time.perf_counter() - began]}
 
     def decode(self, prefix: list[int], context: int, ids: list[list[int]], warm: int) -> dict[str, Any]:
-        sequences = len(ids[0])
+        tables = self.hold(prefix, context, len(ids[0]))
+        self.steps(ids[:warm], context, tables)
+        return {"seconds": self.steps(ids, context, tables)}
+
+    def decode_and_read(self, prefix: list[int], context: int, ids: list[list[int]], warm: int) -> dict[str, Any]:
+        """`decode`, and `bandwidth`: what can be read from memory before the first step and after each."""
+        tables = self.hold(prefix, context, len(ids[0]))
+        self.steps(ids[:warm], context, tables)
+        reader = Reader()
+        seconds, bandwidth = [], [reader.rate()]
+        for step, row in enumerate(ids):
+            time.sleep(PAUSE)
+            seconds += self.steps([row], context + step, tables)
+            bandwidth.append(reader.rate())
+        return {"seconds": seconds, "bandwidth": bandwidth}
+
+    def hold(self, prefix: list[int], context: int, sequences: int) -> list[np.ndarray]:
+        """Page tables of so many sequences, which hold `context` positions from now on."""
         pages = -(-(context + MARGIN) // PAGE)
         self.make_room(sequences * pages * PAGE)
         tables = [np.arange(pages, dtype=np.int32) + s * pages for s in range(sequences)]
         self.fill(prefix, context, tables)
-        self.steps(ids[:warm], context, tables)
-        return {"seconds": self.steps(ids, context, tables)}
+        return tables
 
     def fill(self, prefix: list[int], context: int, tables: list[np.ndarray]) -> None:
         """Let every sequence hold `context` positions: the cache of `prefix`, computed once, over and over again."""
@@ -142,4 +161,4 @@ def weight_bytes(weights: Weights) -> float:
 
 if __name__ == "__main__":
     side = Side()
-    serve({name: getattr(side, name) for name in ("load", "prefill", "decode", "answer")})
+    serve({name: getattr(side, name) for name in ("load", "prefill", "decode", "decode_and_read", "answer")})

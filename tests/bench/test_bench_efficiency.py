@@ -105,6 +105,19 @@ def test_every_budget_is_spent_and_every_side_is_what_it_says(name: str, scale: 
         assert config.schedule.name == ("cosine" if name == "baseline" else config.schedule.name)
 
 
+def test_a_teacher_has_less_to_say_the_more_a_model_can_learn_itself() -> None:
+    shares = [Rules.load("exportable").config(flops).teacher.share for flops in (1e10, 1e12, 1e13, 1e14, 1e18)]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] == 0.95
+    assert 0 < shares[-1] < 0.05
+
+
+def test_an_expert_is_half_as_wide_as_the_model() -> None:
+    for flops in (1e10, 1e12, 1e15):
+        model = Rules.load("exportable").config(flops).model
+        assert 2 * model.moe_intermediate_size == model.hidden_size
+
+
 def test_all_sides_share_tokens_tokenizer_and_length() -> None:
     shared = {(c.sequence_length, c.model.vocab_size, c.eval_tokens, c.precision) for c in (Rules.load(s).config(1e12) for s in NAMES)}
     assert len(shared) == 1

@@ -1,9 +1,10 @@
 """From a budget of FLOPs to the settings of a run.
 
 `recipes/rules/NAME.toml` holds `[settings]` of `shoal train` and a `[rule]` for width, layers, batch and rate (and
-`count_order`, where n-grams are counted): `at_1e12` times (FLOPs / 1e12) to the `power`. Width is rounded to heads, the
-others to whole numbers; `rate` multiplies the learning rates that `[settings.optimizer]` names. The evidence behind the
-numbers is in docs/experiments.md; all rules were tuned by the same steps (`bench/efficiency/search.py`).
+`count_order` and `teacher_share`, where n-grams are counted): `at_1e12` times (FLOPs / 1e12) to the `power`. Width is rounded to
+heads, layers, batch and order to whole numbers; an expert is half as wide as the model; `rate` multiplies the learning rates
+that `[settings.optimizer]` names. The evidence behind the numbers is in docs/experiments.md; all rules were tuned by the same
+steps (`bench/efficiency/search.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ HEAD = 16
 SHARE_OF_PEAK = 0.3
 """Of a machine's products, what training small models reaches, roughly: shapes depend on it but little."""
 LEAST_FLOPS = 1e9
+MOST_TAUGHT = 0.95
+"""Weight of a teacher in the targets, at most."""
 RATES = ("adam_lr", "embed_lr", "head_lr", "muon_lr")
 
 
@@ -82,11 +85,14 @@ class Rules:
                     "num_hidden_layers": max(1, round(point.layers)),
                     "num_attention_heads": heads,
                     "intermediate_size": round(width / 3) * 8,
+                    "moe_intermediate_size": width // 2,
                 },
             },
         )
         if (order := self.rules.get("count_order")) is not None:
             table["model"]["count_order"] = min(max(1, round(_at(order, flops))), LONGEST_NGRAM)
+        if (share := self.rules.get("teacher_share")) is not None:
+            table["teacher"]["share"] = min(_at(share, flops), MOST_TAUGHT)
         optimizer = table["optimizer"]
         optimizer.update({name: optimizer[name] * point.rate for name in RATES if name in optimizer})
         config = from_table(TrainConfig, table, f"the rules of {self.name}")

@@ -11,14 +11,14 @@ from ..efficiency.runs import Run
 from ..pictures import new_figure, save
 from .studies import Study
 
-COLOURS = ("#7a7f87", "#e2734f", "#35a7c9")
+COLOURS = ("#7a7f87", "#e2734f", "#35a7c9", "#7c5cc4")
 
 
 def draw(study: Study, runs: Sequence[Run], result: dict[str, Any], path: Path) -> None:
     """Write the picture. Raises `UserError` where matplotlib is missing or the file cannot be written."""
     figure = new_figure(11, 4.6)
     left, right = figure.subplots(1, 2)
-    for (arm, label), colour in zip(study.labels.items(), COLOURS, strict=False):
+    for (arm, label), colour in zip(study.labels.items(), COLOURS[: len(study.labels)], strict=True):
         mine = [run for run in runs if run.side == arm]
         left.plot([run.flops for run in mine], [run.bpb for run in mine], "o", ms=4, alpha=0.5, color=colour)
         means = [

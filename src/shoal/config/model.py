@@ -157,7 +157,8 @@ class ModelConfig:
     def head_rows(self, matrix: str) -> tuple[int, ...] | None:
         """Rows of the matrices that an attention's projection, called `matrix`, puts on top of each other; None for any other one.
 
-        Each is what one head has for one purpose: its non-rotary and rotary queries, its keys, its values.
+        Each is what one head has for one purpose: its non-rotary or rotary queries, its keys, its values; of MLA's down-projection what
+        makes the latent, and what makes the rotary key.
         """
         heads = self.num_attention_heads
         if not self.uses_mla:

@@ -33,7 +33,7 @@ class Stub:
 
     def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
         self.asked.append((op, arguments))
-        if op == "decode_and_read":  # on a machine that slows down, which halves with every step
+        if op == "decode_and_read":  # on a machine whose speed halves with every step
             steps = len(arguments["ids"])
             return {"seconds": [self.seconds * 2**i for i in range(steps)], "bandwidth": [2e10 / 2**i for i in range(steps + 1)]}
         return {"seconds": [self.seconds] * len(arguments["ids"]) if op == "decode" else [self.seconds]}

@@ -117,7 +117,7 @@ def _turn(sides: list[Side], wanted: list[Measurement], vocabulary: int, draw: r
             if measurement.name == "decode" and side.name not in figures.memory:
                 figures.memory[side.name] = side.memory()
         if measurement.steps and measurement.sequences == 1 and (size := bytes_read(sides[0], measurement)) > OUT_OF_CACHE:
-            # What the machine can read changes within seconds where others share its memory: step by step, both are under one roof.
+            # What the machine can read changes within seconds where others share its memory: step by step, both see the same.
             reply = sides[0].ask("decode_and_read", prefix=prefix, context=measurement.context, ids=ids, warm=WARM)
             figures.bandwidth.append(statistics.median(reply["bandwidth"]))
             around = map(statistics.mean, pairwise(reply["bandwidth"]))

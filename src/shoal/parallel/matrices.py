@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Work = Callable[[list[Tensor], list[int]], list[Tensor]]
-"""Of the matrices that this process owns, and which they are of all, to as many of the same shapes."""
+"""From the matrices that this process owns, and their numbers among all of them, to as many of the same shapes."""
 
 
 class SplitMatrices:

@@ -17,7 +17,6 @@ from shoal.config.recipes import load_recipe
 from . import check, report
 from .assumptions import Assumptions
 from .cost import (
-    NEWTON_SCHULZ_STEPS,
     NUMBER_FORMATS,
     checkpoint_bytes,
     count_parameters,
@@ -250,7 +249,7 @@ def _cost(name: str | None, model: ModelConfig, sequence_length: int, tables: li
         train_flops_per_token_with_mtp=training.total,
         train_flops_by_part=asdict(training),
         inference_flops_per_token=inference.total,
-        newton_schulz_flops_per_step=optimizer_flops(model, OptimizerConfig(muon_steps=NEWTON_SCHULZ_STEPS)),
+        newton_schulz_flops_per_step=optimizer_flops(model, OptimizerConfig()),
         kv_bytes_per_token=kv_bytes_per_token(model),
         kv_bytes_per_token_fp8=kv_bytes_per_token(model, "fp8"),
         checkpoint_bytes={name: checkpoint_bytes(model, numbers) for name, numbers in NUMBER_FORMATS.items()},

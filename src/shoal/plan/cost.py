@@ -138,7 +138,7 @@ NUMBER_FORMATS = {
 QUANTIZED_PARTS = ("attention", "dense_ffn", "routed_experts", "shared_experts")
 """Parts that fp8, int8 and int4 apply to. In FP8 models embedding, head, router, norms and `eh_proj` stay in BF16 (V3 report, 3.3)."""
 
-NEWTON_SCHULZ_STEPS = 5
+NEWTON_SCHULZ_STEPS = OptimizerConfig().muon_steps
 """Iterations of Muon's orthogonalisation, where a plan is not told otherwise."""
 
 HIDDEN_PARTS = (*QUANTIZED_PARTS, "mtp_projection")

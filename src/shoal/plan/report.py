@@ -83,7 +83,7 @@ def flops_table(training: Flops, inference: Flops, model: ModelConfig, sequence_
     rows.append(("main model", f"{training.main / 1e9:.3f}", f"{inference.main / 1e9:.3f}"))
     if training.mtp:
         rows.append(("with multi-token prediction", f"{training.total / 1e9:.3f}", ""))
-    orthogonalisation = optimizer_flops(model, OptimizerConfig(muon_steps=NEWTON_SCHULZ_STEPS))
+    orthogonalisation = optimizer_flops(model, OptimizerConfig())
     note = (
         "attention is causal: a mean context of (T + 1) / 2; training is 3 x forward. Muon's Newton-Schulz "
         f"({NEWTON_SCHULZ_STEPS} iterations) adds {count(orthogonalisation)}FLOP per optimizer step"

@@ -68,14 +68,12 @@ class Side:
         return {"seconds": [time.perf_counter() - began]}
 
     def decode(self, prefix: list[int], context: int, ids: list[list[int]], warm: int) -> dict[str, Any]:
-        tables = self.hold(prefix, context, len(ids[0]))
-        self.steps(ids[:warm], context, tables)
+        tables = self.ready(prefix, context, ids, warm)
         return {"seconds": self.steps(ids, context, tables)}
 
     def decode_and_read(self, prefix: list[int], context: int, ids: list[list[int]], warm: int) -> dict[str, Any]:
         """`decode`, and `bandwidth`: what can be read from memory before the first step and after each."""
-        tables = self.hold(prefix, context, len(ids[0]))
-        self.steps(ids[:warm], context, tables)
+        tables = self.ready(prefix, context, ids, warm)
         reader = Reader()
         seconds, bandwidth = [], [reader.rate()]
         for step, row in enumerate(ids):
@@ -84,12 +82,13 @@ class Side:
             bandwidth.append(reader.rate())
         return {"seconds": seconds, "bandwidth": bandwidth}
 
-    def hold(self, prefix: list[int], context: int, sequences: int) -> list[np.ndarray]:
-        """Page tables of so many sequences, which hold `context` positions from now on."""
-        pages = -(-(context + MARGIN) // PAGE)
+    def ready(self, prefix: list[int], context: int, ids: list[list[int]], warm: int) -> list[np.ndarray]:
+        """Page tables of the sequences, which hold `context` positions from now on, after `warm` steps that do not count."""
+        sequences, pages = len(ids[0]), -(-(context + MARGIN) // PAGE)
         self.make_room(sequences * pages * PAGE)
         tables = [np.arange(pages, dtype=np.int32) + s * pages for s in range(sequences)]
         self.fill(prefix, context, tables)
+        self.steps(ids[:warm], context, tables)
         return tables
 
     def fill(self, prefix: list[int], context: int, tables: list[np.ndarray]) -> None:

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.config import ModelConfig
-from shoal.model.rope import inverse_frequencies, rotary_tables, softmax_scale, table_magnitude
+from shoal.model import Transformer, init_weights
+from shoal.model.rope import inverse_frequencies, rotary_tables, softmax_scale, table_magnitude, yarn_beyond
 
 MSCALES = [(None, None), (1.0, 1.0), (0.707, 0.707), (1.0, 0.5), (0.707, None), (None, 1.0)]
 
@@ -80,3 +81,30 @@ def test_tables_follow_positions() -> None:
     angle = 5 * 10000.0 ** (-2 / 8)
     assert cos[0, 1, 1].item() == pytest.approx(math.cos(angle), abs=1e-6)
     assert sin[0, 1, 1].item() == pytest.approx(math.sin(angle), abs=1e-6)
+
+
+@given(st.sampled_from([64, 256, 1024]), st.sampled_from([2, 8, 32]), st.sampled_from([8, 16, 64]), st.sampled_from([300.0, 10000.0]))
+def test_slow_channels_turn_no_further_than_in_training(trained: int, factor: int, width: int, theta: float) -> None:
+    shape: dict[str, Any] = {"qk_rope_head_dim": width, "rope_theta": theta, "max_position_embeddings": factor * trained}
+    plain = ModelConfig(**shape)
+    extended = ModelConfig(**shape, rope_scaling=yarn_beyond(plain, trained))
+    before, after = inverse_frequencies(plain), inverse_frequencies(extended)
+    assert bool((after <= before * (1 + 1e-6)).all())
+    # Pairs that turned less than once in training, by a pair's distance at least.
+    slow = before * trained < 2 * math.pi * theta ** (-2 / width)
+    torch.testing.assert_close(after[slow] * factor, before[slow])
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "llama"])
+def test_an_extended_model_is_the_one_its_config_describes(kind: str) -> None:
+    shape: dict[str, Any] = {"model_type": kind, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 64}
+    shape |= {"n_routed_experts": 0, "intermediate_size": 32, "max_position_embeddings": 64}
+    model = Transformer(ModelConfig(**shape))
+    init_weights(model, 0)
+    ids = torch.arange(40)[None]
+    short = model(ids).hidden
+    model.extend_context(16)
+    described = Transformer(model.config)
+    described.load_state_dict(model.state_dict())
+    assert described(ids).hidden.equal(model(ids).hidden)
+    assert not short.equal(model(ids).hidden)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from shoal.config import TrainConfig, UserError
 from shoal.config.recipes import load_recipe
 from shoal.data import Batches, Tokenizer, TokenShards
 from shoal.formats import complete_checkpoints, load_model
-from shoal.train import train, trainer
+from shoal.train import train
 from shoal.train.counting import LONG, PIECE, AlternatingBatches, Counting, counts_while_training, halves, in_pieces
 
 Args = Callable[..., list[str]]
+StoppedAfter = Callable[[int], AbstractContextManager[None]]
 
 
 def shards(*lengths: int) -> TokenShards:
@@ -99,24 +101,11 @@ def test_a_teacher_leaves_a_plain_model_behind(config: TrainConfig) -> None:
 
 
 @pytest.mark.parametrize("kind", ["prior", "teacher"])
-def test_resumed_it_is_the_run_that_was_never_stopped(kind: str, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_it_is_the_run_that_was_never_stopped(kind: str, config: TrainConfig, stopped_after: StoppedAfter) -> None:
     config = with_counts(config) if kind == "prior" else replace(config, teacher=replace(config.teacher, order=3))
     whole = train(replace(config, out=str(config.out) + "-whole"))
 
-    class Stop(trainer.StopRequest):
-        steps = 0
-
-        @property
-        def asked(self) -> bool:  # type: ignore[override]
-            Stop.steps += 1
-            return Stop.steps > 5
-
-        @asked.setter
-        def asked(self, value: bool) -> None:
-            pass
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "StopRequest", Stop)
+    with stopped_after(5):
         assert not train(config).finished
     again = train(replace(config, resume=True))
     assert again.finished

@@ -19,7 +19,7 @@ NOT_NEGATIVE = (
     "optimizer.adam_eps", "optimizer.weight_decay", "optimizer.clip", "balance.bias_update_speed", "balance.sequence_loss",
     "mtp.weight", "mtp.final_weight", "checkpoint.every_steps", "checkpoint.every_minutes",
 )  # fmt: skip
-SHARES = ("schedule.warmup", "schedule.decay", "schedule.final", "teacher.share")
+SHARES = ("schedule.warmup", "schedule.decay", "schedule.final", "schedule.extension", "teacher.share")
 
 
 def parse_bytes(text: str) -> int:
@@ -82,7 +82,7 @@ class FP8Config:
 
 @dataclass
 class ScheduleConfig:
-    """Learning rate as a share of its peak, against the share of the budget that is spent."""
+    """What changes over the budget: the learning rate, as a share of its peak, and in the end the context."""
 
     name: Literal["trapezoid", "cosine"] = "trapezoid"
     warmup: float = 0.02
@@ -91,6 +91,9 @@ class ScheduleConfig:
     """Trapezoid: share of the budget spent falling; cosine always falls for all of it."""
     final: float = 0.0
     """Share of the peak left at the end."""
+    extension: float = 0.0
+    """Share of the budget, at its end, in which a model trained on rows of `sequence_length` gets used to YaRN (2309.00071), with which it
+    sees `model.max_position_embeddings` tokens."""
 
 
 @dataclass

@@ -33,6 +33,20 @@ def scaling_kind(scaling: dict[str, Any]) -> str:
     return scaling.get("type") or scaling.get("rope_type") or "default"
 
 
+def yarn_beyond(config: ModelConfig, trained: int) -> dict[str, Any]:
+    """`rope_scaling` for a model that has seen rows of `trained` tokens and is to see `max_position_embeddings`.
+
+    YaRN (2309.00071) with the constants of DeepSeek-V3 (2412.19437, section 4.3): positions beyond the rows turn the slow pairs of
+    channels no further than the rows did.
+    """
+    scaling = {
+        "type": "yarn", "factor": config.max_position_embeddings / trained, "original_max_position_embeddings": trained,
+        "beta_fast": 32, "beta_slow": 1,
+    }  # fmt: skip
+    # MLA's softmax is sharpened through its scale, that of others through cosines and sines, where files do not say otherwise.
+    return scaling | {"mscale": 1.0, "mscale_all_dim": 1.0} if config.uses_mla else scaling
+
+
 def inverse_frequencies(config: ModelConfig) -> Tensor:
     """Radians per position of every channel pair, `[rope_dim / 2]`, fp32."""
     dim, theta = config.rope_dim, config.rope_theta

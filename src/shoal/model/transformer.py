@@ -7,14 +7,14 @@ Shapes: B sequences, T tokens, D model width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from .. import kernels
 from ..config import ModelConfig
-from .attention import Context, LayerCache
+from .attention import GQA, MLA, Context, LayerCache
 from .block import Block
 from .counted import CountedNgrams
 from .documents import Documents
@@ -23,7 +23,7 @@ from .moe import Dispatcher, LocalDispatcher, MoE, RoutingStats
 from .mtp import MTPModule
 from .ngrams import Ngrams
 from .repeats import Repeats
-from .rope import rotary_tables
+from .rope import rotary_tables, softmax_scale, yarn_beyond
 
 
 class Backbone(nn.Module):
@@ -82,6 +82,13 @@ class Transformer(nn.Module):
     def moe_layers(self) -> list[MoE]:
         """Every mixture of experts, in the order of `Output.routing`."""
         return [module for module in self.modules() if isinstance(module, MoE)]
+
+    def extend_context(self, trained: int) -> None:
+        """See `max_position_embeddings` tokens, by YaRN, after training on rows of `trained`; the model has to get used to it."""
+        self.config = replace(self.config, rope_scaling=yarn_beyond(self.config, trained))
+        for module in self.modules():
+            if isinstance(module, (MLA, GQA)):
+                module.scale = softmax_scale(self.config)
 
     def forward(
         self,

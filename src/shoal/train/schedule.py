@@ -1,10 +1,10 @@
-"""What changes over the budget: learning rate and the weight of multi-token prediction."""
+"""What changes over the budget: learning rate, context and the weight of multi-token prediction."""
 
 from __future__ import annotations
 
 import math
 
-from ..config import MTPConfig, ScheduleConfig
+from ..config import MTPConfig, ScheduleConfig, TrainConfig
 
 
 def learning_rate_share(schedule: ScheduleConfig, progress: float) -> float:
@@ -22,6 +22,12 @@ def learning_rate_share(schedule: ScheduleConfig, progress: float) -> float:
         # A decay that would begin before the warm-up ends begins where it ends, or the rate would jump.
         share = min(1.0, (1.0 - progress) / max(min(schedule.decay, 1.0 - schedule.warmup), 1e-12))
     return schedule.final + (1 - schedule.final) * share
+
+
+def extends_context(config: TrainConfig, progress: float) -> bool:
+    """Whether the model is to see more at `progress` than the rows hold."""
+    longer = config.sequence_length < config.model.max_position_embeddings
+    return longer and config.schedule.extension > 0 and progress >= 1 - config.schedule.extension
 
 
 def mtp_weight(config: MTPConfig, progress: float) -> float:

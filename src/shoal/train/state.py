@@ -75,9 +75,9 @@ class TrainState:
         if team.is_first:
             checkpoints.clean_temporary(folder.path)
         complete = team.agree(checkpoints.complete_checkpoints(folder.path))
-        # The counts of a model that was trained to its end are not those of a half.
-        entries = read_config(complete[-1]).count_entries if complete else config.model.count_entries
-        shape = replace(config.model, count_entries=entries)
+        # A model that was trained to its end has the counts of all text, not those of a half, and may see more than its rows.
+        saved = read_config(complete[-1]) if complete else config.model
+        shape = replace(config.model, count_entries=saved.count_entries, rope_scaling=saved.rope_scaling)
         model = Transformer(shape, dispatcher=make_dispatcher(config.parallel, team, config.model.n_routed_experts or 0))
         if complete:
             load_state(model, complete[-1])

@@ -31,7 +31,7 @@ from .metrics import MetricsLog
 from .optimizer import clip_gradients
 from .passes import Passes, make_passes
 from .run_folder import RunFolder, find_run, holds_run, new_run, refuse_changes, refuse_taken, run_facts
-from .schedule import learning_rate_share, mtp_weight
+from .schedule import extends_context, learning_rate_share, mtp_weight
 from .signals import StopRequest
 from .state import TrainState
 from .summary import describe_model, summarize
@@ -144,6 +144,9 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
             lr_share = learning_rate_share(config.schedule, progress)
             weight = mtp_weight(config.mtp, progress) if config.model.num_nextn_predict_layers else 0.0
 
+            if model.config.rope_scaling is None and extends_context(config, progress):
+                model.extend_context(config.sequence_length)
+                display.message(f"from step {at.step + 1} on the model sees {config.model.max_position_embeddings:,} tokens")
             state.optimizers.set_rates(lr_share)
             figures, routing = passes(state.batches.next(), weight)
             figures = team.sum(figures) / team.layout.data

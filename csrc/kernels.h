@@ -55,6 +55,8 @@ struct CountedNgrams {
     const float* base;       // [V], the distribution without a context
 };
 
+constexpr int64_t kMostRepeatLengths = 8;
+
 struct Matrix;
 struct Model;
 struct Step;
@@ -98,6 +100,11 @@ struct Kernels {
     // lengths[row] = tokens of the longest context that was ever counted.
     void (*counted_prior)(int64_t rows, int64_t vocab, const CountedNgrams& counted, const int64_t* keys, Rows probabilities,
                           int64_t* lengths, int threads);
+
+    // For the last `fresh` places of texts [batch, size], of which equal numbers [batch, size] mark the same: found [batch, fresh, 2], the token
+    // that followed the longest repetition within `window` places, the latest of several, and of what kind that was; `lengths` [kinds].
+    void (*find_repeats)(int64_t batch, int64_t size, int64_t fresh, const int64_t* texts, const int64_t* numbers, int64_t window,
+                         const int64_t* lengths, int64_t kinds, int64_t* found, int threads);
 
     // The engine's (weights.h). hidden [T, D] after the final norm; experts [mixtures, T, K] may be null.
     void (*decoder_forward)(const Model& model, int64_t layers, const Step& step, float* hidden, int32_t* experts, Workspace& workspace,

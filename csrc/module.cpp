@@ -7,6 +7,7 @@
 #include <omp.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
@@ -215,6 +216,16 @@ class Cpu {
         run_->counted_prior(rows, vocab, counted, contexts, out, longest, threads);
     }
 
+    void find_repeats(Tensor texts, Tensor numbers, int64_t window, const std::vector<int64_t>& lengths, Tensor found, int threads) {
+        const int64_t batch = texts.size(0), size = texts.size(1), fresh = found.size(1), kinds = int64_t(lengths.size());
+        const int64_t *tokens = texts.flat_longs(), *marks = numbers.flat_longs();
+        int64_t* out = found.flat_longs();
+        expect(numbers.numel() == batch * size && found.numel() == batch * fresh * 2 && fresh <= size && window > 0);
+        expect(0 < kinds && kinds <= kMostRepeatLengths && lengths[0] > 0 && std::is_sorted(lengths.begin(), lengths.end()));
+        nb::gil_scoped_release release;
+        run_->find_repeats(batch, size, fresh, tokens, marks, window, lengths.data(), kinds, out, threads);
+    }
+
   private:
     const Kernels* run_;
 };
@@ -260,5 +271,6 @@ NB_MODULE(_cpu, m) {
         .def("combine_backward", &Cpu::combine_backward)
         .def("newton_schulz", &Cpu::newton_schulz)
         .def("draw", &Cpu::draw)
-        .def("counted_prior", &Cpu::counted_prior);
+        .def("counted_prior", &Cpu::counted_prior)
+        .def("find_repeats", &Cpu::find_repeats);
 }

@@ -20,14 +20,15 @@ SHOAL_DECLARE(combine_backward);
 SHOAL_DECLARE(newton_schulz);
 SHOAL_DECLARE(draw);
 SHOAL_DECLARE(counted_prior);
+SHOAL_DECLARE(find_repeats);
 SHOAL_DECLARE(decoder_forward);
 SHOAL_DECLARE(decoder_draft);
 SHOAL_DECLARE(packed_linear);
 
 const Kernels kernels = {
     rms_norm,      rms_norm_backward, swiglu,           swiglu_backward, rope,          attention,       attention_backward,
-    cross_entropy, combine,           combine_backward, newton_schulz,   draw,          counted_prior,   decoder_forward,
-    decoder_draft, packed_linear,
+    cross_entropy, combine,           combine_backward, newton_schulz,   draw,          counted_prior,   find_repeats,
+    decoder_forward, decoder_draft,   packed_linear,
 };
 
 }  // namespace shoal::SHOAL_ISA

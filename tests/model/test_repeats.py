@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from shoal.config import ModelConfig, UserError
 from shoal.config.model import REPEAT_LENGTHS
+from shoal.kernels import reference
+from shoal.kernels.repeats import AGAIN, ONCE, OTHERWISE, find_repeats
 from shoal.model import Documents, Transformer, init_weights
-from shoal.model.repeats import AGAIN, NOTHING, ONCE, OTHERWISE, Repeats
+from shoal.model.repeats import NOTHING, Repeats
 
 END = 1
 SHAPE: dict[str, Any] = {
@@ -60,6 +62,17 @@ def test_it_is_the_same_wherever_a_text_is_cut(text: list[int], window: int, dat
     before = torch.tensor([[NOTHING] * lookback + text[:cut]])[:, -lookback:]
     whole = module.find(torch.tensor([text]), None)
     assert module.find(torch.tensor([text[cut:]]), before).equal(whole[:, cut:])
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.integers(1, 40), st.integers(1, 3))
+def test_the_kernel_is_its_reference(seed: int, size: int, window: int, tokens: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    texts = torch.randint(0, tokens, (3, size), generator=draw)
+    numbers = torch.randint(0, 8, (3, size), generator=draw).eq(0).cumsum(1)
+    fresh = int(torch.randint(1, size + 1, (), generator=draw))
+    expected = reference.find_repeats(texts, numbers, fresh, window, REPEAT_LENGTHS)
+    assert find_repeats(texts, numbers, fresh, window, REPEAT_LENGTHS).equal(expected)
 
 
 def test_packed_texts_are_searched_by_themselves() -> None:

@@ -14,4 +14,5 @@ from .ops import permute_tokens as permute_tokens
 from .ops import rms_norm as rms_norm
 from .ops import sort_by_expert as sort_by_expert
 from .ops import swiglu as swiglu
+from .repeats import find_repeats as find_repeats
 from .selection import backend as backend

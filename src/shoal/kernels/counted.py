@@ -53,6 +53,6 @@ def counted_prior(tables: CountTables, keys: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Probabilities [R, V] fp32, and the length of the longest context found, [R] int64.
     """
-    if cpu.counts(tables.entries):
+    if cpu.looks_up(tables.entries):
         return cpu.counted_prior(tables, keys)
     return reference.counted_prior(tables.entries, tables.counts, tables.token_bits, tables.discounts, tables.base, keys)

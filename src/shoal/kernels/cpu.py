@@ -5,6 +5,7 @@ Every function takes fp32 tensors on the CPU, for which `runs` has said yes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,9 +31,9 @@ def runs(*tensors: Tensor | None) -> bool:
     )
 
 
-def counts(entries: Tensor) -> bool:
-    """Whether the C++ kernel can look n-grams up in these entries."""
-    return _cpu is not None and not torch.compiler.is_compiling() and entries.device.type == "cpu"
+def looks_up(tensor: Tensor) -> bool:
+    """Whether the C++ kernels can look something up in `tensor`."""
+    return _cpu is not None and not torch.compiler.is_compiling() and tensor.device.type == "cpu"
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -213,3 +214,9 @@ def counted_prior(tables: CountTables, keys: Tensor) -> tuple[Tensor, Tensor]:
         keys.contiguous(), probabilities, lengths, torch.get_num_threads(),
     )  # fmt: skip
     return probabilities, lengths
+
+
+def find_repeats(texts: Tensor, numbers: Tensor, fresh: int, window: int, lengths: Sequence[int]) -> Tensor:
+    found = torch.empty(len(texts), fresh, 2, dtype=torch.int64)
+    _cpu.find_repeats(texts.contiguous(), numbers.contiguous(), window, list(lengths), found, torch.get_num_threads())
+    return found

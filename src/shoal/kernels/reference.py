@@ -5,6 +5,7 @@ Shapes: B sequences, T positions, H heads, N tokens, K experts per token, E expe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .hashes import hashes_back
 from .packed import ZERO_POINT, PackedMatrix, unpack, unpack_integers
 
 IGNORED = -100
@@ -19,6 +21,11 @@ IGNORED = -100
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients of the Newton-Schulz polynomial a x + b x^3 + c x^5 that lifts small singular values fastest (Jordan et al., 2024)."""
+
+ONCE, OTHERWISE, AGAIN = range(3)
+"""What the place before that with the same tokens says about a repetition: there is none in the window, another token followed it, or the
+same."""
+_ODD = -4417276706812531889  # as a signed number: one of xxHash's multipliers
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -159,6 +166,28 @@ def counted_prior(entries: Tensor, counts: Tensor, token_bits: int, discounts: T
         probabilities.view(-1).index_add_(0, row * base.numel() + tokens, (count - discount) / total[row])
         lengths += sizes > 0
     return probabilities, lengths
+
+
+def find_repeats(texts: Tensor, numbers: Tensor, fresh: int, window: int, lengths: Sequence[int]) -> Tensor:
+    places = torch.arange(texts.shape[1], device=texts.device)[-fresh:]
+    following = torch.nn.functional.pad(texts[:, 1:], (0, 1))
+    token, kind = (texts.new_zeros(len(texts), fresh) for _ in range(2))
+    nothing = texts.new_full((len(texts), lengths[-1] - 1), -1)
+    marks = numbers * _ODD
+    for length, mixed in enumerate(hashes_back(texts, nothing, lengths[-1]), 1):
+        if length not in lengths:
+            continue
+        # Equal runs of tokens become neighbours, and those of one kind keep their order: the one to the left is the latest before.
+        keys, order = (mixed ^ marks).sort(dim=1, stable=True)
+        left = torch.where(keys[:, 1:] == keys[:, :-1], order[:, :-1], -1)
+        latest = torch.full_like(order, -1).scatter_(1, order[:, 1:], left)
+        first, second = latest[:, -fresh:], latest.gather(1, latest[:, -fresh:].clamp(min=0))
+        found, twice = ((place >= 0) & (places - place <= window) for place in (first, second))
+        told, earlier_told = (following.gather(1, place.clamp(min=0)) for place in (first, second))
+        state = torch.where(twice, torch.where(told == earlier_told, AGAIN, OTHERWISE), ONCE)
+        token = torch.where(found, told, token)
+        kind = torch.where(found, 1 + 3 * lengths.index(length) + state, kind)
+    return torch.stack([token, kind], dim=-1)
 
 
 def packed_linear(x: Tensor, matrix: PackedMatrix) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..config import ModelConfig, UserError
 from ..kernels import CountTables
-from .ngrams import hashes_back
+from ..kernels.hashes import hashes_back
 
 MOST = 2**15 - 1
 """Largest count that is kept."""

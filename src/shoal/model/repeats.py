@@ -15,17 +15,14 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .. import kernels
 from ..config import ModelConfig
 from ..config.model import REPEAT_LENGTHS, REPEAT_STATES
-from .ngrams import hashes_back
 
-ONCE, OTHERWISE, AGAIN = range(REPEAT_STATES)
-"""What the place before that with the same tokens says: there is none in the window, another token followed it, or the same."""
 START = (1.0, 0.5, 1.5)
-"""How much of the bonus each of these begins with."""
+"""How much of the bonus `ONCE`, `OTHERWISE` and `AGAIN` begin with."""
 NOTHING = -1
 """In place of a token where the text has not begun."""
-_MULTIPLIER = -4417276706812531889  # odd, as a signed number: one of xxHash's
 
 
 class Repeats(nn.Module):
@@ -52,30 +49,11 @@ class Repeats(nn.Module):
         text is searched: one ends with its end-of-text token, and without `before`, texts begin where `begins [B, T]` says so.
         """
         text = ids if before is None else torch.cat([before, ids], dim=1)
-        size, new = text.shape[1], ids.shape[1]
         ends = ((text == self._end) | (text == NOTHING)).long()
         number = ends.cumsum(1) - ends
         if begins is not None:
             number = number + begins.cumsum(1)
-        number = number * _MULTIPLIER
-        places = torch.arange(size, device=ids.device)[-new:]
-        following = nn.functional.pad(text[:, 1:], (0, 1))
-        token, kind = torch.zeros_like(ids), torch.zeros_like(ids)
-        nothing = text.new_full((len(text), REPEAT_LENGTHS[-1] - 1), NOTHING)
-        for length, mixed in enumerate(hashes_back(text, nothing, REPEAT_LENGTHS[-1]), 1):
-            if length not in REPEAT_LENGTHS:
-                continue
-            # Equal runs of tokens become neighbours, and those of one kind keep their order: the one to the left is the latest before.
-            keys, order = (mixed ^ number).sort(dim=1, stable=True)
-            left = torch.where(keys[:, 1:] == keys[:, :-1], order[:, :-1], -1)
-            latest = torch.full_like(order, -1).scatter_(1, order[:, 1:], left)
-            first, second = latest[:, -new:], latest.gather(1, latest[:, -new:].clamp(min=0))
-            found, twice = ((place >= 0) & (places - place <= self._window) for place in (first, second))
-            told, earlier_told = (following.gather(1, place.clamp(min=0)) for place in (first, second))
-            state = torch.where(twice, torch.where(told == earlier_told, AGAIN, OTHERWISE), ONCE)
-            token = torch.where(found, told, token)
-            kind = torch.where(found, 1 + REPEAT_LENGTHS.index(length) * REPEAT_STATES + state, kind)
-        return torch.stack([token, kind], dim=-1)
+        return kernels.find_repeats(text, number, ids.shape[1], self._window, REPEAT_LENGTHS)
 
     def bonus(self, hidden: Tensor, kinds: Tensor) -> Tensor:
         """What is added to the logit of the token that was found, `[...]` fp32: for `hidden [..., D]` and `kinds [...]` of `find`."""

@@ -16,6 +16,10 @@ SHOAL_INLINE void normalise(const float* x, const float* weight, float eps, int6
     }
 }
 
+SHOAL_INLINE void add(const float* x, int64_t width, float* to) {
+    for (int64_t c = 0; c < width; c += kLanes) store_first(to + c, load_first(to + c, width - c) + load_first(x + c, width - c), width - c);
+}
+
 // Turns pairs (2i, 2i + 1), or (i, i + width / 2), in place.
 SHOAL_INLINE void turn(float* x, const float* cos, const float* sin, int64_t width, bool neighbours) {
     const int64_t half = width / 2;
@@ -127,6 +131,7 @@ struct Walk {
                 return;
             }
             float *latent = row + kv, *rotary = latent + R;
+            if (layer.value_embedding) add(layer.value_embedding + step.ids[t] * R, R, latent);
             normalise(latent, layer.kv_a_norm, model.latent_norm_eps, R, latent);
             if (model.qk_norm_eps > 0) normalise(rotary, nullptr, model.qk_norm_eps, P, rotary);
             turn(rotary, cos, sin, P, true);
@@ -161,6 +166,8 @@ struct Walk {
             if (h < H + G) {
                 if (model.qk_norm_eps > 0) normalise(x, nullptr, model.qk_norm_eps, C, x);
                 turn(x, step.cos + position * (C / 2), step.sin + position * (C / 2), C, false);
+            } else if (layer.value_embedding) {
+                add(layer.value_embedding + (step.ids[t] * G + h - H - G) * C, C, x);
             }
             if (h < H)
                 memcpy(b.queries + (t * H + h) * C, x, C * 4);
@@ -334,7 +341,7 @@ void decoder_draft(const Model& model, int64_t number, const Step& step, const f
     in_parallel(threads, [&](Member& me) {
         me.each(step.tokens, [&](int64_t t) {
             float* row = b.joined.row(t);
-            embed(model, step.ids[t], row);
+            embed(model, step.next_ids[t], row);
             normalise(row, layer.embedding_norm, model.norm_eps, D, row);
             normalise(previous + t * D, layer.hidden_norm, model.norm_eps, D, row + D);
             b.joined.quantize(t);

@@ -167,12 +167,14 @@ class Decoder {
         run_->decoder_forward(model_, main_layers_, step, out, chosen, workspace_.memory, threads);
     }
 
-    // MTP module `depth` (from 0): `ids` are the tokens that follow each position.
-    void draft(int64_t depth, Tensor ids, Tensor positions, Tensor starts, Tensor tables, Tensor cos, Tensor sin, Tensor cache,
-               Tensor previous, Tensor hidden, int threads) {
+    // MTP module `depth` (from 0): `next_ids` are the tokens that follow each position.
+    void draft(int64_t depth, Tensor ids, Tensor next_ids, Tensor positions, Tensor starts, Tensor tables, Tensor cos, Tensor sin,
+               Tensor cache, Tensor previous, Tensor hidden, int threads) {
         const int64_t layer = main_layers_ + depth;
         expect(depth >= 0 && layer < static_cast<int64_t>(layers_.size()), "the model has no such MTP module");
-        const Step step = step_of(ids, positions, starts, tables, cos, sin, cache);
+        Step step = step_of(ids, positions, starts, tables, cos, sin, cache);
+        expect(next_ids.numel() == step.tokens, "the shapes of a step do not fit");
+        step.next_ids = next_ids.indices(model_.vocabulary);
         float *from = rows_of(previous, step.tokens), *to = rows_of(hidden, step.tokens);
         nb::gil_scoped_release release;
         run_->decoder_draft(model_, layer, step, from, to, workspace_.memory, threads);
@@ -235,6 +237,8 @@ class Decoder {
                 l.v_bias = read.vector(w, "v_bias", m.kv_heads * m.head);
             }
         }
+        if (read.has(w, "value_embedding"))
+            l.value_embedding = read.vector(w, "value_embedding", m.vocabulary * (m.latent ? m.rank : m.kv_heads * m.head));
         if (read.has(w, "router")) {
             l.router = read.matrix(w, "router", m.experts, m.hidden);
             if (m.biased) l.router_bias = read.vector(w, "router_bias", m.experts);

@@ -109,7 +109,7 @@ struct Kernels {
     // The engine's (weights.h). hidden [T, D] after the final norm; experts [mixtures, T, K] may be null.
     void (*decoder_forward)(const Model& model, int64_t layers, const Step& step, float* hidden, int32_t* experts, Workspace& workspace,
                             int threads);
-    // MTP module `layer`: hidden [T, D] of the depth before, step.ids the tokens that follow each position.
+    // MTP module `layer`: hidden [T, D] of the depth before, step.next_ids the tokens that follow each position.
     void (*decoder_draft)(const Model& model, int64_t layer, const Step& step, const float* previous, float* hidden, Workspace& workspace,
                           int threads);
     // y [leading, tokens, rows] = w x for x [tokens, columns]; soft-capped where cap > 0.

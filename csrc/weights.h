@@ -44,6 +44,7 @@ struct Layer {
     // MLA: q_a (optional) and q, kv_a; k_up [H, R, N] and v_up [H, V, R]. GQA: q, k, v with optional biases.
     Matrix q_a, q, kv_a, k_up, v_up, k, v, o;
     const float *q_a_norm = nullptr, *kv_a_norm = nullptr, *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr;
+    const float* value_embedding = nullptr;  // [V, R] (MLA) or [V, values of all heads]: joins the latent, or the values; null: none
     // A dense layer has `dense`; a mixture has router and experts, and its shared experts in `dense`.
     FeedForward dense, experts;
     Matrix router;
@@ -84,6 +85,7 @@ struct Cache {
 struct Step {
     int64_t tokens, sequences;
     const int64_t *ids, *positions, *starts;  // starts [sequences + 1]
+    const int64_t* next_ids;                  // MTP: the tokens that follow
     const int32_t* tables;                    // page numbers [sequences, table_width]
     int64_t table_width;
     const float *cos, *sin;  // [positions, rope width / 2]

@@ -13,7 +13,9 @@ def packed(model: Transformer, format: str = "fp32") -> dict[str, PackedMatrix |
     config, parts = model.config, {}
     for name, tensor in model.state_dict().items():
         short = name.removesuffix(".weight")
-        if name.endswith(("norm.weight", "mlp.gate.weight", "bias", "embed_tokens.weight")):
+        if name.startswith(("model.counted.", "model.repeats.")):
+            parts[name] = tensor.detach()
+        elif name.endswith(("norm.weight", "mlp.gate.weight", "bias", "embedding.weight", "embed_tokens.weight")):
             parts[name] = tensor.detach().float()
         elif short.endswith("kv_b_proj"):
             key, value = tensor.unflatten(0, (config.num_attention_heads, -1)).split([config.qk_nope_head_dim, config.v_head_dim], 1)

@@ -1,4 +1,4 @@
-"""Models with tables of n-grams and other additions: saved, loaded and generated from like any other, by the runner in plain torch."""
+"""Models with tables of n-grams and other additions: saved, loaded and generated from like any other."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from packed_weights import packed
 from small_models import COMMON, KINDS
 
 from shoal.config import EngineOptions, ModelConfig, SamplingOptions, UserError
 from shoal.config.huggingface import export_obstacles
-from shoal.engine import Engine, TorchRunner
+from shoal.engine import Engine, Runner, TorchRunner
+from shoal.engine.native import NativeRunner
 from shoal.engine.weights import load_weights
 from shoal.formats.gguf_layout import gguf_obstacles
 from shoal.formats.huggingface import load_model, read_config, save_model
+from shoal.kernels.selection import BACKEND
 from shoal.model import Transformer, init_weights
 from shoal.runtime import Machine
 
@@ -49,13 +52,20 @@ def whole_passes(model: Transformer, prompt: list[int], count: int) -> list[int]
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("kind", ["v3", "llama", "repeats"])
+@pytest.mark.parametrize("kind", ["v3", "llama", "repeats", "native v3", "native llama", "native repeats"])
 @pytest.mark.parametrize(
     "options", [{}, {"step_tokens": 12}, {"speculate": "on", "draft_tokens": 2}, {"cache_tokens": 128}], ids=lambda o: str(o) or "plain"
 )
 def test_the_engine_says_what_whole_passes_say(kind: str, options: dict[str, Any]) -> None:
-    model = make(kind)
-    runner = TorchRunner(model, Machine(torch.device("cpu"), "fp32", 1, 1.0, "test"))
+    runner: Runner
+    if kind.startswith("native"):
+        if BACKEND.cpu is None:
+            pytest.skip(BACKEND.reason)
+        model = make(kind.removeprefix("native "), ngram_order=0, embedding_skip=False, convolution=0)
+        runner = NativeRunner(model.config, packed(model), 2)
+    else:
+        model = make(kind)
+        runner = TorchRunner(model, Machine(torch.device("cpu"), "fp32", 1, 1.0, "test"))
     engine = Engine(runner, None, EngineOptions(**{"max_running": 4, "speculate": "off", "step_tokens": 40, **options}))
     wanted = [whole_passes(model, prompt, 20) for prompt in PROMPTS]
     for turn in ("first", "again, from the prefix cache"):

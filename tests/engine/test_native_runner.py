@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from shoal.engine.native import NativeRunner
 from shoal.engine.runner import Batch, TorchRunner
 from shoal.kernels.selection import BACKEND
 from shoal.model import Transformer, init_weights
+from shoal.model.counted import count_ngrams
 from shoal.runtime import Machine
 
 pytestmark = pytest.mark.skipif(BACKEND.cpu is None, reason=BACKEND.reason)
@@ -47,21 +50,33 @@ MODELS: dict[str, dict[str, Any]] = {
     "many heads": {**MLA, "num_attention_heads": 20},
     "llama": {**MLA, "model_type": "llama", "num_key_value_heads": 1, "num_attention_heads": 3},
     "qwen": {**MLA, "model_type": "llama", "num_attention_heads": 6, "num_key_value_heads": 2, "attention_bias": True, "head_dim": 20},
+    "values": {**MLA, "value_embedding": True, "num_nextn_predict_layers": 1},
+    "looking up": {**MLA, "model_type": "llama", "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 20,
+                   "value_embedding": True, "count_order": 3, "repeat_window": 50, "eos_token_id": 1},
 }  # fmt: skip
 
 
 def model_of(name: str) -> Transformer:
     torch.manual_seed(1)
-    model = Transformer(ModelConfig(**MODELS[name]))
+    config = ModelConfig(**MODELS[name])
+    counts = count_ngrams(REPETITIVE, np.array([0, 100, 400]), config.count_order, config.vocab_size) if config.count_order else None
+    model = Transformer(replace(config, count_entries=0 if counts is None else len(counts.entries)))
     init_weights(model, 1)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # norms and biases that would hide an error if they were 1 and 0
+        for parameter_name, parameter in model.named_parameters():
+            # Norms and biases that would hide an error if they were 1 and 0, and tables that begin as nothing.
+            if parameter.ndim == 1 or "value_embedding" in parameter_name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
+        if counts is not None and model.model.counted is not None:
+            model.model.counted.fill(counts)
         for layer in model.moe_layers:
             if hasattr(layer.gate, "e_score_correction_bias"):
                 layer.gate.e_score_correction_bias.normal_(std=0.2)
     return model.eval()
+
+
+REPETITIVE = np.tile(np.random.default_rng(0).integers(2, 67, 40), 10)
+"""A text to count."""
 
 
 def runners(name: str, cache: Any = "fp32") -> tuple[NativeRunner, TorchRunner]:
@@ -85,11 +100,14 @@ def test_prefill_decode_and_drafts_equal_plain_torch(name: str) -> None:
     lengths = [0, 0, 0]
     for news in ([5, 1, 140], [1, 1, 1], [150, 2, 3], [1, 1, 1]):
         ids = [torch.randint(config.vocab_size, (n,), generator=generator).tolist() for n in news]
+        ids = [REPETITIVE[:n].tolist() if n > 100 else new for n, new in zip(news, ids, strict=True)]
         batch = Batch.lay_out(ids, lengths, places)
         lengths = [seen + n for seen, n in zip(lengths, news, strict=True)]
         mine, expected = native.forward(batch), plain.forward(batch)
         torch.testing.assert_close(mine.hidden, expected.hidden, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(native.logits(mine.hidden), plain.logits(expected.hidden), rtol=1e-3, atol=2e-3)
+        rows = range(sum(news))
+        logits = native.logits(*mine.predictions(rows))
+        torch.testing.assert_close(logits, plain.logits(*expected.predictions(rows)), rtol=1e-3, atol=2e-3)
         if expected.experts is None:
             assert mine.experts is None
         else:
@@ -118,15 +136,17 @@ def test_small_caches_are_read_as_plain_torch_reads_them(name: str, cache: str) 
 
 
 @pytest.mark.parametrize("cache", ["fp32", "bf16", "fp8"])
-@pytest.mark.parametrize("name", ["v3", "lite", "many heads", "qwen"])
+@pytest.mark.parametrize("name", ["v3", "lite", "many heads", "qwen", "looking up"])
 @settings(max_examples=6, deadline=None)
 @given(data=st.data())
 def test_results_do_not_depend_on_chunks_or_neighbours(name: str, cache: str, data: st.DataObject) -> None:
     native, _ = runners(name, cache)
     length = data.draw(st.integers(1, 300), label="length")
     ids = torch.randint(native.config.vocab_size, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    ids[length // 2 :] = ids[: length - length // 2]
     place, other, third = tables(3)
-    alone = native.forward(Batch.lay_out([ids], [0], [place])).hidden
+    whole = native.forward(Batch.lay_out([ids], [0], [place]))
+    alone = native.logits(*whole.predictions(range(length)))
     native.allocate(40, cache)  # type: ignore[arg-type]
     done, rows = 0, []
     while done < length:
@@ -136,7 +156,9 @@ def test_results_do_not_depend_on_chunks_or_neighbours(name: str, cache: str, da
                               [0, done, 0][1 - (neighbours > 0) : 2 + (neighbours > 1)],
                               [other, place, third][1 - (neighbours > 0) : 2 + (neighbours > 1)])  # fmt: skip
         begin = 9 if neighbours else 0
-        rows.append(native.forward(batch).hidden[begin : begin + len(new)])
+        forward = native.forward(batch)
+        everyone = native.logits(*forward.predictions(range(len(forward.hidden))))
+        rows.append(everyone[begin : begin + len(new)])
         done += len(new)
     assert torch.cat(rows).equal(alone)
 

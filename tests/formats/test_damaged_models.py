@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shoal.config import ModelConfig, UserError
+from shoal.engine.batch import Batch
 from shoal.engine.native import NativeRunner
-from shoal.engine.runner import Batch
 from shoal.engine.weights import load_weights, to_transformer
 from shoal.formats.huggingface import load_model, open_model, save_model
 from shoal.formats.locate import locate_model

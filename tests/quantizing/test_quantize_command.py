@@ -13,7 +13,7 @@ import torch
 from shoal.cli import main
 from shoal.config import ModelConfig
 from shoal.engine.weights import quantized_scheme
-from shoal.formats.huggingface import open_model, save_model
+from shoal.formats.huggingface import load_model, open_model, save_model
 from shoal.formats.locate import locate_model
 from shoal.formats.packing import pack_files
 from shoal.formats.parts import parts_of
@@ -74,6 +74,8 @@ def test_calibration_lowers_the_error_of_outputs(quantize: Any, workshop: Path) 
 SHAPES: list[dict[str, Any]] = [
     {"q_lora_rank": 24, "n_shared_experts": None, "moe_layer_freq": 2, "num_hidden_layers": 3},
     {"model_type": "llama", "num_key_value_heads": 2, "attention_bias": True},
+    {"model_type": "llama", "n_routed_experts": None, "value_embedding": True, "repeat_window": 20},
+    {"value_embedding": True},
     {"tie_word_embeddings": True, "qk_norm": True, "topk_method": "greedy", "scoring_func": "softmax", "num_nextn_predict_layers": 1},
 ]
 
@@ -98,6 +100,9 @@ def test_calibrated_models_of_every_kind_stay_closer_to_the_original(changes: di
     }
     model = Transformer(ModelConfig(**{**shape, **changes})).eval()
     init_weights(model, 0)
+    for name, parameter in model.named_parameters():
+        if "value_embedding" in name:
+            parameter.normal_(std=0.3)
     save_model(model, tmp_path)
     ids = torch.randint(0, 96, (40, 32), generator=torch.Generator().manual_seed(0))
     scheme = quantized_scheme(4)
@@ -165,3 +170,23 @@ def test_a_quantized_model_is_not_quantized_again(quantize: Any, tmp_path: Path,
     quantize()
     assert "quantized already" in refuse(capsys, str(tmp_path / "q"), str(tmp_path / "q2"))
     assert locate_model(tmp_path / "q") == tmp_path / "q"
+
+
+def test_counted_ngrams_are_kept_to_the_bit(train_args: Any, workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out, data = tmp_path / "run", tmp_path / "q", str(workshop / "text.txt")
+    more = ["--model.count-order", "3", "--model.repeat-window", "20", "--model.num-nextn-predict-layers", "0", "--threads", "1"]
+    assert main(train_args(run, *more)) == 0, capsys.readouterr().err
+    assert main(["quantize", str(run), str(out), "--calibrate", data, "--calibrate-tokens", "1024", "--threads", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["bpb_increase"] < 0.02
+    before, after = load_model(locate_model(str(run))).state_dict(), open_quantized(out).parts
+    looked_up = [name for name in before if name.startswith(("model.counted.", "model.repeats."))]
+    assert len(looked_up) == 6
+    for name in looked_up:
+        part = after[name]
+        assert isinstance(part, torch.Tensor)
+        assert part.equal(before[name]), name
+    made = []
+    for model in (run, out):
+        assert main(["generate", str(model), "the red", "--max-tokens", "8", "--temperature", "0", "--ignore-eos", "--json"]) == 0
+        made.append(json.loads(capsys.readouterr().out.splitlines()[-1])["text"])
+    assert made[0] == made[1]

@@ -195,9 +195,16 @@ class ModelConfig:
 
     @property
     def additions(self) -> list[str]:
-        """The settings in use, each as a phrase, of parts that only the model in plain torch has."""
+        """The settings in use, each as a phrase, of parts that only Shoal's model has."""
+        return self._in_use("ngram_order", "count_order", "repeat_window", "embedding_skip", "value_embedding", "convolution")
+
+    @property
+    def in_torch_only(self) -> list[str]:
+        """Of these, those of parts that the C++ decoder does not have and quantized folders do not hold."""
+        return self._in_use("ngram_order", "embedding_skip", "convolution")
+
+    def _in_use(self, *names: str) -> list[str]:
         plain = ModelConfig()
-        names = ("ngram_order", "count_order", "repeat_window", "embedding_skip", "value_embedding", "convolution")
         return [f"model.{name} is {value}" for name in names if (value := getattr(self, name)) != getattr(plain, name)]
 
     def is_moe_layer(self, layer: int) -> bool:

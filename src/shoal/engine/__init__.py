@@ -3,6 +3,8 @@
 from .async_engine import AsyncEngine as AsyncEngine
 from .async_engine import EngineClosed as EngineClosed
 from .async_engine import EngineFailed as EngineFailed
+from .batch import PAGE as PAGE
+from .batch import Batch as Batch
 from .command import complete as complete
 from .engine import Engine as Engine
 from .engine import EngineStats as EngineStats
@@ -22,8 +24,6 @@ from .requests import Request as Request
 from .requests import Result as Result
 from .requests import Token as Token
 from .requests import TokenMask as TokenMask
-from .runner import PAGE as PAGE
-from .runner import Batch as Batch
 from .runner import Forward as Forward
 from .runner import Runner as Runner
 from .runner import TorchRunner as TorchRunner

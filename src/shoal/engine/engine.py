@@ -18,9 +18,10 @@ from ..config import CacheFormat, EngineOptions, SamplingOptions, UserError
 from ..data import Tokenizer
 from ..runtime import available_memory
 from .answer import Answer, stop_set
+from .batch import PAGE, Batch
 from .pages import PagePool
 from .requests import Increment, Request, Result, TokenMask
-from .runner import PAGE, Batch, Forward, Runner, on_host
+from .runner import Forward, Runner, on_host
 from .sampling import Room, Rows, Sampler, SamplingError
 from .scheduler import Limits, Scheduler, Sequence, Work
 from .speculate import Drafter, Switch, keep_behind

@@ -58,10 +58,10 @@ def load(path: str, options: MachineOptions, bits: int | None = None, group: int
     folder = locate_model(path)
     tokenizer = Tokenizer.load(folder)
     machine = start(options.device, options.precision, options.threads)
-    additions = [] if is_quantized(folder) else read_config(folder).additions
-    if additions:
-        print(f"{' and '.join(additions)}: this model runs in plain torch, one sequence after the other", file=sys.stderr)
-    if machine.device.type == "cpu" and BACKEND.cpu is not None and not additions:
+    in_torch_only = [] if is_quantized(folder) else read_config(folder).in_torch_only
+    if in_torch_only:
+        print(f"{' and '.join(in_torch_only)}: this model runs in plain torch, one sequence after the other", file=sys.stderr)
+    if machine.device.type == "cpu" and BACKEND.cpu is not None and not in_torch_only:
         weights = load_weights(folder, bits, group, precision=None if options.precision == "auto" else options.precision)
         _require_vocabulary(tokenizer, weights.config)
         available = available_memory(machine.device)

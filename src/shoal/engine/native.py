@@ -17,9 +17,11 @@ from ..config import CacheFormat, ModelConfig
 from ..kernels.packed import PackedMatrix, pack_floats
 from ..kernels.serving import decoder, pin_threads
 from ..memory import MappedFiles, copy_bytes, large_pages
-from ..model import LATENT_NORM_EPS, rotary_tables, softmax_scale
+from ..model import LATENT_NORM_EPS, LookUps, rotary_tables, softmax_scale
 from ..runtime import available_memory
-from .runner import PAGE, Batch, Forward
+from .batch import PAGE, Batch
+from .past import Past
+from .runner import Forward
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
 
@@ -38,6 +40,7 @@ _ATTENTION = {
     "q_proj.bias": "q_bias",
     "k_proj.bias": "k_bias",
     "v_proj.bias": "v_bias",
+    "value_embedding.weight": "value_embedding",
 }
 _LAYER = {
     **{f"self_attn.{name}": short for name, short in _ATTENTION.items()},
@@ -93,6 +96,8 @@ class NativeRunner:
         self._cache = torch.empty(0)
         self._tables = (torch.empty(0), torch.empty(0))
         self._mixtures = sum(config.is_moe_layer(i) for i in range(config.num_hidden_layers))
+        self._look_ups = LookUps.of(config, weights)  # type: ignore[arg-type]
+        self._past: Past | None = None
 
         self._moving: list[tuple[int, str, Any]] = [(-1, "head", top["head"])]
         for i, layer in enumerate(layers):
@@ -140,6 +145,7 @@ class NativeRunner:
         layers = self.config.num_hidden_layers + self.config.num_nextn_predict_layers
         shape, dtype = (layers, pages, PAGE, self.config.cache_values_per_token), DTYPES[cache]
         self._cache = large_pages(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+        self._past = Past(pages, self.config.looks_back, self.device) if self.config.looks_back else None
 
     def forward(self, batch: Batch) -> Forward:
         """See `Runner`."""
@@ -151,26 +157,43 @@ class NativeRunner:
             self._decoder.forward(batch.ids, *place, hidden, experts, self.threads)
         if tokens > PAGE:  # a prompt's rows of the embedding: the system keeps the file's pages, this process need not
             self._mapped.forget(self._embedding)
-        return Forward(hidden, experts)
+        return Forward(hidden, experts, None if self._past is None else self._keys(batch, self._past.before(batch)))
 
     def logits(self, hidden: Tensor, keys: Tensor | None = None) -> Tensor:
         """See `Runner`."""
         out = torch.empty(len(hidden), self.config.vocab_size)
         with self._lock:
             self._decoder.logits(hidden.contiguous(), out, self.threads)
-        return out
+        # Not as matrix products: their sums depend on the number of rows.
+        return self._look_ups.correct(out, keys, [(hidden * trust).sum(-1) for trust in self._look_ups.trusts])
 
     def draft(self, batch: Batch, hidden: Tensor, next_ids: Tensor) -> Tensor:
         """See `Runner`."""
         out = torch.empty_like(hidden)
         place = (batch.positions, batch.starts, batch.tables, *self._rotary(batch), self._cache)
         with self._lock:
-            self._decoder.draft(0, next_ids, *place, hidden.contiguous(), out, self.threads)
+            self._decoder.draft(0, batch.ids, next_ids, *place, hidden.contiguous(), out, self.threads)
         return out
 
     def copy_page(self, source: int, target: int) -> None:
         """See `Runner`."""
         self._cache[:, target] = self._cache[:, source]
+        if self._past is not None:
+            self._past.copy_page(source, target)
+
+    def _keys(self, batch: Batch, before: Tensor) -> Tensor:
+        """What to look up for every token of `batch`, `[N, K]`; sequences with as many new tokens are searched together."""
+        counts = batch.starts.diff()
+        keys: list[Tensor] = []
+        rows: list[Tensor] = []
+        for count in counts.unique().tolist():
+            sequences = (counts == count).nonzero()[:, 0]
+            row = batch.starts[sequences, None] + torch.arange(count)
+            found = self._look_ups.keys(batch.ids[row], batch.positions[row], before[sequences])
+            assert found is not None
+            keys.append(found.flatten(0, 1))
+            rows.append(row.flatten())
+        return keys[0] if len(keys) == 1 else torch.cat(keys)[torch.cat(rows).argsort()]
 
     def _rotary(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Cosines and sines of all positions up to the batch's last; the tables grow as texts do."""

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from .runner import PAGE
+from .batch import PAGE
 
 ROOT = 0
 """Stands for the page before the first."""

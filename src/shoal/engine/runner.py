@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Protocol
 
 import numpy as np
@@ -14,41 +13,8 @@ from torch import Tensor
 from ..config import CacheFormat, ModelConfig
 from ..model import RoutingStats, Transformer
 from ..runtime import Machine, inference
-
-PAGE = 32
-"""Positions of one page of the cache."""
-
-
-@dataclass
-class Batch:
-    """What one step computes: the new tokens of S sequences laid end to end, N in all."""
-
-    ids: Tensor
-    """`[N]` int64."""
-    positions: Tensor
-    """`[N]` int64, consecutive within a sequence."""
-    starts: Tensor
-    """`[S + 1]` int64: where the tokens of every sequence start; the last is N."""
-    tables: Tensor
-    """`[S, P]` int32: pages of the positions 0 ..., `PAGE` positions a page, padded with 0."""
-
-    @classmethod
-    def lay_out(cls, ids: Sequence[Sequence[int]], firsts: Sequence[int], tables: Sequence[np.ndarray]) -> Batch:
-        """From every sequence's new tokens, the position of the first of them, and pages (int32, as many as needed or more)."""
-        ends = [first + len(new) for first, new in zip(firsts, ids, strict=True)]
-        pages = -(-max(ends) // PAGE)
-        if len(ids) == 1:  # the usual case of one reader, where every microsecond shows
-            arrays = [np.array(ids[0]), np.arange(firsts[0], ends[0]), np.array((0, len(ids[0]))), tables[0][None, :pages]]
-            return cls(*map(torch.from_numpy, arrays))
-        starts = np.zeros(len(ids) + 1, np.int64)
-        np.cumsum([len(new) for new in ids], out=starts[1:])
-        padded = np.zeros((len(ids), pages), np.int32)
-        for row, table, end in zip(padded, tables, ends, strict=True):
-            count = -(-end // PAGE)
-            row[:count] = table[:count]
-        positions = np.fromiter(chain.from_iterable(map(range, firsts, ends)), np.int64, starts[-1])
-        flat = np.fromiter(chain.from_iterable(ids), np.int64, starts[-1])
-        return cls(*map(torch.from_numpy, (flat, positions, starts, padded)))
+from .batch import PAGE, Batch
+from .past import Past
 
 
 def take_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
@@ -151,14 +117,11 @@ class TorchRunner:
         self.model, self.machine, self.config, self.device = model.eval(), machine, model.config, machine.device
         self.natural_cache: CacheFormat = "bf16" if machine.precision == "bf16" else "fp32"
         self._cache = torch.empty(0)
-        self._looks_back = self.config.looks_back
-        self._text = torch.empty(0, dtype=torch.long)
-        """Token of every cached position, `[pages, PAGE]`, for models that look n-grams up."""
+        self._past: Past | None = None
 
     def allocate(self, pages: int, cache: CacheFormat) -> None:
         """See `Runner`. On a CPU, memory is taken only as pages are written."""
-        if self._looks_back:
-            self._text = torch.zeros(pages, PAGE, dtype=torch.long, device=self.device)
+        self._past = Past(pages, self.config.looks_back, self.device) if self.config.looks_back else None
         dtype = torch.uint8 if cache == "fp8" else DTYPES[cache]
         shape = (len(self.model.model.layers), pages, PAGE, self.config.cache_values_per_token)
         if self.device.type == "cpu":
@@ -170,9 +133,9 @@ class TorchRunner:
         """See `Runner`."""
         hidden, experts, keys = [], [], []
         with inference(self.machine):
+            before = None if self._past is None else self._past.before(batch)
             for i, (ids, positions, caches) in enumerate(self._sequences(batch)):
-                before = self._before(ids, positions, batch.tables[i].to(self.device)) if self._looks_back else None
-                output = self.model(ids[None], positions[None], caches, before=before)
+                output = self.model(ids[None], positions[None], caches, before=None if before is None else before[i : i + 1])
                 hidden.append(output.hidden[0])
                 experts.append(_chosen(output.routing))
                 keys.append(None if output.keys is None else output.keys[0])
@@ -190,24 +153,16 @@ class TorchRunner:
         shifted = next_ids.to(self.device)
         drafts, starts = [], batch.starts.tolist()
         with inference(self.machine):
-            for i, (_, positions, caches) in enumerate(self._sequences(batch)):
+            for i, (ids, positions, caches) in enumerate(self._sequences(batch)):
                 rows = slice(starts[i], starts[i + 1])
-                drafts.append(self.model.ahead(1, hidden[None, rows], shifted[None, rows], positions[None], caches)[0])
+                drafts.append(self.model.ahead(1, hidden[None, rows], shifted[None, rows], ids[None], positions[None], caches)[0])
         return torch.cat(drafts).float()
 
     def copy_page(self, source: int, target: int) -> None:
         """See `Runner`."""
         self._cache[:, target] = self._cache[:, source]
-        if self._looks_back:
-            self._text[target] = self._text[source]
-
-    def _before(self, ids: Tensor, positions: Tensor, table: Tensor) -> Tensor:
-        """Remember the new tokens of a sequence; the ones that stand before them, `[1, looks_back]`, -1 where there is none."""
-        pages = table.long()
-        self._text[pages[positions // PAGE], positions % PAGE] = ids
-        earlier = positions[0] - torch.arange(self._looks_back, 0, -1, device=ids.device)
-        there = earlier.clamp(min=0)
-        return self._text[pages[there // PAGE], there % PAGE].masked_fill(earlier < 0, -1)[None]
+        if self._past is not None:
+            self._past.copy_page(source, target)
 
     def _sequences(self, batch: Batch) -> list[tuple[Tensor, Tensor, list[PagedLayer]]]:
         """Ids, positions and caches of every sequence, on the device."""

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from .batch import PAGE
 from .pages import ROOT, PagePool
-from .runner import PAGE
 
 
 class Sequence:

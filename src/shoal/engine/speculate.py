@@ -15,7 +15,8 @@ from typing import Literal
 
 import torch
 
-from .runner import PAGE, Batch, Runner, take_rows
+from .batch import PAGE, Batch
+from .runner import Runner, take_rows
 from .sampling import Room, Rows, Sampler, SamplingError
 from .scheduler import Sequence
 

@@ -93,8 +93,8 @@ def read_part(files: WeightFiles, name: str, config: ModelConfig) -> Iterator[Te
 
 
 def read_whole(files: WeightFiles, name: str, config: ModelConfig) -> Tensor:
-    """The official weights of a part as one tensor in fp32."""
-    found = [tensor.float() for tensor in read_part(files, name, config)]
+    """The official weights of a part as one tensor; floats in fp32."""
+    found = [tensor.float() if tensor.is_floating_point() else tensor for tensor in read_part(files, name, config)]
     return torch.stack(found) if _EXPERTS.fullmatch(name) else found[0]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,16 @@ from torch import Tensor, nn
 from ..config import ModelConfig, UserError
 from ..kernels.packed import FORMATS, TILE, Format, PackedMatrix
 from ..model import MLA, Router, Transformer
-from ..model.layers import RMSNorm
+from ..model.counted import CountedNgrams
+from ..model.layers import RMSNorm, TokenTable
 from ..model.moe import Experts
+from ..model.repeats import Repeats
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+INTEGERS = {"int64": torch.int64, "int16": torch.int16}
+"""Of small tensors: what is looked up."""
 GROUPS = (32, 64)
 
 
@@ -61,7 +65,7 @@ class Part:
     """One entry of a model: a matrix `[..., O, I]` to be packed, or a small tensor."""
 
     shape: tuple[int, ...]
-    format: Format
+    format: Format | Literal["int64", "int16"]
     is_matrix: bool
     group: int = 0
     mins: bool = False
@@ -69,7 +73,7 @@ class Part:
     def arrays(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """dtype and shape of what is stored, by the field of `PackedMatrix`; `""` for a small tensor."""
         if not self.is_matrix:
-            return {"": (DTYPES[self.format], self.shape)}
+            return {"": ((DTYPES | INTEGERS)[self.format], self.shape)}
         *leading, rows, columns = self.shape
         tiles = (*leading, -(-rows // TILE))
         if self.format in DTYPES:
@@ -91,7 +95,7 @@ class Part:
             return arrays[""]
         rows, columns = self.shape[-2:]
         group = self.group if self.format in ("int4", "int8") else 0
-        return PackedMatrix(self.format, rows, columns, arrays["data"], arrays.get("scales"), arrays.get("mins"), group)
+        return PackedMatrix(cast(Format, self.format), rows, columns, arrays["data"], arrays.get("scales"), arrays.get("mins"), group)
 
     def empty(self) -> dict[str, Tensor]:
         return {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in self.arrays().items()}
@@ -109,8 +113,8 @@ def parts_of(config: ModelConfig, scheme: Scheme) -> dict[str, Part]:
 
     Raises `UserError` for models with parts that neither the kernels nor quantized folders know.
     """
-    if config.additions:
-        raise UserError(f"{' and '.join(config.additions)}: such a model runs in plain torch only, neither packed nor quantized")
+    if config.in_torch_only:
+        raise UserError(f"{' and '.join(config.in_torch_only)}: such a model runs in plain torch only, neither packed nor quantized")
     with torch.device("meta"):
         model = Transformer(config)
     found: dict[str, Part] = {}
@@ -121,8 +125,13 @@ def parts_of(config: ModelConfig, scheme: Scheme) -> dict[str, Part]:
             if is_matrix:
                 found[part] = Part(shape, format, True, scheme.group, scheme.has_mins(format))
             else:
-                found[part] = Part(shape, scheme.embedding if part == EMBEDDING else "fp32", False)
+                found[part] = Part(shape, scheme.embedding if part == EMBEDDING else _small_format(model, part), False)
     return found
+
+
+def _small_format(model: Transformer, name: str) -> Literal["fp32", "int64", "int16"]:
+    dtype = model.state_dict()[name].dtype
+    return {torch.int64: "int64", torch.int16: "int16"}.get(dtype, "fp32")  # type: ignore[return-value]
 
 
 def _shapes(name: str, module: nn.Module, config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], bool]]:
@@ -131,7 +140,7 @@ def _shapes(name: str, module: nn.Module, config: ModelConfig) -> Iterator[tuple
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items() if tensor is not None}
     if isinstance(module, Experts):
         yield from ((f"{name}.{key}", shape, True) for key, shape in shapes.items())
-    elif isinstance(module, nn.Embedding | RMSNorm | Router):
+    elif isinstance(module, nn.Embedding | RMSNorm | Router | TokenTable | CountedNgrams | Repeats):
         yield from ((f"{name}.{key}", shape, False) for key, shape in shapes.items())
     elif name.endswith(".kv_b_proj"):
         heads, nope, value, latent = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank
@@ -142,7 +151,8 @@ def _shapes(name: str, module: nn.Module, config: ModelConfig) -> Iterator[tuple
         yield name, shapes["weight"], True
         if "bias" in shapes:
             yield f"{name}.bias", shapes["bias"], False
-    assert isinstance(module, MLA) or not shapes or "weight" in shapes or isinstance(module, Experts)
+    else:
+        assert isinstance(module, MLA) or not shapes, f"{name} holds {', '.join(shapes)}"
 
 
 def split_kv_up(weight: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:

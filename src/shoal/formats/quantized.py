@@ -33,7 +33,7 @@ ALIGNMENT = 64
 LARGEST_SHARD = 5 * 10**9
 
 _PAD = "padding."
-_NAMES = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+_NAMES = {torch.int64: "I64", torch.int16: "I16", torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 _PLAIN_FILES = {CONFIG, INDEX, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 
 

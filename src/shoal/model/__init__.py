@@ -8,6 +8,7 @@ from .attention import LayerCache as LayerCache
 from .block import Block as Block
 from .documents import Documents as Documents
 from .init import init_weights as init_weights
+from .look_ups import LookUps as LookUps
 from .moe import Dispatcher as Dispatcher
 from .moe import LocalDispatcher as LocalDispatcher
 from .moe import MoE as MoE

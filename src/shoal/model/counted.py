@@ -133,9 +133,9 @@ class CountedNgrams(nn.Module):
         probabilities, lengths = kernels.counted_prior(self.filled, keys.flatten(0, -2))
         return probabilities.view(*keys.shape[:-1], -1), lengths.view(keys.shape[:-1])
 
-    def scale(self, hidden: Tensor, lengths: Tensor) -> Tensor:
-        """The factor of the log-probabilities, `[...]` fp32; 1 at the beginning."""
-        return 1 + self.trust_in_length.float()[lengths] + hidden.float() @ self.trust.float()
+    def scale(self, trusted: Tensor, lengths: Tensor) -> Tensor:
+        """The factor of the log-probabilities, `[...]` fp32, for hidden states times `trust`; 1 at the beginning."""
+        return 1 + self.trust_in_length.float()[lengths] + trusted
 
     def _prepare(self) -> CountTables:
         """What is computed from the counts once. Raises `UserError` where they cannot be counts of this vocabulary."""

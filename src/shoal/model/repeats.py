@@ -55,7 +55,7 @@ class Repeats(nn.Module):
             number = number + begins.cumsum(1)
         return kernels.find_repeats(text, number, ids.shape[1], self._window, REPEAT_LENGTHS)
 
-    def bonus(self, hidden: Tensor, kinds: Tensor) -> Tensor:
-        """What is added to the logit of the token that was found, `[...]` fp32: for `hidden [..., D]` and `kinds [...]` of `find`."""
+    def bonus(self, trusted: Tensor, kinds: Tensor) -> Tensor:
+        """What is added to the logit of the token that was found, `[...]` fp32, for hidden states times `trust` and `kinds` of `find`."""
         by_kind = nn.functional.pad(self.trust_in_kind.float().flatten(), (1, 0))
-        return by_kind[kinds] + (kinds > 0) * (hidden.float() @ self.trust.float())
+        return by_kind[kinds] + (kinds > 0) * trusted

@@ -19,6 +19,7 @@ from .block import Block
 from .counted import CountedNgrams
 from .documents import Documents
 from .layers import LinearFactory, RMSNorm, plain_linear
+from .look_ups import LookUps
 from .moe import Dispatcher, LocalDispatcher, MoE, RoutingStats
 from .mtp import MTPModule
 from .ngrams import Ngrams
@@ -79,6 +80,10 @@ class Transformer(nn.Module):
         return [layer for layer in self.model.layers if isinstance(layer, MTPModule)]
 
     @property
+    def look_ups(self) -> LookUps:
+        return LookUps(self.model.counted, self.model.repeats)
+
+    @property
     def moe_layers(self) -> list[MoE]:
         """Every mixture of experts, in the order of `Output.routing`."""
         return [module for module in self.modules() if isinstance(module, MoE)]
@@ -115,10 +120,7 @@ class Transformer(nn.Module):
         x = self.model.embed_tokens(ids)
         if self.model.ngrams is not None:
             x = x + self.model.ngrams(ids, positions, before)
-        looked_up = [] if self.model.counted is None else [self.model.counted.keys(ids, positions, before)]
-        if self.model.repeats is not None:
-            looked_up.append(self.model.repeats.find(ids, before, None if documents is None else documents.positions == 0))
-        keys = torch.cat(looked_up, dim=-1) if looked_up else None
+        keys = self.look_ups.keys(ids, positions, before, None if documents is None else documents.positions == 0)
         context = Context(positions, *rotary_tables(self.config, positions), documents, ids, x)
         replayed = iter(chosen or ())
         routing: list[RoutingStats] = []
@@ -145,12 +147,13 @@ class Transformer(nn.Module):
                 routing.append(stats)
         return hidden, mtp_hidden, routing
 
-    def ahead(self, depth: int, previous: Tensor, shifted: Tensor, positions: Tensor, caches: Sequence[LayerCache]) -> Tensor:
+    def ahead(self, depth: int, previous: Tensor, shifted: Tensor, ids: Tensor, positions: Tensor, caches: Sequence[LayerCache]) -> Tensor:
         """MTP module `depth` (1, 2, ...) by itself, for drafting; `[B, T, D]` after its norm.
 
-        `previous [B, T, D]` is what depth - 1 gave, `shifted [B, T]` the tokens `depth` ahead, `caches` those of all layers.
+        `previous [B, T, D]` is what depth - 1 gave for `ids [B, T]` at `positions`, `shifted [B, T]` the tokens `depth` ahead, `caches`
+        those of all layers.
         """
-        context = Context(positions, *rotary_tables(self.config, positions))
+        context = Context(positions, *rotary_tables(self.config, positions), ids=ids)
         return self._run_mtp(depth, previous, shifted, context, caches[self.config.num_hidden_layers + depth - 1])[1]
 
     def _run_mtp(
@@ -164,11 +167,8 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor, keys: Tensor | None = None) -> Tensor:
         """`[..., D]` -> `[..., V]` in fp32, soft-capped where configured; `keys [..., K]` as in `Output`."""
         logits = self.lm_head(hidden).float()
-        prior, hint = self._prior(hidden, keys), self._hint(hidden, keys)
-        if prior is not None:
-            logits = torch.addcmul(logits, prior[0], prior[1].unsqueeze(-1))
-        if hint is not None:
-            logits = logits.scatter_add(-1, hint[0].unsqueeze(-1), hint[1].unsqueeze(-1))
+        look_ups = self.look_ups
+        logits = look_ups.correct(logits, keys, _products(hidden, look_ups.trusts))
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -182,21 +182,11 @@ class Transformer(nn.Module):
         hidden, keys = hidden.flatten(0, -2), None if keys is None else keys.flatten(0, -2)
         if soft is not None:
             soft = soft[0].flatten(0, -2), soft[1]
-        prior, hint = self._prior(hidden, keys), self._hint(hidden, keys)
+        look_ups = self.look_ups
+        prior, hint = look_ups.corrections(keys, _products(hidden, look_ups.trusts))
         return kernels.linear_cross_entropy(hidden, self.lm_head.weight, targets.flatten(), self.config.logit_softcap, prior, hint, soft)
 
-    def _prior(self, hidden: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """Log-probabilities by counting and their factors."""
-        if self.model.counted is None:
-            return None
-        assert keys is not None
-        prior, lengths = self.model.counted(keys[..., : self.config.count_order])
-        return prior, self.model.counted.scale(hidden, lengths)
 
-    def _hint(self, hidden: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """Tokens that followed a repetition, and what is added to their logits."""
-        if self.model.repeats is None:
-            return None
-        assert keys is not None
-        tokens, kinds = keys[..., -2:].unbind(-1)
-        return tokens, self.model.repeats.bonus(hidden, kinds)
+def _products(hidden: Tensor, vectors: Sequence[Tensor]) -> list[Tensor]:
+    """Of `hidden [..., D]` with each of some vectors `[D]`, `[...]` fp32."""
+    return [hidden.float() @ vector.float() for vector in vectors]

@@ -63,7 +63,7 @@ class LiveWeights:
             if name.endswith("mlp.gate.weight"):  # in tiles, as NativeRunner would make its own copy
                 part = self._plan[name] = Part(part.shape, "fp32", True)
             source = self._source(name)
-            shared = not part.is_matrix and source.dtype == torch.float32 and source.is_contiguous()
+            shared = not part.is_matrix and source.dtype == part.arrays()[""][0] and source.is_contiguous()
             self.parts[name] = source if shared else part.assemble(part.empty())
         self.refresh()
 
@@ -95,7 +95,7 @@ class Sampler:
     def __init__(self, model: Transformer, tokenizer: Tokenizer, machine: Machine, options: EngineOptions) -> None:
         self._live: LiveWeights | None = None
         runner: Runner
-        if machine.device.type == "cpu" and BACKEND.cpu is not None and not model.config.additions:
+        if machine.device.type == "cpu" and BACKEND.cpu is not None and not model.config.in_torch_only:
             self._live = LiveWeights(model, machine.precision)
             runner = NativeRunner(model.config, self._live.parts, machine.threads)
         else:

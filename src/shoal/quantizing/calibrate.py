@@ -38,6 +38,8 @@ BORROWED = 32
 """The weight of what an expert borrows, in tokens."""
 
 Parts = dict[str, PackedMatrix | Tensor]
+LOOKED_UP = ("model.counted.", "model.repeats.")
+"""What no token multiplies with."""
 
 
 @dataclass
@@ -59,11 +61,15 @@ class Calibration:
         states = nn.functional.embedding(self.ids, embedding)
         del embedding
         positions = torch.arange(self.ids.shape[1])[None]
-        context = Context(positions, *rotary_tables(self.config, positions))
+        tables = rotary_tables(self.config, positions)
+        contexts = [Context(positions, *tables, ids=ids) for ids in batches(self.ids)]
+        for name in self.plan:
+            if name.startswith(LOOKED_UP):
+                self._keep(name, self._whole(name))
         order = iter(self.plan)
         pending = next(order, None)
         for layer in range(self.config.num_hidden_layers):
-            self._layer(layer, states, context)
+            self._layer(layer, states, contexts)
             while pending in self.done:
                 assert pending is not None
                 yield pending, self.done.pop(pending)
@@ -79,18 +85,20 @@ class Calibration:
             yield pending, self.done.pop(pending)
             pending = next(order, None)
 
-    def _layer(self, layer: int, states: Tensor, context: Context) -> None:
+    def _layer(self, layer: int, states: Tensor, contexts: list[Context]) -> None:
         """Quantize layer `layer` and replace `states [S, T, D]` by its outputs."""
         prefix = f"model.layers.{layer}"
         with torch.device("meta"):
             block = Block(self.config, layer, plain_linear, LocalDispatcher())
         block.input_layernorm.weight = self._parameter(f"{prefix}.input_layernorm.weight")
         block.post_attention_layernorm.weight = self._parameter(f"{prefix}.post_attention_layernorm.weight")
+        if block.self_attn.value_embedding is not None:
+            block.self_attn.value_embedding.weight = self._parameter(f"{prefix}.self_attn.value_embedding.weight")
         if isinstance(block.self_attn, MLA):
-            self._latent_attention(f"{prefix}.self_attn", block.self_attn, block.input_layernorm, states, context)
+            self._latent_attention(f"{prefix}.self_attn", block.self_attn, block.input_layernorm, states, contexts)
         else:
-            self._grouped_attention(f"{prefix}.self_attn", block.self_attn, block.input_layernorm, states, context)
-        for rows in batches(states):
+            self._grouped_attention(f"{prefix}.self_attn", block.self_attn, block.input_layernorm, states, contexts)
+        for rows, context in zip(batches(states), contexts, strict=True):
             rows += block.self_attn(block.input_layernorm(rows), context)
         if isinstance(block.mlp, MoE):
             self._mixture(f"{prefix}.mlp", block.mlp, block.post_attention_layernorm, states)
@@ -100,7 +108,7 @@ class Calibration:
             out = block.mlp(block.post_attention_layernorm(rows))
             rows += out[0] if isinstance(out, tuple) else out
 
-    def _latent_attention(self, name: str, attention: MLA, norm: RMSNorm, states: Tensor, context: Context) -> None:
+    def _latent_attention(self, name: str, attention: MLA, norm: RMSNorm, states: Tensor, contexts: list[Context]) -> None:
         moment = mean_moment(norm(rows) for rows in batches(states))
         self._linear(f"{name}.kv_a_proj_with_mqa", attention.kv_a_proj_with_mqa, moment)
         attention.kv_a_layernorm.weight = self._parameter(f"{name}.kv_a_layernorm.weight")
@@ -112,7 +120,7 @@ class Calibration:
         else:
             self._linear(f"{name}.q_proj", attention.q_proj, moment)
         queries, mixtures = MeanMoment(), MeanMoment()
-        for rows in batches(states):
+        for rows, context in zip(batches(states), contexts, strict=True):
             query, latent, key_rope = attention.project(norm(rows), context)
             queries.add(query[..., : attention.nope].flatten(0, 1).transpose(0, 1))
             key_up = self._whole(f"{name}.k_up")  # [H, R, N]: the true one, that of this layer's own attention
@@ -124,16 +132,17 @@ class Calibration:
         key_up = self._settle(f"{name}.k_up", self._whole(f"{name}.k_up"), queries.value())
         value_up = self._settle(f"{name}.v_up", self._whole(f"{name}.v_up"), mixtures.value())
         attention.kv_b_proj.weight = parameter(join_kv_up(key_up, value_up))
-        outputs = (attention.expanded(*attention.project(norm(rows), context)) for rows in batches(states))
+        pairs = zip(batches(states), contexts, strict=True)
+        outputs = (attention.expanded(*attention.project(norm(rows), context)) for rows, context in pairs)
         self._linear(f"{name}.o_proj", attention.o_proj, mean_moment(outputs))
 
-    def _grouped_attention(self, name: str, attention: GQA, norm: RMSNorm, states: Tensor, context: Context) -> None:
+    def _grouped_attention(self, name: str, attention: GQA, norm: RMSNorm, states: Tensor, contexts: list[Context]) -> None:
         moment = mean_moment(norm(rows) for rows in batches(states))
         for part in ("q_proj", "k_proj", "v_proj"):
             self._linear(f"{name}.{part}", getattr(attention, part), moment)
         outputs = MeanMoment()
         o_proj, attention.o_proj = attention.o_proj, Listener(outputs)
-        for rows in batches(states):
+        for rows, context in zip(batches(states), contexts, strict=True):
             attention(norm(rows), context)
         attention.o_proj = o_proj
         self._linear(f"{name}.o_proj", o_proj, outputs.value())

@@ -15,9 +15,10 @@ from loop import serve
 from shoal.bench.machine import Reader
 from shoal.config import EngineOptions, SamplingOptions
 from shoal.engine import Engine
+from shoal.engine.batch import PAGE, Batch
 from shoal.engine.native import NativeRunner
 from shoal.engine.requests import Request
-from shoal.engine.runner import DTYPES, PAGE, Batch
+from shoal.engine.runner import DTYPES
 from shoal.engine.weights import Weights, load_weights
 from shoal.formats.parts import arrays_of
 from shoal.kernels.packed import PackedMatrix

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..model.repeats import NOTHING
 from .batch import PAGE, Batch
 
 
@@ -16,7 +17,7 @@ class Past:
         self._back = torch.arange(looks_back, 0, -1, device=device)
 
     def before(self, batch: Batch) -> Tensor:
-        """Remember the new tokens; what stands before those of each sequence, `[S, looks_back]`, -1 where there is nothing."""
+        """Remember the new tokens; what stands before those of each sequence, `[S, looks_back]`, `NOTHING` where there is no token."""
         device = self._tokens.device
         tables, starts = batch.tables.to(device).long(), batch.starts.to(device)
         ids, positions = batch.ids.to(device), batch.positions.to(device)
@@ -24,7 +25,7 @@ class Past:
         self._tokens[tables[sequence, positions // PAGE], positions % PAGE] = ids
         earlier = positions[starts[:-1]][:, None] - self._back
         there = earlier.clamp(min=0)
-        return self._tokens[tables.gather(1, there // PAGE), there % PAGE].masked_fill_(earlier < 0, -1)
+        return self._tokens[tables.gather(1, there // PAGE), there % PAGE].masked_fill_(earlier < 0, NOTHING)
 
     def copy_page(self, source: int, target: int) -> None:
         """See `Runner`."""

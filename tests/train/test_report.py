@@ -190,3 +190,15 @@ def test_si(value: float, text: str) -> None:
 def test_durations() -> None:
     assert [duration(s) for s in (7, 754, 3723, 273900, math.inf)] == ["0:07", "12:34", "1:02:03", "3 d 04:05 h", "–"]
     assert [spelled(s) for s in (42, 300, 11520, 700000)] == ["42 seconds", "5.0 minutes", "3.2 hours", "8.1 days"]
+
+
+def test_layers_that_begin_late_are_drawn_from_where_they_begin(tmp_path: Path) -> None:
+    rows = [step_row(step, layers=1) for step in range(1, 31)] + [step_row(step, layers=2, mtp_loss=4.0) for step in range(31, 41)]
+    metrics = read_metrics(write_run(tmp_path / "run", rows) / "metrics.jsonl")
+    _, load = metrics.layers("expert_load")
+    assert load.shape == (40, 2, 4)
+    assert np.isnan(load[:30, 1]).all()
+    assert np.isfinite(load[30:]).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert write_report(tmp_path / "run").exists()

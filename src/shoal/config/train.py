@@ -19,7 +19,7 @@ NOT_NEGATIVE = (
     "optimizer.adam_eps", "optimizer.weight_decay", "optimizer.clip", "balance.bias_update_speed", "balance.sequence_loss",
     "mtp.weight", "mtp.final_weight", "checkpoint.every_steps", "checkpoint.every_minutes",
 )  # fmt: skip
-SHARES = ("schedule.warmup", "schedule.decay", "schedule.final", "schedule.extension", "teacher.share")
+SHARES = ("schedule.warmup", "schedule.decay", "schedule.final", "schedule.extension", "mtp.begins", "teacher.share")
 
 
 def parse_bytes(text: str) -> int:
@@ -112,6 +112,9 @@ class MTPConfig:
 
     weight: float = 0.3
     final_weight: float = 0.1
+    begins: float = 0.0
+    """Share of the budget after which it is learnt; before, it costs nothing. With its second pass through the head it is much of what a
+    small model computes."""
 
 
 @dataclass

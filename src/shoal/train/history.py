@@ -27,13 +27,23 @@ class Metrics:
         return column(self.steps, name)
 
     def layers(self, name: str) -> tuple[Floats, Floats]:
-        """A per-layer figure of the rows that have it: their tokens [R] and the values [R, L, ...]. R is 0 for a dense model."""
+        """A per-layer figure of the rows that have it: their tokens [R] and the values [R, L, ...]. R is 0 for a dense model.
+
+        The last layers are NaN in rows without them: those of multi-token prediction may run in a part of the steps only.
+        """
         rows = [row for row in self.steps if row.get(name)]
         if not rows:
             return np.empty(0), np.empty((0, 0))
-        shape = np.shape(rows[-1][name])
-        rows = [row for row in rows if np.shape(row[name]) == shape]
-        return column(rows, "tokens"), np.array([row[name] for row in rows], dtype=np.float64)
+        values = np.full((len(rows), max(len(row[name]) for row in rows), *np.shape(rows[0][name])[1:]), np.nan)
+        for place, row in zip(values, rows, strict=True):
+            place[: len(row[name])] = row[name]
+        return column(rows, "tokens"), values
+
+
+def mean_of_finite(values: Floats, axis: int) -> Floats:
+    """Means along an axis, NaN where all are."""
+    mean: Floats = np.ma.masked_invalid(values).mean(axis=axis).filled(np.nan)
+    return mean
 
 
 def column(rows: list[dict[str, Any]], name: str) -> Floats:

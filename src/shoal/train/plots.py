@@ -10,7 +10,7 @@ import numpy as np
 
 from shoal.config import UserError
 
-from .history import Floats, Metrics, column
+from .history import Floats, Metrics, column, mean_of_finite
 from .units import si
 
 if TYPE_CHECKING:
@@ -274,12 +274,12 @@ def _max_vio(metrics: Metrics, layer_names: list[str]) -> Figure | None:
         return None
     figure, ax = _figure(HALF)
     _draw_layers(ax, tokens, layers, linewidth=0.9, alpha=0.75)
-    mean = layers.mean(axis=1)
+    mean = mean_of_finite(layers, 1)
     end = _draw_smooth(ax, tokens, mean, INK, linewidth=2.2).last
     ax.set_ylim(bottom=0)
     _token_axis(ax, tokens)
-    finals = layers[-_tail(len(layers)) :].mean(axis=0)
-    worst = int(finals.argmax())
+    finals = mean_of_finite(layers[-_tail(len(layers)) :], 0)
+    worst = int(np.nanargmax(finals))
     labels = [(end, f"mean: {end:.2f}", INK)]
     if len(finals) > 1:
         labels.append((float(finals[worst]), f"{layer_names[worst]}: {finals[worst]:.2f}", _depth_colors(len(finals))[worst]))
@@ -320,7 +320,7 @@ def _expert_load(metrics: Metrics, layer_names: list[str]) -> Figure | None:
     layers, experts = load.shape[1:]
     groups = np.array_split(np.arange(len(tokens)), min(len(tokens), 160))
     edges = np.array([0.0] + [tokens[group[-1]] for group in groups])
-    relative = np.stack([load[group].mean(axis=0) for group in groups]) * experts  # [R, L, E]
+    relative = np.stack([mean_of_finite(load[group], 0) for group in groups]) * experts  # [R, L, E]
 
     columns = min(layers, 3 if layers <= 6 else 4 if layers <= 12 else 6)
     rows = -(-layers // columns)
@@ -356,18 +356,20 @@ def _final_load(metrics: Metrics, layer_names: list[str]) -> Figure | None:
     if not len(tokens):
         return None
     layers, experts = load.shape[1:]
-    relative = load[-_tail(len(load)) :].mean(axis=0) * experts  # [L, E]
+    relative = mean_of_finite(load[-_tail(len(load)) :], 0) * experts  # [L, E]
     figure, ax = _figure((WIDE[0], 1.5 + max(0.22, min(0.42, 3.2 / layers)) * layers))
     scale = ax.pcolormesh(_log_load(relative), edgecolors=PAPER, linewidth=1.2 if experts <= 64 else 0.4, **_load_scale())
     ax.invert_yaxis()
     ax.grid(False)
     ax.spines["bottom"].set_visible(False)
-    ax.set_yticks(np.arange(layers) + 0.5, layer_names)
+    ax.set_yticks(np.arange(layers) + 0.5, layer_names[:layers])
     step = 1 if experts <= 32 else 4 if experts <= 64 else 16
     shown = np.arange(0, experts, step)
     ax.set_xticks(shown + 0.5, [str(expert) for expert in shown])
     ax.set_xlabel("expert")
     for layer, values in enumerate(relative):
+        if np.isnan(values).any():
+            continue
         if experts <= 16:
             for expert, value in enumerate(values):
                 color = PAPER if abs(np.log2(max(value, 1e-9))) > 1.2 else INK
@@ -375,9 +377,8 @@ def _final_load(metrics: Metrics, layer_names: list[str]) -> Figure | None:
         ax.text(experts * 1.01, layer + 0.5, f"{values.max() - 1:.2f}", va="center", fontsize=9, color=MUTED)
     ax.text(experts * 1.01, -0.25, "MaxVio", va="bottom", fontsize=9, color=MUTED)
     _load_bar(figure, scale)
-    _title(
-        ax, "Expert load at the end", f"the busiest expert takes {relative.max():.2f} times its even share, the idlest {relative.min():.2f}"
-    )
+    busiest, idlest = np.nanmax(relative), np.nanmin(relative)
+    _title(ax, "Expert load at the end", f"the busiest expert takes {busiest:.2f} times its even share, the idlest {idlest:.2f}")
     return figure
 
 

@@ -94,8 +94,8 @@ def _read_text(path: Path) -> str:
 
 def _layer_names(config: str, metrics: Metrics) -> list[str]:
     """A name for each MoE layer of the metrics: its number in the model, as in the names of the parameters."""
-    row = next((row for row in metrics.steps if row.get("max_vio_layers") or row.get("expert_load")), {})
-    count = len(row.get("max_vio_layers") or row.get("expert_load") or [])
+    # MTP layers may run in a part of the steps only.
+    count = max((len(row.get("max_vio_layers") or row.get("expert_load") or []) for row in metrics.steps), default=0)
     try:
         model = ModelConfig(**tomllib.loads(config).get("model", {}))
     except (TypeError, tomllib.TOMLDecodeError):

@@ -32,4 +32,6 @@ def extends_context(config: TrainConfig, progress: float) -> bool:
 
 def mtp_weight(config: MTPConfig, progress: float) -> float:
     """Weight lambda of the multi-token prediction loss at `progress`."""
+    if progress < config.begins:
+        return 0.0
     return config.weight + (config.final_weight - config.weight) * min(max(progress, 0.0), 1.0)

@@ -30,7 +30,9 @@ def test_a_budget_of_flops_is_spent(order: list[str], workshop: Path, tmp_path: 
     assert main(["generate", str(tmp_path / "run"), "red", "--max-tokens", "3", "--ignore-eos", "--threads", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"] == 3
     if not exportable:
-        assert main(["quantize", str(tmp_path / "run"), str(tmp_path / "small")]) == 2
+        assert main(["quantize", str(tmp_path / "run"), str(tmp_path / "small")]) == 0
+        assert main(["generate", str(tmp_path / "small"), "red", "--max-tokens", "3", "--ignore-eos", "--threads", "1"]) == 0
+        assert main(["export", str(tmp_path / "run"), str(tmp_path / "run.gguf"), "--format", "gguf"]) == 2
         assert "count_order is" in capsys.readouterr().err
 
 

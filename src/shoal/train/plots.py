@@ -168,9 +168,15 @@ def _draw_loss(ax: Axes, metrics: Metrics, x: Floats, x_name: str, log: bool) ->
 
 
 def _frame(metrics: Metrics) -> tuple[float, float]:
-    """Limits of the loss axis: the fall of the first steps would press the rest flat, so the top is what is left of it after 1.5%."""
+    """Limits of the loss axis: the fall of the first steps would press the rest flat, so the top is what is left of it after 1.5%.
+
+    Multi-token prediction may begin, and fall, later: it is left out of that until a tenth of the run after its first step.
+    """
     begin = len(metrics.steps) * 15 // 1000
-    curves = [metrics.column("loss")[begin:], metrics.column("mtp_loss")[begin:], column(metrics.evaluations[1:], "val_loss")]
+    loss, mtp = metrics.column("loss"), metrics.column("mtp_loss")
+    first = int(np.isfinite(mtp).argmax())
+    mtp_begin = first + len(mtp) // 10 if first else begin
+    curves = [loss[begin:], mtp[mtp_begin:], column(metrics.evaluations[1:], "val_loss")]
     shown = np.concatenate(curves)
     shown = shown[np.isfinite(shown)]
     if not len(shown):
@@ -435,20 +441,22 @@ def _end_labels(ax: Axes, labels: list[tuple[float, str, Any]]) -> None:
 
 
 def _line_labels(ax: Axes, lines: list[Line]) -> None:
-    """Name lines where they lie, at 80% of the axis: the lowest from below, the others from above."""
+    """Name lines where they lie, at 80% of the axis: the lowest from below, the highest from above; those between further left."""
     from matplotlib.patheffects import withStroke
 
-    at = 0.8 * ax.get_xlim()[1]
-    places = sorted((float(np.interp(at, line.x, line.y)), line.name, line.color) for line in lines)
-    for index, (y, name, color) in enumerate(places):
-        below = index == 0 and len(places) > 1
+    right = ax.get_xlim()[1]
+    ordered = sorted(lines, key=lambda line: float(np.interp(0.8 * right, line.x, line.y)))
+    for index, line in enumerate(ordered):
+        below = index == 0 and len(lines) > 1
+        at = (0.68 if 0 < index < len(lines) - 1 else 0.8) * right
+        y = float(np.interp(at, line.x, line.y))
         place: dict[str, Any] = {
             "xytext": (0, -9 if below else 7),
             "textcoords": "offset points",
             "ha": "center",
             "va": "top" if below else "bottom",
         }
-        ax.annotate(name, (at, y), color=color, zorder=5, path_effects=[withStroke(linewidth=3, foreground=PAPER)], **place)
+        ax.annotate(line.name, (at, y), color=line.color, zorder=5, path_effects=[withStroke(linewidth=3, foreground=PAPER)], **place)
 
 
 def _token_axis(ax: Axes, tokens: Floats, ticks: int = 6) -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tests.engine.small_models import make_model
 from torch import nn
 
+from shoal.config import ModelConfig
+from shoal.engine.batch import Batch
+from shoal.engine.native import NativeRunner
 from shoal.kernels.packed import PackedMatrix, unpack
-from shoal.model import Transformer
+from shoal.kernels.selection import BACKEND
+from shoal.model import Transformer, init_weights
 from shoal.post.adapters import AdaptedExperts, AdaptedLinear, adapt, merge
 from shoal.post.experts_tuning import train_only_used_experts
 from shoal.post.packing import Text, make_row
@@ -110,6 +115,31 @@ def test_the_engine_sees_merged_weights() -> None:
     for name, part in merged.parts.items():
         one, other = (unpack(p) if isinstance(p, PackedMatrix) else p for p in (part, live.parts[name]))
         assert torch.allclose(one, other, atol=1e-6), name
+
+
+@pytest.mark.skipif(BACKEND.cpu is None, reason=BACKEND.reason)
+def test_the_engine_sees_what_a_model_has_learnt_about_look_ups() -> None:
+    model = Transformer(
+        ModelConfig(
+            model_type="llama", vocab_size=64, hidden_size=32, num_hidden_layers=2, intermediate_size=32, num_attention_heads=2,
+            n_routed_experts=0, repeat_window=30, value_embedding=True, eos_token_id=1,
+        )
+    )  # fmt: skip
+    init_weights(model, 0)
+    live = LiveWeights(model, "fp32")
+    runner = NativeRunner(model.config, live.parts, 1)
+    runner.allocate(4, "fp32")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    live.refresh()
+    ids = IDS[0].tolist() * 2
+    forward = runner.forward(Batch.lay_out([ids], [0], [np.arange(4, dtype=np.int32)]))
+    with torch.no_grad():
+        whole = model(torch.tensor([ids]))
+        assert whole.keys is not None
+        expected = model.logits(whole.hidden[0], whole.keys[0])
+    torch.testing.assert_close(runner.logits(*forward.predictions(range(len(ids)))), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("with_adapters", [True, False])

@@ -101,8 +101,10 @@ struct Kernels {
     void (*counted_prior)(int64_t rows, int64_t vocab, const CountedNgrams& counted, const int64_t* keys, Rows probabilities,
                           int64_t* lengths, int threads);
 
-    // For the last `fresh` places of texts [batch, size], of which equal numbers [batch, size] mark the same: found [batch, fresh, 2], the token
-    // that followed the longest repetition within `window` places, the latest of several, and of what kind that was; `lengths` [kinds].
+    // For the last `fresh` places of texts [batch, size], in which numbers [batch, size] tell one text of a row from another: found
+    // [batch, fresh, 2], the token that followed the longest repetition within `window` places, the latest of several, and its kind: 0 for
+    // none, or 1 + 3 times the place of its length among `lengths` [kinds] + 0 for once in the window, 1 and 2 where the time before another
+    // token followed, or the same.
     void (*find_repeats)(int64_t batch, int64_t size, int64_t fresh, const int64_t* texts, const int64_t* numbers, int64_t window,
                          const int64_t* lengths, int64_t kinds, int64_t* found, int threads);
 

@@ -253,18 +253,18 @@ __attribute__((noinline)) static void float_tiles(const Matrix& w, int64_t tile,
 template <int T>
 constexpr int kTogether = T * kParts > 4 ? 1 : T * kParts > 2 ? 2 : 4;
 
-// [S, T, 16] of S tiles from `tile` on; returns S, 1 where fewer than kTogether are left.
+template <int T, int S>
+static int64_t float_products_of(const Matrix& w, int64_t tile, int64_t end, const Inputs& x, float* out) {
+    if constexpr (S > 1)
+        if (tile + S > end) return float_products_of<T, S / 2>(w, tile, end, x, out);
+    w.format == Format::bf16 ? float_tiles<T, S, true>(w, tile, x, out) : float_tiles<T, S, false>(w, tile, x, out);
+    return S;
+}
+
+// [S, T, 16] of S tiles from `tile` on; returns S.
 template <int T>
 static int64_t products_of(const Matrix& w, int64_t tile, int64_t end, const Inputs& x, float* out) {
-    if (!w.quantized()) {
-        constexpr int S = kTogether<T>;
-        const bool all = tile + S <= end, is_short = w.format == Format::bf16;
-        if (all)
-            is_short ? float_tiles<T, S, true>(w, tile, x, out) : float_tiles<T, S, false>(w, tile, x, out);
-        else
-            is_short ? float_tiles<T, 1, true>(w, tile, x, out) : float_tiles<T, 1, false>(w, tile, x, out);
-        return all ? S : 1;
-    }
+    if (!w.quantized()) return float_products_of<T, kTogether<T>>(w, tile, end, x, out);
     const bool four = w.format == Format::int4;
     if (w.group == 32) {
         if (four)

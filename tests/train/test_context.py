@@ -85,9 +85,11 @@ def test_files_say_what_the_model_was_trained_with_and_plain_programs_read_it(co
         torch.testing.assert_close(ours.logits(ours(ids).hidden), theirs(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_training_on_from_such_a_model_keeps_its_scaling(config: TrainConfig, tmp_path: Path) -> None:
-    first = train(config).folder
-    second = train(replace(config, start=str(first), out=str(tmp_path / "second"), steps=4)).folder
+@pytest.mark.parametrize("share", [0.0, 0.35])
+def test_training_on_from_a_model_keeps_its_context(share: float, config: TrainConfig, tmp_path: Path) -> None:
+    first = train(replace(config, schedule=ScheduleConfig(extension=share))).folder
+    assert (scaling_in(complete_checkpoints(first)[-1]) is not None) == (share > 0)
+    second = train(replace(config, start=str(first), out=str(tmp_path / "second"))).folder
     assert scaling_in(complete_checkpoints(second)[-1]) == scaling_in(complete_checkpoints(first)[-1])
 
 

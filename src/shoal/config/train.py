@@ -93,7 +93,7 @@ class ScheduleConfig:
     """Share of the peak left at the end."""
     extension: float = 0.0
     """Share of the budget, at its end, in which a model trained on rows of `sequence_length` gets used to YaRN (2309.00071), with which it
-    sees `model.max_position_embeddings` tokens."""
+    sees `model.max_position_embeddings` tokens. A model to `--start` from keeps the context that it has."""
 
 
 @dataclass

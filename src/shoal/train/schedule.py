@@ -25,8 +25,8 @@ def learning_rate_share(schedule: ScheduleConfig, progress: float) -> float:
 
 
 def extends_context(config: TrainConfig, progress: float) -> bool:
-    """Whether the model is to see more at `progress` than the rows hold."""
-    longer = config.sequence_length < config.model.max_position_embeddings
+    """Whether the model is to see more at `progress` than the rows hold. One that training starts from knows its context already."""
+    longer = config.start is None and config.sequence_length < config.model.max_position_embeddings
     return longer and config.schedule.extension > 0 and progress >= 1 - config.schedule.extension
 
 

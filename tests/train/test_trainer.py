@@ -275,6 +275,13 @@ def test_resume_needs_nothing_but_the_folder(copy: Path, capsys: pytest.CaptureF
     assert load_recipe(str(copy / "config.toml")).steps == 15
 
 
+def test_a_run_of_an_earlier_version_goes_on_with_defaults_for_what_it_did_not_know(copy: Path) -> None:
+    facts = json.loads((copy / "run.json").read_text())
+    del facts["requested"]["schedule"]["extension"]
+    (copy / "run.json").write_text(json.dumps(facts))
+    assert train(replace(find_run(str(copy)).settings(), resume=True, steps=14)).summary["steps"] == 14
+
+
 def test_resume_of_a_finished_run_sums_up_again(copy: Path, trained: Path) -> None:
     (copy / "summary.json").unlink()
     (copy / "best.json").unlink()

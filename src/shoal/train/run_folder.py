@@ -153,7 +153,9 @@ def run_facts(config: TrainConfig, data_fingerprint: str, precision: str) -> dic
 
 def refuse_changes(facts: dict[str, Any], config: TrainConfig, data_fingerprint: str) -> None:
     """Raise `UserError` where a resumed run would train another model, or on other data, than the run so far."""
-    before, now = facts["requested"], json.loads(json.dumps(dataclasses.asdict(config)))
+    # Settings that an earlier version did not have are at their defaults.
+    requested = from_table(TrainConfig, facts["requested"], "run.json")
+    before, now = (json.loads(json.dumps(dataclasses.asdict(asked))) for asked in (requested, config))
     changed = [name for name in _differences(before, now) if name.split(".")[0] not in RESUME_MAY_CHANGE]
     if changed:
         names = ", ".join(changed[:4])

@@ -122,7 +122,7 @@ constexpr int64_t kRun = kSlice / kTokens;  // items at most that few tokens pas
 // Tiles of one work item: every thread gets some of them, and they stay in its cache while the tokens pass.
 SHOAL_INLINE int64_t tiles_per_item(const Matrix& w, int threads) {
     // Of floats as many as float_tiles takes at once, as far as every thread gets some.
-    const int64_t together = w.quantized() ? 1 : smaller(4, blocks_of(threads, w.tiles()));
+    const int64_t together = w.quantized() ? 1 : smaller(kTogether<1>, blocks_of(threads, w.tiles()));
     const int64_t fair = larger(w.tiles() / (threads * 6), together), fitting = (int64_t{1} << 19) / larger(w.tile_bytes(), 1);
     return larger(1, smaller(fair, smaller(fitting, kItemTiles)));
 }

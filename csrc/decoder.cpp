@@ -262,9 +262,7 @@ struct Walk {
         me.each(blocks_of(taken, w.tiles()), [&](int64_t item) {
             const int64_t begin = item * taken;
             multiply_tiles(w, begin, smaller(begin + taken, w.tiles()), inputs, step.tokens, [&](int64_t t, int64_t row, const float* from) {
-                float* to = b.x.row(t) + row;
-                for (int64_t c = 0, count = smaller(kTile, w.rows - row); c < count; c += kLanes)
-                    store_first(to + c, load_first(to + c, count - c) + load(from + c), count - c);
+                add(from, smaller(kTile, w.rows - row), b.x.row(t) + row);
             });
         });
     }

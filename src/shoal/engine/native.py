@@ -164,6 +164,8 @@ class NativeRunner:
         out = torch.empty(len(hidden), self.config.vocab_size)
         with self._lock:
             self._decoder.logits(hidden.contiguous(), out, self.threads)
+        if self._past is None:  # nothing is looked up
+            return out
         # Not as matrix products: their sums depend on the number of rows.
         return self._look_ups.correct(out, keys, [(hidden * trust).sum(-1) for trust in self._look_ups.trusts])
 

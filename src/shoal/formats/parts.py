@@ -26,8 +26,10 @@ from ..model.repeats import Repeats
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-INTEGERS = {"int64": torch.int64, "int16": torch.int16}
-"""Of small tensors: what is looked up."""
+Small = Literal["fp32", "bf16", "int64", "int16"]
+"""Number formats of small tensors; integers are looked up."""
+SMALL: dict[str, torch.dtype] = {**DTYPES, "int64": torch.int64, "int16": torch.int16}
+_SMALL_OF: dict[torch.dtype, Small] = {dtype: cast(Small, name) for name, dtype in SMALL.items()}
 GROUPS = (32, 64)
 
 
@@ -65,7 +67,7 @@ class Part:
     """One entry of a model: a matrix `[..., O, I]` to be packed, or a small tensor."""
 
     shape: tuple[int, ...]
-    format: Format | Literal["int64", "int16"]
+    format: Format | Small
     is_matrix: bool
     group: int = 0
     mins: bool = False
@@ -73,7 +75,7 @@ class Part:
     def arrays(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """dtype and shape of what is stored, by the field of `PackedMatrix`; `""` for a small tensor."""
         if not self.is_matrix:
-            return {"": ((DTYPES | INTEGERS)[self.format], self.shape)}
+            return {"": (SMALL[self.format], self.shape)}
         *leading, rows, columns = self.shape
         tiles = (*leading, -(-rows // TILE))
         if self.format in DTYPES:
@@ -121,36 +123,32 @@ def parts_of(config: ModelConfig, scheme: Scheme) -> dict[str, Part]:
     for name, module in model.named_modules():
         mtp = name.startswith(tuple(f"model.layers.{config.num_hidden_layers + k}." for k in range(config.num_nextn_predict_layers)))
         format = scheme.head if name == HEAD else scheme.mtp if mtp else scheme.matrices
-        for part, shape, is_matrix in _shapes(name, module, config):
-            if is_matrix:
+        for part, shape, small in _shapes(name, module, config):
+            if small is None:
                 found[part] = Part(shape, format, True, scheme.group, scheme.has_mins(format))
             else:
-                found[part] = Part(shape, scheme.embedding if part == EMBEDDING else _small_format(model, part), False)
+                found[part] = Part(shape, scheme.embedding if part == EMBEDDING else small, False)
     return found
 
 
-def _small_format(model: Transformer, name: str) -> Literal["fp32", "int64", "int16"]:
-    dtype = model.state_dict()[name].dtype
-    return {torch.int64: "int64", torch.int16: "int16"}.get(dtype, "fp32")  # type: ignore[return-value]
-
-
-def _shapes(name: str, module: nn.Module, config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-    """Name, shape, and whether it is a matrix, of what a module itself (not its children) holds."""
-    tensors: dict[str, Any] = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items() if tensor is not None}
+def _shapes(name: str, module: nn.Module, config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], Small | None]]:
+    """Name, shape, and number format (None for a matrix) of what a module itself (not its children) holds."""
+    found: dict[str, Any] = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    tensors = {key: tensor for key, tensor in found.items() if tensor is not None}
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     if isinstance(module, Experts):
-        yield from ((f"{name}.{key}", shape, True) for key, shape in shapes.items())
+        yield from ((f"{name}.{key}", shape, None) for key, shape in shapes.items())
     elif isinstance(module, nn.Embedding | RMSNorm | Router | TokenTable | CountedNgrams | Repeats):
-        yield from ((f"{name}.{key}", shape, False) for key, shape in shapes.items())
+        yield from ((f"{name}.{key}", shape, _SMALL_OF[tensors[key].dtype]) for key, shape in shapes.items())
     elif name.endswith(".kv_b_proj"):
         heads, nope, value, latent = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank
         attention = name.removesuffix(".kv_b_proj")
-        yield f"{attention}.k_up", (heads, latent, nope), True
-        yield f"{attention}.v_up", (heads, value, latent), True
+        yield f"{attention}.k_up", (heads, latent, nope), None
+        yield f"{attention}.v_up", (heads, value, latent), None
     elif "weight" in shapes:
-        yield name, shapes["weight"], True
+        yield name, shapes["weight"], None
         if "bias" in shapes:
-            yield f"{name}.bias", shapes["bias"], False
+            yield f"{name}.bias", shapes["bias"], "fp32"
     else:
         assert isinstance(module, MLA) or not shapes, f"{name} holds {', '.join(shapes)}"
 

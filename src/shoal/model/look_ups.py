@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from .counted import CountedNgrams
+from .documents import Documents
 from .repeats import Repeats
 
 Corrections = tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]
@@ -41,15 +42,15 @@ class LookUps:
         """Vectors `[D]` whose products with hidden states `corrections` wants."""
         return [part.trust for part in (self.counted, self.repeats) if part is not None]
 
-    def keys(self, ids: Tensor, positions: Tensor, before: Tensor | None, begins: Tensor | None = None) -> Tensor | None:
+    def keys(self, ids: Tensor, positions: Tensor, before: Tensor | None, documents: Documents | None = None) -> Tensor | None:
         """What to look up for every prediction, `[B, T, K]`: contexts of counted n-grams, then the two numbers of `Repeats.find`.
 
-        `ids [B, T]` at `positions [B or 1, T]` behind `before [B, config.looks_back]`; `begins` as for `Repeats.find`. None where nothing
-        is looked up.
+        `ids [B, T]` at `positions [B or 1, T]` behind `before [B, config.looks_back]`, or packed `documents`. None where nothing is looked
+        up.
         """
         found = [] if self.counted is None else [self.counted.keys(ids, positions, before)]
         if self.repeats is not None:
-            found.append(self.repeats.find(ids, before, begins))
+            found.append(self.repeats.find(ids, before, None if documents is None else documents.positions == 0))
         return torch.cat(found, dim=-1) if found else None
 
     def corrections(self, keys: Tensor | None, products: Sequence[Tensor]) -> Corrections:

@@ -120,7 +120,7 @@ class Transformer(nn.Module):
         x = self.model.embed_tokens(ids)
         if self.model.ngrams is not None:
             x = x + self.model.ngrams(ids, positions, before)
-        keys = self.look_ups.keys(ids, positions, before, None if documents is None else documents.positions == 0)
+        keys = self.look_ups.keys(ids, positions, before, documents)
         context = Context(positions, *rotary_tables(self.config, positions), documents, ids, x)
         replayed = iter(chosen or ())
         routing: list[RoutingStats] = []

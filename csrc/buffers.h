@@ -107,7 +107,8 @@ struct Buffers {
     Activations shared;   // [T, width] of shared experts
     float* inner;         // [threads, kSlice, columns of one item]
     float* results;       // [threads, slots + T, columns of one item]
-    uint16_t* pairs;      // [threads, kBlock, value width in stripes]
+    uint16_t* pairs;      // [threads, pairs_size]
+    Wide* block;          // [threads, wide_size]; see Room
     Queries* items;
     int64_t item_count, partial_count;
     bool divided;  // blocks of one item go to different threads
@@ -135,6 +136,11 @@ SHOAL_INLINE int64_t head_width_of(const Model& model) { return model.latent ? m
 
 // Numbers of one thread's pairs of value rows (a whole number of cache lines).
 SHOAL_INLINE int64_t pairs_size(const Model& model) { return kBlock * round_up(value_width_of(model), 64); }
+// Numbers of one thread's widened block.
+SHOAL_INLINE int64_t wide_size(const Model& model, const Cache& cache) {
+    if (cache.format == Format::fp32 || cache.format == kWide) return 0;
+    return kBlock * (wide_row(key_width_of(model)) + (model.latent ? 0 : wide_row(value_width_of(model))));
+}
 
 // The queries of a step in items; with `items` null only counts.
 static int64_t divide_queries(const Model& model, const Step& step, Queries* items, int64_t* partials) {
@@ -202,6 +208,7 @@ static Buffers take_buffers(Arena& arena, const Model& model, const Step& step, 
     b.queries = arena.take<float>(b.query_tokens * H * key_width_of(model));
     b.mixed = Activations::make(arena, model.latent ? H * T : 0, model.rank, group, plain([](const Layer& l) -> const Matrix& { return l.v_up; }));
     b.pairs = arena.take<uint16_t>(threads * pairs_size(model));
+    b.block = arena.take<Wide>(threads * wide_size(model, step.cache));
     b.partials = arena.take<float>(b.partial_count * partial_size(value_width_of(model)));
     const int64_t attention = arena.used();
 

@@ -189,7 +189,7 @@ struct Walk {
             query[r] = b.queries + ((item.token - first + r / item.heads) * model.heads + item.head + r % item.heads) * key;
         const uint8_t* layer = step.cache.data + number * step.cache.pages * kPage * step.cache.width * bytes;
         attend_block(item, query, step.positions + item.token, step.cache, layer, slices(item), model.softmax_scale, block, out,
-                     b.pairs + me.index() * pairs_size(model));
+                     {b.pairs + me.index() * pairs_size(model), b.block + me.index() * wide_size(model, step.cache)});
     }
 
     // The finished row r of an item, to where it is used next.

@@ -48,8 +48,15 @@ SHOAL_INLINE Vec from_fp16(const uint16_t* p) {
 
 // 8-bit e4m3 the same way (NaN aside).
 SHOAL_INLINE Vec from_fp8(const uint8_t* p) {
+    // GCC 12 converts bytes one by one.
+#if defined(__AVX512F__)
+    const IntVec bits = (IntVec)_mm512_cvtepu8_epi32(load_as<__m128i>(p));
+#elif defined(__AVX2__)
+    const IntVec bits = (IntVec)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
     typedef uint8_t Bytes __attribute__((vector_size(SHOAL_LANES)));
-    IntVec bits = __builtin_convertvector(load_as<Bytes>(p), IntVec);
+    const IntVec bits = __builtin_convertvector(load_as<Bytes>(p), IntVec);
+#endif
     Vec magnitude = (Vec)((bits & 0x7F) << 20) * 0x1p120f;
     return (Vec)((IntVec)magnitude | ((bits & 0x80) << 24));
 }

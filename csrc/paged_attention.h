@@ -36,46 +36,52 @@ SHOAL_INLINE Partial partial_at(float* p, int64_t value_width, int64_t i) {
     return {p, p + kRows, p + 2 * kRows};
 }
 
-template <Format kFormat>
-SHOAL_INLINE Vec cached(const uint8_t* p, int64_t i) {
-    if constexpr (kFormat == Format::fp32) return load(reinterpret_cast<const float*>(p) + i);
-    if constexpr (kFormat == Format::bf16) return from_bf16(reinterpret_cast<const uint16_t*>(p) + i);
-    if constexpr (kFormat == Format::fp8) return from_fp8(p + i);
+// sums[4 m + n] = the sum of register a[m][n].
+#if defined(__AVX512F__)
+template <class Register>
+SHOAL_INLINE void sum_tile(const Register (&a)[4][4], float* sums) {
+    __m512 rows[4];
+#pragma GCC unroll 4
+    for (int m = 0; m < 4; ++m) {
+        const __m512 x = (__m512)a[m][0], y = (__m512)a[m][1], z = (__m512)a[m][2], w = (__m512)a[m][3];
+        const __m512d ab = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+        const __m512d cd = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(z, w), _mm512_unpackhi_ps(z, w));
+        // In each quarter: partial sums of the four.
+        rows[m] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(ab, cd), (__m512)_mm512_unpackhi_pd(ab, cd));
+    }
+    __m512 first = _mm512_add_ps(_mm512_shuffle_f32x4(rows[0], rows[1], 0x88), _mm512_shuffle_f32x4(rows[0], rows[1], 0xDD));
+    __m512 second = _mm512_add_ps(_mm512_shuffle_f32x4(rows[2], rows[3], 0x88), _mm512_shuffle_f32x4(rows[2], rows[3], 0xDD));
+    _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0x88), _mm512_shuffle_f32x4(first, second, 0xDD)));
 }
-// The first n of a register, without reading further.
-template <Format kFormat>
-SHOAL_INLINE Vec cached_first(const uint8_t* p, int64_t i, int64_t n) {
-    constexpr int64_t size = kFormat == Format::fp32 ? 4 : kFormat == Format::bf16 ? 2 : 1;
-    alignas(64) uint8_t padded[kLanes * size] = {};
-    memcpy(padded, p + i * size, n * size);
-    return cached<kFormat>(padded, 0);
-}
-
-// The sums of four registers.
-SHOAL_INLINE void sum_four(Vec a, Vec b, Vec c, Vec d, float* out) {
+#else
+SHOAL_INLINE void sum_tile(const Vec (&a)[kAbreast][4], float* sums) {
     typedef float Four __attribute__((vector_size(16)));
-    alignas(64) float parts[4][kLanes];
-    store(parts[0], a), store(parts[1], b), store(parts[2], c), store(parts[3], d);
-    Four rows[4];
-    for (int i = 0; i < 4; ++i) {
-        Four sum = {};
-        for (int64_t j = 0; j < kLanes; j += 4) {
-            Four quarter;
-            memcpy(&quarter, parts[i] + j, 16);
-            sum += quarter;
+#pragma GCC unroll 4
+    for (int m = 0; m < kAbreast; ++m) {
+        float square[16];
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n) {
+            alignas(64) float parts[kLanes];
+            store(parts, a[m][n]);
+            Four sum = {};
+            for (int64_t j = 0; j < kLanes; j += 4) {
+                Four quarter;
+                memcpy(&quarter, parts + j, 16);
+                sum += quarter;
+            }
+            memcpy(square + 4 * n, &sum, 16);
         }
-        rows[i] = sum;
+        transpose_4x4(square, 4, square, 4);
+        Four total = {};
+        for (int i = 0; i < 4; ++i) {
+            Four row;
+            memcpy(&row, square + 4 * i, 16);
+            total += row;
+        }
+        memcpy(sums + 4 * m, &total, 16);
     }
-    float square[16];
-    transpose_4x4(reinterpret_cast<float*>(rows), 4, square, 4);
-    Four total = {};
-    for (int i = 0; i < 4; ++i) {
-        Four row;
-        memcpy(&row, square + 4 * i, 16);
-        total += row;
-    }
-    memcpy(out, &total, 16);
 }
+#endif
 
 // Key or value rows of a block: row i of page p.
 struct BlockRows {
@@ -83,6 +89,45 @@ struct BlockRows {
     int64_t stride;  // bytes of a cached row
 
     SHOAL_INLINE_MEMBER const uint8_t* operator[](int64_t i) const { return pages[i / kPage] + (i % kPage) * stride; }
+};
+
+// What a block is computed in that is not stored so: read once, it serves the scores of all queries and the mix of their values.
+#if defined(__AVX512BF16__)
+typedef uint16_t Wide;
+constexpr Format kWide = Format::bf16;  // holds every e4m3 number exactly
+SHOAL_INLINE void store_wide(Wide* to, Vec x) { _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
+#else
+typedef float Wide;
+constexpr Format kWide = Format::fp32;
+SHOAL_INLINE void store_wide(Wide* to, Vec x) { store(to, x); }
+#endif
+SHOAL_INLINE int64_t wide_row(int64_t width) { return round_up(width, 32); }  // a row starts at a cache line
+
+template <Format kFormat>
+static BlockRows widened(const BlockRows& from, int64_t count, int64_t width, Wide* to) {
+    constexpr int64_t size = kFormat == Format::bf16 ? 2 : 1;
+    auto read = [](const uint8_t* p) {
+        if constexpr (kFormat == Format::bf16) return from_bf16(reinterpret_cast<const uint16_t*>(p));
+        if constexpr (kFormat == Format::fp8) return from_fp8(p);
+    };
+    const int64_t row = wide_row(width), whole = width / kLanes * kLanes;
+    for (int64_t i = 0; i < count; ++i) {
+        const uint8_t* x = from[i];
+        for (int64_t c = 0; c < whole; c += kLanes) store_wide(to + i * row + c, read(x + c * size));
+        if (whole == width) continue;
+        alignas(64) uint8_t last[kLanes * size] = {};  // nothing behind the row may be read
+        memcpy(last, x + whole * size, (width - whole) * size);
+        store_wide(to + i * row + whole, read(last));
+    }
+    BlockRows rows = {{}, row * static_cast<int64_t>(sizeof(Wide))};
+    for (int64_t page = 0; page * kPage < count; ++page) rows.pages[page] = reinterpret_cast<const uint8_t*>(to + page * kPage * row);
+    return rows;
+}
+
+// Working memory of one thread.
+struct Room {
+    uint16_t* pairs;  // [kBlock, value width in stripes]
+    Wide* wide;       // [kBlock, wide_row(key width)] and, where values are no part of their keys, the same of values
 };
 
 #if defined(__AVX512BF16__)
@@ -100,21 +145,6 @@ SHOAL_INLINE void clear(__m512 (&a)[4][4]) {
     for (int m = 0; m < 4; ++m)
 #pragma GCC unroll 4
         for (int n = 0; n < 4; ++n) a[m][n] = _mm512_setzero_ps();
-}
-
-// Lane 4 m + n: the sum of a[m][n].
-SHOAL_INLINE __m512 sum_sixteen(const __m512 (&a)[4][4]) {
-    __m512 rows[4];
-#pragma GCC unroll 4
-    for (int m = 0; m < 4; ++m) {
-        __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a[m][0], a[m][1]), _mm512_unpackhi_ps(a[m][0], a[m][1]));
-        __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(a[m][2], a[m][3]), _mm512_unpackhi_ps(a[m][2], a[m][3]));
-        __m512d low = _mm512_unpacklo_pd((__m512d)ab, (__m512d)cd), high = _mm512_unpackhi_pd((__m512d)ab, (__m512d)cd);
-        rows[m] = _mm512_add_ps((__m512)low, (__m512)high);  // in each quarter: partial sums of the four
-    }
-    __m512 first = _mm512_add_ps(_mm512_shuffle_f32x4(rows[0], rows[1], 0x88), _mm512_shuffle_f32x4(rows[0], rows[1], 0xDD));
-    __m512 second = _mm512_add_ps(_mm512_shuffle_f32x4(rows[2], rows[3], 0x88), _mm512_shuffle_f32x4(rows[2], rows[3], 0xDD));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0x88), _mm512_shuffle_f32x4(first, second, 0xDD));
 }
 
 static void scores_bf16(const Queries& item, const float* const* query, const BlockRows& keys, int64_t count, int64_t width, float* scores) {
@@ -148,8 +178,8 @@ static void scores_bf16(const Queries& item, const float* const* query, const Bl
                     for (int n = 0; n < 4; ++n) acc[m][n] = _mm512_dpbf16_ps(acc[m][n], x, k[n]);
                 }
             }
-            alignas(64) float sums[16];
-            _mm512_store_ps(sums, sum_sixteen(acc));
+            float sums[16];
+            sum_tile(acc, sums);
             for (int64_t m = 0; m < 4 && r + m < rows; ++m) memcpy(scores + (r + m) * kBlock + i, sums + 4 * m, 16);
         }
 }
@@ -203,19 +233,19 @@ static void mix_bf16(int64_t rows, const float* probabilities, const BlockRows& 
 }
 #endif
 
-template <Format kFormat>
-static void scores_of(const Queries& item, const float* const* query, const BlockRows& keys, int64_t count, int64_t width, float* scores) {
+static void scores_fp32(const Queries& item, const float* const* query, const BlockRows& keys, int64_t count, int64_t width, float* scores) {
     const int64_t rows = item.rows(), whole = width / kLanes * kLanes;
     for (int64_t i = 0; i < count; i += 4)
         for (int64_t r = 0; r < rows; r += kAbreast) {
             const float* from[kAbreast];
             for (int64_t j = 0; j < kAbreast; ++j) from[j] = query[smaller(r + j, rows - 1)];
             Vec acc[kAbreast][4] = {};
-            const uint8_t* key[4] = {keys[i], keys[i] + keys.stride, keys[i] + 2 * keys.stride, keys[i] + 3 * keys.stride};
+            const float* key[4];
+            for (int64_t n = 0; n < 4; ++n) key[n] = reinterpret_cast<const float*>(keys[i] + n * keys.stride);
             for (int64_t c = 0; c < width; c += kLanes) {
                 Vec k[4];
 #pragma GCC unroll 4
-                for (int n = 0; n < 4; ++n) k[n] = c < whole ? cached<kFormat>(key[n], c) : cached_first<kFormat>(key[n], c, width - c);
+                for (int n = 0; n < 4; ++n) k[n] = c < whole ? load(key[n] + c) : load_first(key[n] + c, width - c);
 #pragma GCC unroll 4
                 for (int m = 0; m < kAbreast; ++m) {
                     Vec x = c < whole ? load(from[m] + c) : load_first(from[m] + c, width - c);
@@ -223,38 +253,48 @@ static void scores_of(const Queries& item, const float* const* query, const Bloc
                     for (int n = 0; n < 4; ++n) acc[m][n] += x * k[n];
                 }
             }
-            for (int64_t m = 0; m < kAbreast && r + m < rows; ++m)
-                sum_four(acc[m][0], acc[m][1], acc[m][2], acc[m][3], scores + (r + m) * kBlock + i);
+            float sums[4 * kAbreast];
+            sum_tile(acc, sums);
+            for (int64_t m = 0; m < kAbreast && r + m < rows; ++m) memcpy(scores + (r + m) * kBlock + i, sums + 4 * m, 16);
         }
 }
 
-template <Format kFormat>
-static void mix_of(int64_t rows, const float* probabilities, const BlockRows& values, int64_t count, int64_t width, float* out) {
-    for (int64_t c = 0; c < width; c += 2 * kLanes)
-        for (int64_t r = 0; r < rows; r += kAbreast) {
-            const float* weight[kAbreast];
-            for (int64_t j = 0; j < kAbreast; ++j) weight[j] = probabilities + smaller(r + j, rows - 1) * kBlock;
-            Vec acc[kAbreast][2] = {};
-            for (int64_t i = 0; i < count; ++i) {
-                const uint8_t* row = values[i];
+// Columns [c, c + N registers) of a mix; the last register may be cut off by `width`.
+template <int N, bool kWhole>
+SHOAL_INLINE void mix_columns(int64_t rows, const float* probabilities, const BlockRows& values, int64_t count, int64_t width, int64_t c,
+                              float* out) {
+    for (int64_t r = 0; r < rows; r += kAbreast) {
+        const float* weight[kAbreast];
+        for (int64_t j = 0; j < kAbreast; ++j) weight[j] = probabilities + smaller(r + j, rows - 1) * kBlock;
+        Vec acc[kAbreast][N] = {};
+        for (int64_t i = 0; i < count; ++i) {
+            const float* row = reinterpret_cast<const float*>(values[i]) + c;
 #pragma GCC unroll 2
-                for (int n = 0; n < 2; ++n) {
-                    const int64_t at = c + n * kLanes;
-                    if (at >= width) break;
-                    Vec v = at + kLanes <= width ? cached<kFormat>(row, at) : cached_first<kFormat>(row, at, width - at);
+            for (int n = 0; n < N; ++n) {
+                const Vec v = kWhole ? load(row + n * kLanes) : load_first(row, width - c);
 #pragma GCC unroll 4
-                    for (int m = 0; m < kAbreast; ++m) acc[m][n] += v * weight[m][i];
-                }
+                for (int m = 0; m < kAbreast; ++m) acc[m][n] += v * weight[m][i];
             }
-            for (int64_t m = 0; m < kAbreast && r + m < rows; ++m)
-                for (int64_t n = 0; n < 2; ++n)
-                    if (c + n * kLanes < width) store_first(out + (r + m) * width + c + n * kLanes, acc[m][n], width - c - n * kLanes);
         }
+        // Unrolled too: an index known only at run time would keep the sums in memory.
+#pragma GCC unroll 4
+        for (int m = 0; m < kAbreast; ++m)
+#pragma GCC unroll 2
+            for (int n = 0; n < N; ++n)
+                if (r + m < rows) store_first(out + (r + m) * width + c + n * kLanes, acc[m][n], kWhole ? kLanes : width - c);
+    }
 }
 
-// Sums of one block. query: a pointer for each row; positions: of the item's tokens; `pairs`: room for pairs_size numbers.
+static void mix_fp32(int64_t rows, const float* probabilities, const BlockRows& values, int64_t count, int64_t width, float* out) {
+    int64_t c = 0;
+    for (; c + 2 * kLanes <= width; c += 2 * kLanes) mix_columns<2, true>(rows, probabilities, values, count, width, c, out);
+    for (; c + kLanes <= width; c += kLanes) mix_columns<1, true>(rows, probabilities, values, count, width, c, out);
+    if (c < width) mix_columns<1, false>(rows, probabilities, values, count, width, c, out);
+}
+
+// Sums of one block. query: a pointer for each row; positions: of the item's tokens.
 SHOAL_INLINE void attend_block(const Queries& item, const float* const* query, const int64_t* positions, const Cache& cache,
-                               const uint8_t* layer, Slices slices, float scale, int64_t block, Partial out, uint16_t* pairs) {
+                               const uint8_t* layer, Slices slices, float scale, int64_t block, Partial out, Room room) {
     const int64_t size = cache.format == Format::fp32 ? 4 : cache.format == Format::bf16 ? 2 : 1;
     const int64_t start = block * kBlock, rows = item.rows();
     const int64_t count = smaller(kBlock, positions[item.tokens - 1] + 1 - start);
@@ -264,15 +304,22 @@ SHOAL_INLINE void attend_block(const Queries& item, const float* const* query, c
         keys.pages[page] = layer + (number * kPage * cache.width + slices.key) * size;
         values.pages[page] = layer + (number * kPage * cache.width + slices.value) * size;
     }
+    if (cache.format != Format::fp32 && cache.format != kWide) {
+        auto widen = [&](const BlockRows& from, int64_t width, Wide* to) {
+            return cache.format == Format::bf16 ? widened<Format::bf16>(from, count, width, to) : widened<Format::fp8>(from, count, width, to);
+        };
+        const bool part = slices.value == slices.key;
+        keys = widen(keys, slices.key_width, room.wide);
+        values = part ? keys : widen(values, slices.value_width, room.wide + kBlock * wide_row(slices.key_width));
+    }
     alignas(64) float scores[kRows * kBlock];
-    bool paired = false;
 #if defined(__AVX512BF16__)
-    paired = cache.format == Format::bf16;
-    if (paired) scores_bf16(item, query, keys, count, slices.key_width, scores);
+    const bool paired = cache.format != Format::fp32;
+    if (paired)
+        scores_bf16(item, query, keys, count, slices.key_width, scores);
+    else
 #endif
-    if (cache.format == Format::fp32) scores_of<Format::fp32>(item, query, keys, count, slices.key_width, scores);
-    if (cache.format == Format::bf16 && !paired) scores_of<Format::bf16>(item, query, keys, count, slices.key_width, scores);
-    if (cache.format == Format::fp8) scores_of<Format::fp8>(item, query, keys, count, slices.key_width, scores);
+        scores_fp32(item, query, keys, count, slices.key_width, scores);
 
     for (int64_t r = 0; r < rows; ++r) {
         float* row = scores + r * kBlock;
@@ -295,11 +342,9 @@ SHOAL_INLINE void attend_block(const Queries& item, const float* const* query, c
     }
 
 #if defined(__AVX512BF16__)
-    if (paired) return mix_bf16(rows, scores, values, count, slices.value_width, out.values, pairs);
+    if (paired) return mix_bf16(rows, scores, values, count, slices.value_width, out.values, room.pairs);
 #endif
-    if (cache.format == Format::fp32) mix_of<Format::fp32>(rows, scores, values, count, slices.value_width, out.values);
-    if (cache.format == Format::bf16) mix_of<Format::bf16>(rows, scores, values, count, slices.value_width, out.values);
-    if (cache.format == Format::fp8) mix_of<Format::fp8>(rows, scores, values, count, slices.value_width, out.values);
+    mix_fp32(rows, scores, values, count, slices.value_width, out.values);
 }
 
 // Row r of `into` becomes the sums over its blocks and those of `next`, which come later.

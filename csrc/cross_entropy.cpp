@@ -31,22 +31,24 @@ void cross_entropy(int64_t rows, int64_t vocab, Rows logits, const int64_t* targ
         Vec tops = rest;
         for (int64_t c = 0; c < whole; c += kLanes) tops = max(tops, load(row + c));
         const float top = max(tops);
-        Vec exps = exp(rest - top);
-        for (int64_t c = 0; c < whole; c += kLanes) exps += exp(load(row + c) - top);
-        const float log_sum = top + logf(sum(exps));
         const int64_t target = targets[r];
         const float hit = target < whole ? row[target] : rest[target - whole];
-        nats[r] = log_sum - hit;
-        if (!with_grad) continue;
         auto slope = [&](Vec logit) {  // of the softcap
             Vec share = logit / softcap;
             return softcap > 0 ? 1 - share * share : splat(1);
         };
+        Vec exps = exp(rest - top);
+        if (with_grad) store_first(row + whole, exps * slope(rest), vocab - whole);
         for (int64_t c = 0; c < whole; c += kLanes) {
-            Vec logit = load(row + c);
-            store(row + c, exp(logit - log_sum) * slope(logit));
+            const Vec logit = load(row + c), power = exp(logit - top);
+            exps += power;
+            if (with_grad) store(row + c, power * slope(logit));
         }
-        store_first(row + whole, exp(rest - log_sum) * slope(rest), vocab - whole);
+        const float total = sum(exps);
+        nats[r] = top + logf(total) - hit;
+        if (!with_grad) continue;
+        for (int64_t c = 0; c < whole; c += kLanes) store(row + c, load(row + c) / total);
+        for (int64_t c = whole; c < vocab; ++c) row[c] /= total;
         row[target] -= slope(splat(hit))[0];
     }
 }

@@ -88,6 +88,15 @@ struct Kernels {
     void (*combine_backward)(int64_t tokens, int64_t per_token, int64_t width, Rows x, const float* weights, const int64_t* index,
                              Rows grad, Rows grad_x, float* grad_weights, int threads);
 
+    // For rows sorted by group, those of group g up to ends[g]: y [R, width] = x [R, depth] times weight[g] [depth, width], or, `transposed`,
+    // the transpose of weight[g] [width, depth].
+    void (*grouped_product)(int64_t groups, const int32_t* ends, int64_t depth, int64_t width, Rows x, const float* weight, bool transposed,
+                            Rows y, int threads);
+    // y[g] [height, width] = the transpose of group g's rows of grad [R, height], times those of x [R, width]; with `add` it comes
+    // on top of what is in y.
+    void (*grouped_outer)(int64_t groups, const int32_t* ends, int64_t height, int64_t width, Rows grad, Rows x, float* y, bool add,
+                          int threads);
+
     // Each matrix of x [batch, rows, columns], divided by its Frobenius norm, after the steps.
     void (*newton_schulz)(int64_t batch, int64_t rows, int64_t columns, const float* x, NewtonSchulz iteration, float* y, int threads);
 

@@ -67,6 +67,14 @@ float* vector_of(const optional<Tensor>& vector, int64_t size) {
     return data;
 }
 
+// Where the rows of each group end: int32, rising to the number of rows.
+const int32_t* ends_of(const Tensor& ends, int64_t groups, int64_t rows) {
+    const int32_t* data = ends.flat_ints();
+    expect(ends.numel() == groups && groups > 0 && data[groups - 1] == rows);
+    for (int64_t g = 0; g < groups; ++g) expect(data[g] >= (g ? data[g - 1] : 0));
+    return data;
+}
+
 AttentionShape attention_shape(const Tensor& q, const Tensor& k, const Tensor& v, float scale) {
     q.heads(), k.heads(), v.heads();  // four dimensions each
     AttentionShape shape{q.size(0), q.size(1), q.size(2), k.size(2), q.size(3), v.size(3), scale};
@@ -179,6 +187,28 @@ class Cpu {
         run_->combine_backward(tokens, per_token, x.size(1), from, factors, rows, grads, to, grad_factors, threads);
     }
 
+    // x [R, depth], weight [G, width, depth] if `transposed` or else [G, depth, width], ends [G] -> y [R, width].
+    void grouped_product(Tensor x, Tensor weight, Tensor ends, bool transposed, Tensor y, int threads) {
+        Rows from = x.rows(), to = y.rows();
+        const float* matrices = weight.flat_floats();
+        const int64_t groups = weight.size(0), depth = x.size(1), width = y.size(1);
+        expect(y.size(0) == x.size(0) && weight.size(transposed ? 2 : 1) == depth && weight.size(transposed ? 1 : 2) == width);
+        const int32_t* bounds = ends_of(ends, groups, x.size(0));
+        nb::gil_scoped_release release;
+        run_->grouped_product(groups, bounds, depth, width, from, matrices, transposed, to, threads);
+    }
+
+    // grad [R, height], x [R, width], ends [G] -> y [G, height, width].
+    void grouped_outer(Tensor grad, Tensor x, Tensor ends, Tensor y, bool add, int threads) {
+        Rows grads = grad.rows(), from = x.rows();
+        float* to = y.flat_floats();
+        const int64_t groups = y.size(0), height = y.size(1), width = y.size(2);
+        expect(grad.size(0) == x.size(0) && grad.size(1) == height && x.size(1) == width);
+        const int32_t* bounds = ends_of(ends, groups, x.size(0));
+        nb::gil_scoped_release release;
+        run_->grouped_outer(groups, bounds, height, width, grads, from, to, add, threads);
+    }
+
     void newton_schulz(Tensor x, float a, float b, float c, int64_t steps, Tensor y, int threads) {
         const float* from = x.flat_floats();
         float* to = y.flat_floats();
@@ -269,6 +299,8 @@ NB_MODULE(_cpu, m) {
              nb::arg("nats"), nb::arg("threads"))
         .def("combine", &Cpu::combine, nb::arg("x"), nb::arg("weights").none(), nb::arg("index"), nb::arg("y"), nb::arg("threads"))
         .def("combine_backward", &Cpu::combine_backward)
+        .def("grouped_product", &Cpu::grouped_product)
+        .def("grouped_outer", &Cpu::grouped_outer)
         .def("newton_schulz", &Cpu::newton_schulz)
         .def("draw", &Cpu::draw)
         .def("counted_prior", &Cpu::counted_prior)

@@ -17,6 +17,8 @@ SHOAL_DECLARE(attention_backward);
 SHOAL_DECLARE(cross_entropy);
 SHOAL_DECLARE(combine);
 SHOAL_DECLARE(combine_backward);
+SHOAL_DECLARE(grouped_product);
+SHOAL_DECLARE(grouped_outer);
 SHOAL_DECLARE(newton_schulz);
 SHOAL_DECLARE(draw);
 SHOAL_DECLARE(counted_prior);
@@ -27,8 +29,8 @@ SHOAL_DECLARE(packed_linear);
 
 const Kernels kernels = {
     rms_norm,      rms_norm_backward, swiglu,           swiglu_backward, rope,          attention,       attention_backward,
-    cross_entropy, combine,           combine_backward, newton_schulz,   draw,          counted_prior,   find_repeats,
-    decoder_forward, decoder_draft,   packed_linear,
+    cross_entropy, combine,           combine_backward, grouped_product, grouped_outer, newton_schulz,   draw,
+    counted_prior, find_repeats,      decoder_forward,  decoder_draft,   packed_linear,
 };
 
 }  // namespace shoal::SHOAL_ISA

@@ -117,11 +117,13 @@ def test_too_little_disk_is_noticed_before_anything_is_made(tmp_path: Path, monk
 
 def test_a_trained_model_in_its_own_process(trained: Path, workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["--model", str(trained), "--rounds", "1", "--steps", "2", "--threads", "1", "--cache-dir", str(tmp_path)]
-    assert main(["bench", "engine", *args, "--cases", "decode", "mtp", "--bits", "8", "--data", str(workshop / "text.txt")]) == 0
+    args += ["--cases", "decode", "mtp", "--bits", "8", "--cache", "fp8"]
+    assert main(["bench", "engine", *args, "--data", str(workshop / "text.txt")]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["decode_32_tokens_per_second"] > 0
     assert result["cache_values_per_token_and_layer"] == 16 + 8
     assert "int8" in result["settings"]["shoal"]
+    assert "cache in fp8" in result["settings"]["shoal"]
     assert result["mtp_same_text"]
     assert result["mtp_speedup"] > 0
     assert 0 <= result["mtp_acceptance"] <= 1
@@ -153,7 +155,7 @@ def side() -> Iterator[Side]:
 
 def test_errors_of_a_side_are_told_and_it_stands_still_between_requests(side: Side, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="shoal: UserError"):
-        side.ask("load", model=str(tmp_path), threads=1, bits=None, group=32, precision="bf16")
+        side.ask("load", model=str(tmp_path), threads=1, bits=None, group=32, precision="bf16", cache="auto")
     state = Path(f"/proc/{side._process.pid}/stat")
     deadline = time.monotonic() + 10  # a signal arrives when the system finds the time
     while state.exists() and state.read_text().rsplit(")", 1)[1].split()[0] != "T":

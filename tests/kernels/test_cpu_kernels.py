@@ -129,6 +129,45 @@ def test_cross_entropy_rows(rows: int, vocab: int, scale: float, softcap: float 
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=5), st.integers(1, 130), st.integers(1, 130), seeds)
+@varied
+def test_grouped_products(counts: list[int], depth: int, width: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    counts = [*counts, 3]
+    x, grad = strided(sum(counts), depth).detach(), strided(sum(counts), width).detach()
+    weight, ends = torch.randn(len(counts), width, depth), torch.tensor(counts).cumsum(0).int()
+    y = cpu.grouped_product(x, weight, ends, transposed=True)
+    back, outer = cpu.grouped_product(grad, weight, ends, transposed=False), cpu.grouped_outer(grad, x, ends)
+    parts = list(zip(x.double().split(counts), grad.double().split(counts), weight.double(), strict=True))
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(y.double(), torch.cat([a @ w.T for a, _, w in parts]), **close)
+    torch.testing.assert_close(back.double(), torch.cat([g @ w for _, g, w in parts]), **close)
+    torch.testing.assert_close(outer.double(), torch.stack([g.T @ a for a, g, _ in parts]), **close)
+    # the same bits whatever stands beside a row, and on one thread
+    last = torch.tensor([3], dtype=torch.int32)
+    assert torch.equal(cpu.grouped_product(x[-3:], weight[-1:], last, transposed=True), y[-3:])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(cpu.grouped_product(x, weight, ends, transposed=True), y)
+        assert torch.equal(cpu.grouped_outer(grad, x, ends), outer)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@given(sizes, sizes, st.integers(1, 300), st.booleans(), seeds)
+@varied
+def test_dense_products(rows: int, depth: int, width: int, transposed: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    x, weight = torch.randn(rows, depth), torch.randn(width, depth).T if transposed else torch.randn(depth, width)
+    results = [kernel.product(x, weight, torch.empty(rows, width)) for kernel in (cpu, reference)]
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    sums = [torch.ones(depth, width), torch.ones(depth, width)]
+    for kernel, out in zip((cpu, reference), sums, strict=True):
+        kernel.add_outer(x, results[0], out)
+    torch.testing.assert_close(*sums, rtol=1e-3, atol=1e-3)
+
+
 def test_nan_and_infinity_reach_the_result() -> None:
     x = torch.randn(3, 40)
     x[1, 7] = torch.nan
@@ -154,6 +193,11 @@ def test_misuse_raises_instead_of_reading_outside_a_tensor() -> None:
         cpu.rms_norm(x, torch.ones(7), 1e-6)
     with pytest.raises(TypeError):
         cpu.rms_norm(x.double(), None, 1e-6)
+    for ends in ([2, 1, 4], [1, 2, 3], [-1, 0, 4]):
+        with pytest.raises(ValueError, match="shapes"):
+            cpu.grouped_product(x, torch.randn(3, 5, 8), torch.tensor(ends, dtype=torch.int32), transposed=True)
+    with pytest.raises(ValueError, match="shapes"):
+        cpu.grouped_outer(x, x[:3], torch.tensor([4], dtype=torch.int32))
 
 
 def test_other_tensors_take_the_reference() -> None:

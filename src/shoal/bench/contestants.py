@@ -53,7 +53,10 @@ class Contest:
         opened: list[Side] = []
         try:
             opened.append(Side("shoal", "shoal_worker"))
-            self._load(opened[-1], model=str(self.model), threads=threads, bits=self.bits, group=command.group, precision=command.precision)
+            self._load(
+                opened[-1], model=str(self.model), threads=threads, bits=self.bits, group=command.group, precision=command.precision,
+                cache=command.cache,
+            )  # fmt: skip
             if self.gguf is not None:
                 opened.append(Side("llama.cpp", "llama_worker", command.llama_python))
                 self._load(opened[-1], model=str(self.gguf), threads=threads, flash=1)

@@ -33,6 +33,8 @@ class BenchEngineCommand:
     """Weights that share a scale on Shoal's side, as for `shoal quantize`; llama.cpp's blocks are always of 32."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Weights that are not quantized (llama.cpp: f32, f16). transformers takes the faster one whatever this says."""
+    cache: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    """Number format of Shoal's cached tokens; `auto`: what the model computes in. The peers' are as they come."""
     vs: Annotated[tuple[Literal["llama.cpp", "transformers"], ...], tyro.conf.UseAppendAction] = ()
     """Peer to run in the same call, in turns; may be given more than once."""
     cases: tuple[Case, ...] = CASES

@@ -31,6 +31,17 @@ def runs(*tensors: Tensor | None) -> bool:
     )
 
 
+NARROWEST = {"avx512vnni": 2048, "avx512": 2048, "avx2": 256, "portable": 0}
+"""Width of a matrix, the smaller one, up to which products with it are as fast as torch's, or faster (docs/experiments.md)."""
+LONGEST = 8192
+"""Its larger one, up to which a part of it stays in a core's cache."""
+
+
+def multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Whether products of x [R, I] with weight [..., O, I] are best left to the C++ kernels."""
+    return runs(x, weight) and min(weight.shape[-2:]) <= NARROWEST[BACKEND.isa] and max(weight.shape[-2:]) <= LONGEST
+
+
 def looks_up(tensor: Tensor) -> bool:
     """Whether the C++ kernels can look something up in `tensor`."""
     return _cpu is not None and not torch.compiler.is_compiling() and tensor.device.type == "cpu"
@@ -155,6 +166,35 @@ def cross_entropy_rows(logits: Tensor, targets: Tensor, softcap: float | None, w
     nats = logits.new_empty(logits.shape[0])
     _cpu.cross_entropy(logits, targets.contiguous(), softcap, with_grad, nats, torch.get_num_threads())
     return nats
+
+
+def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
+    """x [R, I] times every group's weight, [E, O, I] if `transposed` or else [E, I, O]. Returns [R, O]."""
+    y = x.new_empty(x.shape[0], weight.shape[1 if transposed else 2])
+    _cpu.grouped_product(x, weight, offsets, transposed, y, torch.get_num_threads())
+    return y
+
+
+def grouped_outer(grad: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    """The transpose of every group's rows of grad [R, O], times those of x [R, I]. Returns [E, O, I]."""
+    y = x.new_empty(offsets.shape[0], grad.shape[1], x.shape[1])
+    _cpu.grouped_outer(grad, x, offsets, y, False, torch.get_num_threads())
+    return y
+
+
+def product(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    transposed = not weight.is_contiguous()
+    matrix, one = (weight.T if transposed else weight)[None], _one_group(x)
+    _cpu.grouped_product(x, matrix, one, transposed, out, torch.get_num_threads())
+    return out
+
+
+def add_outer(grad: Tensor, x: Tensor, out: Tensor) -> None:
+    _cpu.grouped_outer(grad, x, _one_group(x), out[None], True, torch.get_num_threads())
+
+
+def _one_group(x: Tensor) -> Tensor:
+    return torch.full((1,), x.shape[0], dtype=torch.int32)
 
 
 def permute_tokens(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:

@@ -74,26 +74,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         math = torch.promote_types(dtype, torch.float32)
         wants_hidden, wants_weight = (grad_enabled and wanted for wanted in ctx.needs_input_grad[:2])
         wants_any = wants_hidden or wants_weight
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_hidden = torch.empty_like(hidden, dtype=dtype) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=math) if wants_weight else None
         grad_factors = torch.empty_like(factors) if factors is not None and grad_enabled and ctx.needs_input_grad[5] else None
         grad_bonus = torch.empty_like(bonus) if bonus is not None and grad_enabled and ctx.needs_input_grad[7] else None
         nats = torch.zeros((), dtype=math, device=hidden.device)
         more = torch.zeros_like(nats)  # what the teacher's probabilities add
         with torch.autocast(device, enabled=False):
-            weight_VD = weight.to(dtype)
+            weight_VD = weight.to(dtype).contiguous()
             buffer = weight_VD.new_empty(min(chunk, hidden.shape[0]), weight.shape[0])
+            products = cpu if cpu.multiplies(hidden.to(dtype), weight_VD) else reference
             for start in range(0, hidden.shape[0], chunk):
                 part = slice(start, start + chunk)
                 hidden_ND, rows_N = hidden[part].to(dtype), targets[part]
-                logits_NV = torch.mm(hidden_ND, weight_VD.T, out=buffer[: len(rows_N)]).to(math)
+                logits_NV = products.product(hidden_ND, weight_VD.T, buffer[: len(rows_N)]).to(math)
                 if prior is not None and factors is not None:
                     logits_NV.addcmul_(prior[part], factors[part, None])
                 if hinted is not None and bonus is not None:
                     logits_NV.scatter_add_(1, hinted[part, None], bonus[part, None])
                 if soft is not None:
                     counted_N, index_N1 = rows_N != reference.IGNORED, rows_N.clamp(min=0)[:, None]
-                    surprise_N = logits_NV.gather(1, index_N1)[:, 0] - torch.einsum("nv,nv->n", soft[part], logits_NV)
+                    surprise_N = logits_NV.gather(1, index_N1)[:, 0] - torch.linalg.vecdot(soft[part], logits_NV)
                     more += share * (surprise_N * counted_N).sum()
                 rows = cpu if cpu.runs(logits_NV) else reference
                 nats += rows.cross_entropy_rows(logits_NV, rows_N, softcap, with_grad=wants_any).sum()
@@ -104,16 +105,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     logits_NV.addcmul_(soft[part], counted_N[:, None].to(math), value=-share)
                     logits_NV.scatter_add_(1, index_N1, share * counted_N[:, None].to(math))
                 if grad_factors is not None and prior is not None:
-                    grad_factors[part] = torch.einsum("nv,nv->n", logits_NV, prior[part])
+                    grad_factors[part] = torch.linalg.vecdot(logits_NV, prior[part])
                 if grad_bonus is not None and hinted is not None:
                     grad_bonus[part] = logits_NV.gather(1, hinted[part, None])[:, 0]
                 grad_NV = logits_NV.to(dtype)
                 if grad_hidden is not None:
-                    grad_hidden[part] = grad_NV @ weight_VD
-                if grad_weight is not None and dtype == math:
-                    grad_weight.addmm_(grad_NV.T, hidden_ND)
-                elif grad_weight is not None:
-                    grad_weight += grad_NV.T @ hidden_ND
+                    products.product(grad_NV, weight_VD, grad_hidden[part])
+                if grad_weight is not None:
+                    products.add_outer(grad_NV, hidden_ND, grad_weight)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), grad_factors, grad_bonus)
         ctx.mark_non_differentiable(nats)
         return nats + more, nats

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import reference
+from . import cpu, reference
 
 
 def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -27,21 +27,25 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
-    return _GroupedLinear.apply(x, weight, offsets) if _torch_runs(x, weight) else reference.grouped_linear(x, weight, offsets)
+    return _GroupedLinear.apply(x, weight, offsets) if _runs(x, weight) else reference.grouped_linear(x, weight, offsets)
 
 
-def _torch_runs(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch's grouped_mm takes these: no fp64, no empty matrix, and rows of whole 16 bytes."""
+def _runs(x: Tensor, weight: Tensor) -> bool:
+    """Whether there is a kernel for these. torch's grouped_mm takes no fp64, no empty matrix, and only rows of whole 16 bytes."""
+    if cpu.multiplies(x, weight):
+        return True
     aligned = all(width * x.element_size() % 16 == 0 for width in weight.shape[1:])
     return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.numel() > 0 and aligned
 
 
 class _GroupedLinear(torch.autograd.Function):
-    # grouped_mm has a backward of its own, which refuses gradients that are not contiguous.
+    # torch's grouped_mm has a backward of its own, which refuses gradients that are not contiguous.
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
         ctx.save_for_backward(x, weight, offsets)
+        if cpu.multiplies(x, weight):
+            return cpu.grouped_product(x, weight, offsets, transposed=True)
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
 
     @staticmethod
@@ -51,12 +55,14 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 def _gradients(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    if cpu.runs(grad) and cpu.multiplies(x, weight):
+        return cpu.grouped_product(grad, weight, offsets, transposed=False), cpu.grouped_outer(grad, x, offsets)
     return F.grouped_mm(grad, weight, offs=offsets), F.grouped_mm(grad.T, x, offs=offsets)
 
 
 def grouped_linear_gradients(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `x [R, I]` and `weight [E, O, I]` from that of `grouped_linear`'s result, `grad [R, O]`; all in one dtype."""
-    if _torch_runs(x, weight):
+    if _runs(x, weight):
         return _gradients(grad.contiguous(), x.contiguous(), weight.contiguous(), offsets)
     with torch.enable_grad():
         inputs = x.detach().requires_grad_(), weight.detach().requires_grad_()

@@ -79,6 +79,19 @@ def cross_entropy_rows(logits: Tensor, targets: Tensor, softcap: float | None, w
     return nats
 
 
+def product(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """`out` [N, O] = x [N, I] times weight [I, O], which is contiguous or the transpose of a contiguous matrix."""
+    return torch.mm(x, weight, out=out)
+
+
+def add_outer(grad: Tensor, x: Tensor, out: Tensor) -> None:
+    """`out` [O, I] += the transpose of grad [N, O] times x [N, I]; `out` may be of a wider type."""
+    if out.dtype == grad.dtype:
+        out.addmm_(grad.T, x)
+    else:
+        out += grad.T @ x
+
+
 def sort_by_expert(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     experts, slots = torch.sort(indices.flatten(), stable=True)
     rows = torch.arange(slots.numel(), device=slots.device)

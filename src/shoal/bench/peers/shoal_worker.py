@@ -13,7 +13,7 @@ import torch
 from loop import serve
 
 from shoal.bench.machine import Reader
-from shoal.config import EngineOptions, SamplingOptions
+from shoal.config import CacheFormat, EngineOptions, SamplingOptions
 from shoal.engine import Engine
 from shoal.engine.batch import PAGE, Batch
 from shoal.engine.native import NativeRunner
@@ -32,19 +32,20 @@ PAUSE = 0.005
 class Side:
     """What can be asked for; `loop.serve` names the requests after the methods."""
 
-    def load(self, model: str, threads: int, bits: int | None, group: int, precision: str) -> dict[str, Any]:
+    def load(self, model: str, threads: int, bits: int | None, group: int, precision: str, cache: str) -> dict[str, Any]:
         torch.set_num_threads(threads)
         began = time.perf_counter()
         weights = load_weights(Path(model), bits, group, precision=precision)
         self.runner = NativeRunner(weights.config, weights.parts, threads)
+        self.cache: CacheFormat = self.runner.natural_cache if cache == "auto" else cache  # type: ignore[assignment]
         self.positions, self.filled = 0, (0, 0)
         self.make_room(MARGIN)
         seconds = time.perf_counter() - began
         if not self.runner.settle():  # what happens in the background of a server's first seconds
             touch(weights)
-        width = DTYPES[self.runner.natural_cache].itemsize
+        width = DTYPES[self.cache].itemsize
         config = weights.config
-        settings = f"{weights.scheme.matrices}, cache in {self.runner.natural_cache}, {threads} threads"
+        settings = f"{weights.scheme.matrices}, cache in {self.cache}, {threads} threads"
         return {
             "load_seconds": seconds,
             "settings": settings,
@@ -56,7 +57,7 @@ class Side:
     def make_room(self, positions: int) -> None:
         """A cache for so many positions in all sequences together; what it held is lost where it has to grow."""
         if positions > self.positions:
-            self.runner.allocate(-(-positions // PAGE), self.runner.natural_cache)
+            self.runner.allocate(-(-positions // PAGE), self.cache)
             self.positions, self.filled = positions, (0, 0)
 
     def prefill(self, ids: list[int]) -> dict[str, Any]:
@@ -118,7 +119,7 @@ class Side:
 
     def answer(self, prompts: list[list[int]], tokens: int, speculate: str) -> dict[str, Any]:
         """Greedy answers to the prompts, one after the other; seconds, tokens and the share of guesses that were right."""
-        options = EngineOptions(speculate=speculate, cache_tokens=4096, prefix_cache=False)  # type: ignore[arg-type]
+        options = EngineOptions(speculate=speculate, cache=self.cache, cache_tokens=4096, prefix_cache=False)  # type: ignore[arg-type]
         engine = Engine(self.runner, None, options)
         greedy = SamplingOptions(max_tokens=tokens, temperature=0, ignore_eos=True)
         engine.run([Request(prompts[0], replace(greedy, max_tokens=4))])

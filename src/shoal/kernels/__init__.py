@@ -6,6 +6,8 @@ from .cross_entropy import CrossEntropy as CrossEntropy
 from .cross_entropy import linear_cross_entropy as linear_cross_entropy
 from .grouped import grouped_linear as grouped_linear
 from .grouped import grouped_linear_gradients as grouped_linear_gradients
+from .linear import linear as linear
+from .linear import linear_gradients as linear_gradients
 from .ops import apply_rope as apply_rope
 from .ops import causal_attention as causal_attention
 from .ops import combine_tokens as combine_tokens

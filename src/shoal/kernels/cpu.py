@@ -184,9 +184,14 @@ def grouped_outer(grad: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
 
 def product(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     transposed = not weight.is_contiguous()
-    matrix, one = (weight.T if transposed else weight)[None], _one_group(x)
-    _cpu.grouped_product(x, matrix, one, transposed, out, torch.get_num_threads())
+    matrix = (weight.T if transposed else weight)[None]
+    _cpu.grouped_product(_dense(x), matrix, _one_group(x), transposed, out, torch.get_num_threads())
     return out
+
+
+def outer(grad: Tensor, x: Tensor) -> Tensor:
+    """The transpose of grad [N, O] times x [N, I]. Returns [O, I]."""
+    return grouped_outer(_dense(grad), _dense(x), _one_group(x))[0]
 
 
 def add_outer(grad: Tensor, x: Tensor, out: Tensor) -> None:

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..model import GQA, MLA, Transformer
-from ..model.layers import SwiGLU
+from ..model.layers import Linear, SwiGLU
 from ..model.moe import Experts
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
-class AdaptedLinear(nn.Linear):
+class AdaptedLinear(Linear):
     """A linear layer with an adapter; made from a plain one by `adapt`."""
 
     adapter_a: nn.Parameter
@@ -93,5 +93,5 @@ def merge(model: Transformer) -> None:
         elif isinstance(module, AdaptedLinear):
             module.weight.copy_(merged_weight(module, "weight"))
             del module.adapter_a, module.adapter_b
-            module.__class__ = nn.Linear  # type: ignore[assignment]
+            module.__class__ = Linear  # type: ignore[assignment]
     model.requires_grad_(True)

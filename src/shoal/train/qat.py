@@ -54,7 +54,8 @@ class RoundedLinear(nn.Linear):
         return {"weight": self.rounding(self.weight)}
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.rounded()["weight"], self.bias)
+        weight = self.rounded()["weight"]
+        return kernels.linear(x, weight) if self.bias is None else nn.functional.linear(x, weight, self.bias)
 
 
 class RoundedKVUp(nn.Linear):
@@ -68,7 +69,7 @@ class RoundedKVUp(nn.Linear):
         return {"weight": join_kv_up(*(rounding(part) for rounding, part in zip(self.rounding, parts, strict=True)))}
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.rounded()["weight"])
+        return kernels.linear(x, self.rounded()["weight"])
 
 
 class RoundedExperts(Experts):

@@ -71,7 +71,7 @@ class _Down(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, offsets: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate, up, weight, offsets)
         hidden = kernels.swiglu(gate, up)
-        return hidden @ weight.to(hidden.dtype).T if offsets is None else kernels.grouped_linear(hidden, weight, offsets)
+        return kernels.linear(hidden, weight.to(hidden.dtype)) if offsets is None else kernels.grouped_linear(hidden, weight, offsets)
 
     @staticmethod
     @once_differentiable
@@ -82,7 +82,7 @@ class _Down(torch.autograd.Function):
             hidden = kernels.swiglu(*inputs)
         rows, matrix = hidden.detach(), weight.to(hidden.dtype)
         if offsets is None:
-            grad_hidden, grad_weight = grad @ matrix, grad.T @ rows
+            grad_hidden, grad_weight = kernels.linear_gradients(grad, rows, matrix)
         else:
             grad_hidden, grad_weight = kernels.grouped_linear_gradients(grad, rows, matrix, offsets)
         grad_gate, grad_up = torch.autograd.grad(hidden, inputs, grad_hidden)

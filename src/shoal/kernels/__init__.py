@@ -8,6 +8,7 @@ from .grouped import grouped_linear as grouped_linear
 from .grouped import grouped_linear_gradients as grouped_linear_gradients
 from .linear import linear as linear
 from .linear import linear_gradients as linear_gradients
+from .linear import weight_gradient as weight_gradient
 from .ops import apply_rope as apply_rope
 from .ops import causal_attention as causal_attention
 from .ops import combine_tokens as combine_tokens

@@ -37,9 +37,9 @@ LONGEST = 8192
 """Its larger one, up to which a part of it stays in a core's cache."""
 
 
-def multiplies(x: Tensor, weight: Tensor) -> bool:
-    """Whether products of x [R, I] with weight [..., O, I] are best left to the C++ kernels."""
-    return runs(x, weight) and min(weight.shape[-2:]) <= NARROWEST[BACKEND.isa] and max(weight.shape[-2:]) <= LONGEST
+def multiplies(shape: Sequence[int], *tensors: Tensor) -> bool:
+    """Whether products of `tensors` that have, or give, a matrix of `shape` [..., O, I] are best left to the C++ kernels."""
+    return runs(*tensors) and min(shape[-2:]) <= NARROWEST[BACKEND.isa] and max(shape[-2:]) <= LONGEST
 
 
 def looks_up(tensor: Tensor) -> bool:

@@ -32,7 +32,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 def _runs(x: Tensor, weight: Tensor) -> bool:
     """Whether there is a kernel for these. torch's grouped_mm takes no fp64, no empty matrix, and only rows of whole 16 bytes."""
-    if cpu.multiplies(x, weight):
+    if cpu.multiplies(weight.shape, x, weight):
         return True
     aligned = all(width * x.element_size() % 16 == 0 for width in weight.shape[1:])
     return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.numel() > 0 and aligned
@@ -44,7 +44,7 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
         ctx.save_for_backward(x, weight, offsets)
-        if cpu.multiplies(x, weight):
+        if cpu.multiplies(weight.shape, x, weight):
             return cpu.grouped_product(x, weight, offsets, transposed=True)
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
 
@@ -55,7 +55,7 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 def _gradients(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    if cpu.runs(grad) and cpu.multiplies(x, weight):
+    if cpu.multiplies(weight.shape, grad, x, weight):
         return cpu.grouped_product(grad, weight, offsets, transposed=False), cpu.grouped_outer(grad, x, offsets)
     return F.grouped_mm(grad, weight, offs=offsets), F.grouped_mm(grad.T, x, offs=offsets)
 

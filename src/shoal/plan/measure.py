@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import fields, replace
 from itertools import cycle
@@ -131,13 +132,16 @@ class Probe:
 
     def products(self, dtype: torch.dtype, rows: int, side: int) -> float:
         """FLOP/s of [rows, side] x [side, side]: the input has just been made, the output goes to memory."""
-        x, weight, out = self.random(rows, side, dtype=dtype), self.random(side, side, dtype=dtype), self.ring(rows, side, dtype=dtype)
-        return 2 * rows * side * side / self.seconds(lambda: torch.mm(x, weight.T, out=out()))
+        x, weight = self.random(rows, side, dtype=dtype), self.random(side, side, dtype=dtype)
+        # A new output takes the place of the oldest, which is in no cache any more.
+        count = 1 + RING_BYTES // x.nbytes
+        outputs = deque((torch.ones_like(x) for _ in range(count)), maxlen=count)
+        return 2 * rows * side * side / self.seconds(lambda: outputs.append(kernels.linear(x, weight)))
 
     def weight_gradients(self, dtype: torch.dtype, rows: int, side: int) -> float:
         """FLOP/s of [side, rows] x [rows, side]: the gradient has just been made, the activation comes from memory."""
         x, y = self.ring(rows, side, dtype=dtype), self.random(rows, side, dtype=dtype)
-        return 2 * rows * side * side / self.seconds(lambda: y.T @ x())
+        return 2 * rows * side * side / self.seconds(lambda: kernels.weight_gradient(y, x()))
 
     def experts(self, dtype: torch.dtype, rows: int, side: int, count: int = 8) -> float:
         """FLOP/s of [rows, side] x [side, side] through one of `count` experts each, forward and both gradients."""

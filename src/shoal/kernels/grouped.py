@@ -50,20 +50,27 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *_gradients(grad.contiguous(), *ctx.saved_tensors), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (x, weight, offsets), grad = ctx.saved_tensors, grad.contiguous()
+        grad_x = _input_gradient(grad, weight, offsets) if ctx.needs_input_grad[0] else None
+        return grad_x, _weight_gradient(grad, x, weight, offsets) if ctx.needs_input_grad[1] else None, None
 
 
-def _gradients(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    if cpu.multiplies(weight.shape, grad, x, weight):
-        return cpu.grouped_product(grad, weight, offsets, transposed=False), cpu.grouped_outer(grad, x, offsets)
-    return F.grouped_mm(grad, weight, offs=offsets), F.grouped_mm(grad.T, x, offs=offsets)
+def _input_gradient(grad: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    if cpu.multiplies(weight.shape, grad, weight):
+        return cpu.grouped_product(grad, weight, offsets, transposed=False)
+    return F.grouped_mm(grad, weight, offs=offsets)
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    return cpu.grouped_outer(grad, x, offsets) if cpu.multiplies(weight.shape, grad, x) else F.grouped_mm(grad.T, x, offs=offsets)
 
 
 def grouped_linear_gradients(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `x [R, I]` and `weight [E, O, I]` from that of `grouped_linear`'s result, `grad [R, O]`; all in one dtype."""
     if _runs(x, weight):
-        return _gradients(grad.contiguous(), x.contiguous(), weight.contiguous(), offsets)
+        grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
+        return _input_gradient(grad, weight, offsets), _weight_gradient(grad, x, weight, offsets)
     with torch.enable_grad():
         inputs = x.detach().requires_grad_(), weight.detach().requires_grad_()
         grad_x, grad_weight = torch.autograd.grad(reference.grouped_linear(*inputs, offsets), inputs, grad)

@@ -52,8 +52,8 @@ SHOAL_INLINE void tile_up_to(int64_t vectors, int64_t rows, int64_t depth, const
 
 // A function of its own: inlined, GCC 12 may keep accumulators in memory.
 template <int V, class Depth, class Done>
-__attribute__((noinline)) void multiply_columns(int64_t rows, int64_t column, const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row,
-                      Depth depth, Done done) {
+__attribute__((noinline)) void multiply_columns(int64_t rows, int64_t column, const float* a, int64_t a_row, int64_t a_column,
+                                                const float* b, int64_t b_row, Depth depth, Done done) {
     for (int64_t r = 0; r < rows; r += kTileRows) {
         Range range = depth(r);
         if (range.begin >= range.end) continue;

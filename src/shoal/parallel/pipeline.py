@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..model import Context, Output, RoutingStats, Transformer, rotary_tables
+from ..model.layers import Linear
 from .layout import Layout
 from .team import Team
 
@@ -26,7 +27,8 @@ Finish = Callable[[Output, Tensor], Tensor]
 Surroundings = Callable[[], AbstractContextManager]
 """What a forward pass runs in: autocast."""
 V_SHAPED = ("zbv", "dualpipev")
-"""Schedules that lead the stages down the processes and back up, so that the first one also has the last stage."""
+"""Schedules that lead the stages down the processes and back up, so that the first one also has the last stage. They put gradients of
+weights off until there is nothing else to do."""
 
 
 def stages_of(layout: Layout, process: int) -> list[int]:
@@ -198,6 +200,10 @@ class Pipeline:
 
         self.model, self.team = model, team
         layout, config = team.layout, model.config
+        if layout.schedule in V_SHAPED:
+            for module in model.modules():  # only torch's own products can compute one gradient now and the other one later
+                if type(module) is Linear:
+                    module.__class__ = nn.Linear  # type: ignore[assignment]
         self.trace: list[Interval] = []
         """Of the last step, and how long that took."""
         self.seconds = 0.0

@@ -18,15 +18,6 @@ int64_t rows_of_item(int64_t rows, int64_t most, int threads) {
     return larger(kTileRows, smaller(most, round_up(rows / (kItems * threads), kTileRows)));
 }
 
-// to [columns, stride] = from [rows, columns], transposed.
-void pack_transposed(const float* from, int64_t rows, int64_t columns, float* to, int64_t stride) {
-    const int64_t whole_rows = rows / 4 * 4, whole_columns = columns / 4 * 4;
-    for (int64_t c = 0; c < whole_columns; c += 4)
-        for (int64_t r = 0; r < whole_rows; r += 4) transpose_4x4(from + r * columns + c, columns, to + c * stride + r, stride);
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c) to[c * stride + r] = from[r * columns + c];
-}
-
 auto write_first(Rows to, int64_t width) {
     return [=](int64_t row, int64_t column, Vec acc) { store_first(to[row] + column, acc, width - column); };
 }
@@ -59,7 +50,7 @@ void grouped_product(int64_t groups, const int32_t* ends, int64_t depth, int64_t
             const float* matrix = weight + group * depth * width;
             if (held != group * parts + part) {
                 if (transposed)
-                    pack_transposed(matrix + column * depth, count, depth, packed, stride);
+                    transpose(matrix + column * depth, depth, count, depth, packed, stride);
                 else
                     for (int64_t k = 0; k < depth; ++k) memcpy(packed + k * stride, matrix + k * width + column, count * 4);
                 held = group * parts + part;

@@ -81,6 +81,17 @@ SHOAL_INLINE void transpose_4x4(const float* from, int64_t from_stride, float* t
     memcpy(to + 3 * to_stride, &d, 16);
 }
 
+// to[c, r] = from[r, c].
+SHOAL_INLINE void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+                            int64_t to_stride) {
+    const int64_t whole_rows = rows / 4 * 4, whole_columns = columns / 4 * 4;
+    for (int64_t c = 0; c < whole_columns; c += 4)
+        for (int64_t r = 0; r < whole_rows; r += 4)
+            transpose_4x4(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c];
+}
+
 // Pairwise, in a fixed order.
 SHOAL_INLINE float sum(Vec v) {
     float part[kLanes];

@@ -195,7 +195,7 @@ def outer(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def add_outer(grad: Tensor, x: Tensor, out: Tensor) -> None:
-    _cpu.grouped_outer(grad, x, _one_group(x), out[None], True, torch.get_num_threads())
+    _cpu.grouped_outer(_dense(grad), _dense(x), _one_group(x), out[None], True, torch.get_num_threads())
 
 
 def _one_group(x: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             weight_VD = weight.to(dtype).contiguous()
             buffer = weight_VD.new_empty(min(chunk, hidden.shape[0]), weight.shape[0])
-            products = cpu if cpu.multiplies(weight.shape, hidden.to(dtype), weight_VD) else reference
+            products = cpu if cpu.multiplies(weight.shape, weight_VD) else reference
             for start in range(0, hidden.shape[0], chunk):
                 part = slice(start, start + chunk)
                 hidden_ND, rows_N = hidden[part].to(dtype), targets[part]

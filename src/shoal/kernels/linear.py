@@ -1,4 +1,4 @@
-"""A linear layer without a bias."""
+"""A linear layer."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.autograd.function import once_differentiable
 from . import cpu
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., I] @ weight [O, I].T, `[..., O]`; in autocast's dtype where autocast is on."""
-    if torch.is_autocast_enabled(x.device.type) or not cpu.multiplies(weight.shape, x, weight):
-        return F.linear(x, weight)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., I] @ weight [O, I].T + bias [O], `[..., O]`; in autocast's dtype where autocast is on."""
+    if bias is not None or torch.is_autocast_enabled(x.device.type) or not cpu.multiplies(weight.shape, x, weight):
+        return F.linear(x, weight, bias)
     return _Linear.apply(x, weight)
 
 

@@ -54,8 +54,7 @@ class RoundedLinear(nn.Linear):
         return {"weight": self.rounding(self.weight)}
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.rounded()["weight"]
-        return kernels.linear(x, weight) if self.bias is None else nn.functional.linear(x, weight, self.bias)
+        return kernels.linear(x, self.rounded()["weight"], self.bias)
 
 
 class RoundedKVUp(nn.Linear):

@@ -1,8 +1,10 @@
 // The engine's kernels as Python objects: a decoder that holds a model's packed weights, and single products.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <optional>
 #include <utility>
@@ -167,17 +169,28 @@ class Decoder {
         run_->decoder_forward(model_, main_layers_, step, out, chosen, workspace_.memory, threads);
     }
 
-    // MTP module `depth` (from 0): `next_ids` are the tokens that follow each position.
-    void draft(int64_t depth, Tensor ids, Tensor next_ids, Tensor positions, Tensor starts, Tensor tables, Tensor cos, Tensor sin,
-               Tensor cache, Tensor previous, Tensor hidden, int threads) {
-        const int64_t layer = main_layers_ + depth;
-        expect(depth >= 0 && layer < static_cast<int64_t>(layers_.size()), "the model has no such MTP module");
+    // Guesses with MTP module 1. It runs over a step's positions (`next_ids` are the tokens that follow them); then counts[s] tokens that come
+    // after those are drawn for sequence s, from the module's output at the last position, then from its output on its own guesses. `races`
+    // holds where the random numbers of every guess begin, sequence by sequence, and so does what is returned hold the guesses: -1
+    // from where logits were no numbers. logits [n, V]: those of the first guesses of the n sequences that want some.
+    std::vector<int64_t> guess(Tensor ids, Tensor next_ids, Tensor positions, Tensor starts, Tensor tables, Tensor cos, Tensor sin,
+                               Tensor cache, Tensor previous, Tensor logits, const std::vector<int64_t>& counts,
+                               const std::vector<double>& temperatures, const std::vector<uint64_t>& races, int threads) {
+        expect(main_layers_ < static_cast<int64_t>(layers_.size()), "the model has no MTP module");
         Step step = step_of(ids, positions, starts, tables, cos, sin, cache);
         expect(next_ids.numel() == step.tokens, "the shapes of a step do not fit");
         step.next_ids = next_ids.indices(model_.vocabulary);
-        float *from = rows_of(previous, step.tokens), *to = rows_of(hidden, step.tokens);
+        const float* from = rows_of(previous, step.tokens);
+        float* first = logits.flat_floats();
+        const std::vector<Guesser> guessers = guessers_of(step, counts, temperatures, cos.size(0));
+        int64_t wanted = 0;
+        for (int64_t count : counts) wanted += count;
+        expect(static_cast<int64_t>(races.size()) == wanted, "every guess needs its own random numbers");
+        expect(logits.numel() == static_cast<int64_t>(guessers.size()) * model_.vocabulary, "the tensor for the logits has the wrong size");
+        std::vector<int64_t> tokens(wanted, -1);
         nb::gil_scoped_release release;
-        run_->decoder_draft(model_, layer, step, from, to, workspace_.memory, threads);
+        guess_all(step, from, guessers, temperatures, races, first, tokens, threads);
+        return tokens;
     }
 
     // hidden [M, D] -> logits [M, V].
@@ -278,6 +291,86 @@ class Decoder {
         return rows.flat_floats();
     }
 
+    // A sequence that wants guesses.
+    struct Guesser {
+        int64_t sequence, count;
+        int64_t first;  // of its guesses
+        int64_t row;    // of its last position
+    };
+
+    std::vector<Guesser> guessers_of(const Step& step, const std::vector<int64_t>& counts, const std::vector<double>& temperatures,
+                                     int64_t positions) const {
+        expect(static_cast<int64_t>(counts.size()) == step.sequences && temperatures.size() == counts.size(), "the shapes of a step do not fit");
+        std::vector<Guesser> guessers;
+        int64_t first = 0;
+        for (int64_t s = 0; s < step.sequences; ++s) {
+            expect(counts[s] >= 0 && temperatures[s] >= 0, "counts and temperatures must not be negative");
+            if (!counts[s]) continue;
+            const int64_t row = step.starts[s + 1] - 1, last = step.positions[row] + counts[s] - 1;  // the last position the module writes
+            expect(last < positions && last / kPage < step.table_width, "the guesses have no room");
+            for (int64_t p = step.positions[row] / kPage; p <= last / kPage; ++p) {
+                const int32_t page = step.tables[s * step.table_width + p];
+                expect(page >= 0 && page < step.cache.pages, "a page number is out of range");
+            }
+            guessers.push_back({s, counts[s], first, row});
+            first += counts[s];
+        }
+        return guessers;
+    }
+
+    void guess_all(const Step& step, const float* previous, std::vector<Guesser> guessers, const std::vector<double>& temperatures,
+                   const std::vector<uint64_t>& races, float* first_logits, std::vector<int64_t>& tokens, int threads) {
+        const int64_t D = model_.hidden, V = model_.vocabulary, P = step.table_width;
+        auto module = [&](const Step& part, const float* from, std::vector<float>& to) {
+            to.resize(part.tokens * D);
+            run_->decoder_draft(model_, main_layers_, part, from, to.data(), workspace_.memory, threads);
+        };
+        std::vector<float> made, rows, logits;
+        module(step, previous, made);
+        std::vector<int64_t> ids, next_ids, positions, starts;
+        std::vector<int32_t> tables;
+        for (int64_t depth = 0; !guessers.empty(); ++depth) {
+            const int64_t n = guessers.size();
+            rows.resize(n * D);
+            for (int64_t i = 0; i < n; ++i) memcpy(&rows[i * D], &made[(depth ? i : guessers[i].row) * D], D * 4);
+            if (depth) logits.resize(n * V);
+            float* table = depth ? logits.data() : first_logits;
+            run_->packed_linear(model_.head_matrix, n, rows.data(), model_.softcap, table, workspace_.memory, threads);
+            std::vector<int64_t> index(n), winners(n);
+            std::vector<double> heats(n);
+            std::vector<uint64_t> begins(n);
+            for (int64_t i = 0; i < n; ++i) {
+                const Guesser& g = guessers[i];
+                index[i] = i, heats[i] = temperatures[g.sequence], begins[i] = races[g.first + depth];
+            }
+            run_->draw(n, V, {table, V}, index.data(), heats.data(), begins.data(), winners.data(), threads);
+
+            // The next pass: one position of each sequence that goes on.
+            ids.clear(), next_ids.clear(), positions.clear(), tables.clear(), starts.assign(1, 0);
+            int64_t left = 0;
+            for (int64_t i = 0; i < n; ++i) {
+                const Guesser g = guessers[i];
+                if (winners[i] < 0) continue;
+                tokens[g.first + depth] = winners[i];
+                if (depth + 1 == g.count) continue;
+                ids.push_back(depth ? tokens[g.first + depth - 1] : step.next_ids[g.row]);
+                next_ids.push_back(winners[i]);
+                positions.push_back(step.positions[g.row] + depth + 1);
+                tables.insert(tables.end(), step.tables + g.sequence * P, step.tables + (g.sequence + 1) * P);
+                starts.push_back(left + 1);
+                memmove(&rows[left * D], &rows[i * D], D * 4);
+                guessers[left++] = g;
+            }
+            guessers.resize(left);
+            if (!left) return;
+            Step next = step;
+            next.tokens = next.sequences = left;
+            next.ids = ids.data(), next.next_ids = next_ids.data(), next.positions = positions.data(), next.starts = starts.data();
+            next.tables = tables.data();
+            module(next, rows.data(), made);
+        }
+    }
+
     Step step_of(const Tensor& ids, const Tensor& positions, const Tensor& starts, const Tensor& tables, const Tensor& cos,
                  const Tensor& sin, const Tensor& cache) const {
         Step s = {};
@@ -331,7 +424,7 @@ void shoal::bind_decoder(nb::module_& m) {
         .def(nb::init<const std::string&, nb::dict, nb::dict, nb::list, int64_t>())
         .def("forward", &Decoder::forward, nb::arg("ids"), nb::arg("positions"), nb::arg("starts"), nb::arg("tables"), nb::arg("cos"),
              nb::arg("sin"), nb::arg("cache"), nb::arg("hidden"), nb::arg("experts").none(), nb::arg("threads"))
-        .def("draft", &Decoder::draft)
+        .def("guess", &Decoder::guess)
         .def("logits", &Decoder::logits)
         .def("replace", &Decoder::replace);
     m.def("packed_linear", &packed_linear);

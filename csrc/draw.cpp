@@ -1,6 +1,6 @@
 // A token of every row of logits, drawn by a race of exponential times: token i arrives at E_i / w_i with w_i = exp(logit_i / T), so that it
-// wins with probability w_i / sum of w. E_i depends on the row's `start` and on i alone. The specification is draw() in
-// src/shoal/engine/sampling.py; what is done here is to compute only the few times that can win.
+// wins with probability w_i / sum of w; at temperature 0 the likeliest token wins. E_i depends on the row's `start` and on i alone. The
+// specification is draw() in src/shoal/engine/race.py; what is done here is to compute only the few times that can win.
 #include <math.h>
 
 #include "kernels.h"
@@ -40,6 +40,20 @@ struct Race {
     }
 };
 
+// Where `value`, which is there, stands first.
+static int64_t first_of(const float* logits, int64_t vocab, float value) {
+    int64_t c = 0;
+    for (; c + kBlock <= vocab; c += kBlock) {
+        IntVec found = {};
+        for (int64_t i = 0; i < kBlock; i += kLanes) found |= load(logits + c + i) == value;
+        bool any = false;
+        for (int lane = 0; lane < kLanes; ++lane) any |= found[lane] != 0;
+        if (any) break;
+    }
+    while (logits[c] != value) ++c;
+    return c;
+}
+
 static int64_t winner_of(const float* logits, int64_t vocab, double temperature, uint64_t start) {
     const int64_t whole = vocab / kBlock * kBlock;
     Vec tops = splat(-INFINITY);
@@ -58,9 +72,9 @@ static int64_t winner_of(const float* logits, int64_t vocab, double temperature,
     }
     if (!all_numbers || top == INFINITY || top == -INFINITY) return -1;
 
+    const int64_t likely = first_of(logits, vocab, top);
+    if (temperature == 0) return likely;
     Race race = {logits, top, temperature, start};
-    int64_t likely = 0;
-    while (logits[likely] != top) ++likely;
     race.enter(likely);  // it comes in early: few others have to be looked at
     for (int64_t c = whole; c < vocab; ++c) race.enter(c);
     Counters counters;

@@ -223,7 +223,7 @@ class Cpu {
         Rows table = logits.rows();
         expect(temperatures.size() == rows.size() && starts.size() == rows.size() && logits.size(1) > 0);
         for (int64_t row : rows) expect(0 <= row && row < logits.size(0));
-        for (double temperature : temperatures) expect(temperature > 0);
+        for (double temperature : temperatures) expect(temperature >= 0);
         std::vector<int64_t> winners(rows.size());
         nb::gil_scoped_release release;
         run_->draw(int64_t(rows.size()), logits.size(1), table, rows.data(), temperatures.data(), starts.data(), winners.data(), threads);

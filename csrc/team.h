@@ -51,6 +51,10 @@ class Member {
     // The same, for work(begin, end) on up to `longest` neighbouring items at once: fewer as a share comes to its end.
     template <class Work>
     SHOAL_INLINE_MEMBER void runs(int64_t count, int64_t longest, Work work) {
+        if (team_.size == 1) {  // nobody to share with or to wait for
+            for (int64_t begin = 0; begin < count; begin += longest) work(begin, begin + longest < count ? begin + longest : count);
+            return;
+        }
         for (int i = 0; i < team_.size; ++i) {
             const int whose = (index_ + i) % team_.size;
             for (Run run; (run = take(whose, count, longest)).begin < run.end;) work(run.begin, run.end);

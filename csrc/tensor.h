@@ -32,7 +32,8 @@ struct DLPackExchangeAPI {
 class Tensor {
   public:
     bool view(nanobind::handle object) {
-        nanobind::object capsule = nanobind::getattr(object.type(), "__dlpack_c_exchange_api__", nanobind::none());
+        static PyObject* const name = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
+        nanobind::object capsule = nanobind::getattr(object.type(), nanobind::handle(name), nanobind::none());
         auto* api = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
         if (!api || api->major_version != 1 || api->view(object.ptr(), &tensor_)) {
             PyErr_Clear();

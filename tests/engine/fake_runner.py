@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shoal.config import ModelConfig
 from shoal.engine import PAGE, Batch, Engine, Forward
+from shoal.engine.runner import guess_step_by_step
 
 BITS = 20
 """Entries are integers that fp32 holds exactly."""
@@ -81,6 +82,8 @@ class FakeRunner:
         for row, entry in enumerate(hidden[:, 0].tolist()):
             logits[row, mix(int(entry), -7) % self.config.vocab_size] = 9.0
         return logits
+
+    guess = guess_step_by_step
 
     def draft(self, batch: Batch, hidden: Tensor, next_ids: Tensor) -> Tensor:
         self.draft_passes += 1

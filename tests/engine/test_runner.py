@@ -10,6 +10,7 @@ import torch
 from small_models import make_model
 
 from shoal.engine import Batch, Runner
+from shoal.engine.race import Races
 from shoal.model import Transformer
 
 IDS = [3 * i % 61 + 2 for i in range(90)]
@@ -61,12 +62,13 @@ def test_the_mtp_module_drafts_what_a_pass_over_everything_predicts(v3: Transfor
     runner = make_runner(v3)
     runner.allocate(10, "fp32")
     wanted = v3(torch.tensor([IDS[:-1]]), mtp_ids=[torch.tensor([IDS[1:]])]).mtp_hidden[0][0]
-    drafts = []
     for first, end in ((0, 40), (40, 41), (41, 89)):
         batch = lay_out([(first, end), (0, 5)], [TABLES[1], TABLES[0]])
         shifted = torch.tensor([*IDS[first + 1 : end + 1], *IDS[1:6]])
-        drafts.append(runner.draft(batch, runner.forward(batch).hidden, shifted)[: end - first])
-    torch.testing.assert_close(torch.cat(drafts), wanted, atol=1e-4, rtol=1e-4)
+        guesses = runner.guess(batch, runner.forward(batch).hidden, shifted, Races([0.0, 0.0], [[1], []]))
+        expected = v3.logits(wanted[end - 1 : end])
+        torch.testing.assert_close(guesses.logits, expected, atol=1e-4, rtol=1e-4)
+        assert guesses.tokens == [expected.argmax(-1).tolist(), []]
 
 
 def test_a_copied_page_serves_as_well(runner: Runner) -> None:

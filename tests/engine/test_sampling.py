@@ -13,20 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.config import SamplingOptions, UserError
-from shoal.engine import sampling
-from shoal.engine.sampling import (
-    _GOLDEN,
-    NEVER,
-    Room,
-    Rows,
-    Sampler,
-    SamplingError,
-    _draw_rows,
-    _times,
-    log_probabilities,
-    most_likely,
-    race_times,
-)
+from shoal.engine import race as race_module
+from shoal.engine.race import _GOLDEN, NEVER, Room, _draw, _times, race_start, race_times
+from shoal.engine.sampling import Rows, Sampler, SamplingError, log_probabilities, most_likely
 from shoal.kernels.serving import draw_rows
 
 SIZE = 40
@@ -35,6 +24,10 @@ logits_of = st.integers(0, 10_000).map(lambda seed: np.random.default_rng(seed).
 
 def sampler(prompt: Any = (1,), mask: Any = None, eos: Any = (0,), size: int = SIZE, **options: Any) -> Sampler:
     return Sampler(SamplingOptions(**options), prompt, size, eos, mask)
+
+
+def of_rows(logits: torch.Tensor, *samplers: Sampler, position: int = 5) -> Rows:
+    return Rows(logits, [(one, position) for one in samplers], Room())
 
 
 def probabilities(one: Sampler, logits: np.ndarray) -> np.ndarray:
@@ -81,11 +74,11 @@ def test_penalties_count_the_answer_and_not_the_prompt() -> None:
 
 def test_greedy_takes_the_largest_also_in_rows_and_with_penalties() -> None:
     logits = torch.randn(3, SIZE, generator=torch.Generator().manual_seed(0))
-    rows, best = Rows(logits), logits.argmax(-1).tolist()
-    assert [rows.choose(i, sampler(temperature=0), 5) for i in range(3)] == best
-    banned = sampler(temperature=0, logit_bias={best[0]: -100.0})
-    assert rows.choose(0, banned, 5) == int(logits[0].topk(2).indices[1])
-    assert rows.choose(0, sampler(temperature=1e-6), 5) == best[0], "a tiny temperature must not overflow"
+    best = logits.argmax(-1).tolist()
+    assert [of_rows(logits, *[sampler(temperature=0)] * 3).choose(i) for i in range(3)] == best
+    banned, tiny = sampler(temperature=0, logit_bias={best[0]: -100.0}), sampler(temperature=1e-6)
+    assert of_rows(logits, banned).choose(0) == int(logits[0].topk(2).indices[1])
+    assert of_rows(logits, tiny).choose(0) == best[0], "a tiny temperature must not overflow"
 
 
 def test_stop_tokens_are_held_back_until_there_are_enough_tokens() -> None:
@@ -93,9 +86,9 @@ def test_stop_tokens_are_held_back_until_there_are_enough_tokens() -> None:
     logits[0, [0, 6]] = 9.0
     one = sampler(temperature=0, min_tokens=2, stop_token_ids=(6,), eos=(0, 1))
     for _ in range(2):
-        assert Rows(logits).choose(0, one, 5) not in (0, 6)
+        assert of_rows(logits, one).choose(0) not in (0, 6)
         one.accept(3)
-    assert Rows(logits).choose(0, one, 5) in (0, 6)
+    assert of_rows(logits, one).choose(0) in (0, 6)
     assert one.stops == {0, 1, 6}
     assert sampler(ignore_eos=True, stop_token_ids=(6,)).stops == {6}
 
@@ -121,7 +114,7 @@ def test_a_mask_decides_until_it_lets_go(temperature: float) -> None:
     logits[0, 20] = 50.0
     one, made = sampler(temperature=temperature, seed=1, mask=Digits()), []
     for position in range(4):
-        made.append(Rows(logits).choose(0, one, position))
+        made.append(of_rows(logits, one, position=position).choose(0))
         one.accept(made[-1])
     assert made == [3, 4, 20, 4]
 
@@ -136,20 +129,20 @@ def test_a_batch_drawn_at_once_is_each_drawn_by_itself(seed: int, temperatures: 
     special: list[dict[str, Any]] = [{}, {"top_k": 3}, {"min_tokens": 2}, {"logit_bias": {3: 9.0}}]
     places = [(sampler(temperature=t, seed=seed + i, **special[(seed + i) % 4]), 5 + i) for i, t in enumerate(temperatures)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "DRAWN_AT_ONCE", at_once)
-        rows = Rows(logits, places)
+        patch.setattr(race_module, "DRAWN_AT_ONCE", at_once)
+        rows = Rows(logits, places, Room())
     expected = [one.choose(logits[i].numpy(), position) for i, (one, position) in enumerate(places)]
-    assert [rows.choose(i, *place) for i, place in enumerate(places)] == expected
+    assert [rows.choose(i) for i in range(len(places))] == expected
 
 
 def test_rows_that_are_not_numbers_do_not_disturb_the_others() -> None:
     logits = torch.zeros(3, SIZE)
     logits[1] = math.nan
     places = [(sampler(temperature=1.0, seed=i), 5) for i in range(3)]
-    rows = Rows(logits, places)
-    assert [rows.choose(i, *places[i]) for i in (0, 2)] == [places[i][0].choose(logits[i].numpy(), 5) for i in (0, 2)]
+    rows = Rows(logits, places, Room())
+    assert [rows.choose(i) for i in (0, 2)] == [places[i][0].choose(logits[i].numpy(), 5) for i in (0, 2)]
     with pytest.raises(SamplingError, match="not numbers"):
-        rows.choose(1, *places[1])
+        rows.choose(1)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -157,10 +150,10 @@ def test_rows_that_are_not_numbers_do_not_disturb_the_others() -> None:
 def test_logits_from_which_nothing_can_be_chosen_are_an_error(value: float, temperature: float) -> None:
     logits = torch.zeros(2, SIZE)
     logits[0] = value
-    rows = Rows(logits)
+    rows = of_rows(logits, *[sampler(temperature=temperature)] * 2)
     with pytest.raises(SamplingError):
-        rows.choose(0, sampler(temperature=temperature), 5)
-    assert 0 <= rows.choose(1, sampler(temperature=temperature), 5) < SIZE
+        rows.choose(0)
+    assert 0 <= rows.choose(1) < SIZE
 
 
 def test_ids_outside_the_vocabulary_are_refused() -> None:
@@ -199,14 +192,14 @@ def test_neighbouring_draws_are_independent() -> None:
     for step in ((0, 1), (1, 0), (1, 1)):
         pairs: Counter[tuple[int, int]] = Counter()
         for i in range(16_000):
-            here, there = race_times(5 + i, 3 * i, ids), race_times(5 + i + step[0], 3 * i + step[1], ids)
+            here, there = race_times(race_start(5 + i, 3 * i), ids), race_times(race_start(5 + i + step[0], 3 * i + step[1]), ids)
             pairs[int(here.argmin()), int(there.argmin())] += 1
         counts = np.array([pairs[a, b] for a in range(4) for b in range(4)])
         assert chi_square(counts, np.full(16, 1000.0)) < 4
 
 
 def test_the_numbers_of_a_race_are_exponential() -> None:
-    times = np.sort(race_times(3, 4, np.arange(100_000)))
+    times = np.sort(race_times(race_start(3, 4), np.arange(100_000)))
     uniform = 1 - np.exp(-times)
     assert np.abs(uniform - np.linspace(0, 1, len(times))).max() < 1.63 / math.sqrt(len(times)), "Kolmogorov-Smirnov, 1%"
     assert times[0] > 0
@@ -236,7 +229,7 @@ def race(table: np.ndarray, temperatures: list[float], starts: list[int]) -> np.
 @given(
     vocab=st.sampled_from([1, 2, 15, 16, 100, 127, 128, 129, 1000, 4096, 5003]),
     spread=st.sampled_from([0.0, 0.1, 1.0, 5.0, 100.0]),
-    temperature=st.sampled_from([1e-6, 0.3, 1.0, 2.0, 100.0]),
+    temperature=st.sampled_from([0.0, 1e-6, 0.3, 1.0, 2.0, 100.0]),
     seed=st.integers(0, 2**32),
 )
 @settings(max_examples=150, deadline=None)
@@ -248,7 +241,10 @@ def test_the_kernel_draws_what_numpy_draws(vocab: int, spread: float, temperatur
     winners = draw_rows(table, rows, temperatures, starts)
     if winners is None:
         pytest.skip("no C++ kernels")
-    specified = _draw_rows(table, rows, temperatures, starts, Room())
+    specified = _draw(table, rows, temperatures, starts, Room())
+    if not temperature:
+        assert winners == specified == table[rows].argmax(1).tolist()
+        return
     speeds = race(table[rows], temperatures, starts)
     for speed, here, there in zip(speeds, winners, specified, strict=True):
         assert speed[here] >= speed[there] * (1 - 1e-6)  # the same token, or one that is as fast but for rounding
@@ -262,4 +258,4 @@ def test_the_kernel_leaves_out_rows_without_a_finite_maximum() -> None:
         pytest.skip("no C++ kernels")
     assert winners[0] >= 0
     assert winners[1:] == [-1, -1, -1, 0]
-    assert _draw_rows(table, [0, 1, 2, 3, 4], [1.0] * 5, [5] * 5, Room()) == winners
+    assert _draw(table, [0, 1, 2, 3, 4], [1.0] * 5, [5] * 5, Room()) == winners

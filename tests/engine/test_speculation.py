@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shoal.config import EngineOptions, ModelConfig, SamplingOptions
 from shoal.engine import Batch, Engine, Forward, Request
+from shoal.engine.runner import guess_step_by_step
 from shoal.engine.speculate import PROBE, REST, Switch
 
 VOCABULARY = 5
@@ -30,7 +31,7 @@ class Chain:
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
         self.table = 1.5 * torch.randn(VOCABULARY, VOCABULARY, generator=generator)
-        self.guess = self.table + 0.7 * torch.randn(VOCABULARY, VOCABULARY, generator=generator)
+        self.drafted = self.table + 0.7 * torch.randn(VOCABULARY, VOCABULARY, generator=generator)
 
     def allocate(self, pages: int, cache: str) -> None: ...
 
@@ -40,8 +41,10 @@ class Chain:
     def logits(self, hidden: Tensor, keys: Tensor | None = None) -> Tensor:
         return hidden
 
+    guess = guess_step_by_step
+
     def draft(self, batch: Batch, hidden: Tensor, next_ids: Tensor) -> Tensor:
-        return self.guess[next_ids]
+        return self.drafted[next_ids]
 
     def copy_page(self, source: int, target: int) -> None: ...
 
@@ -106,7 +109,7 @@ def test_guessing_goes_on_only_where_it_saves_time(cost: float, pays: bool, monk
     # As the engine sees it, a step takes half a second however many tokens it computes, and a pass of the module `cost`.
     ticks = itertools.count()
     monkeypatch.setattr("shoal.engine.engine.time.perf_counter", lambda: 0.5 * next(ticks) + cost * runner.draft_passes)
-    engine = Engine(runner, None, EngineOptions(speculate="auto"))  # type: ignore[arg-type]
+    engine = Engine(runner, None, EngineOptions(speculate="auto", draft_tokens=1))  # type: ignore[arg-type]
     result = engine.generate([[5, 6]], SamplingOptions(max_tokens=600, temperature=0, ignore_eos=True))[0]
     assert result.ids == continuation([5, 6], 600, 97)
     guessed = sum(token.draft is not None for token in result.tokens[100:])
@@ -117,12 +120,12 @@ def test_guessing_goes_on_only_where_it_saves_time(cost: float, pays: bool, monk
 
 
 def test_the_switch_follows_a_change() -> None:
-    switch = Switch("auto")
+    switch = Switch("auto", 1)
 
     def run(steps: int, guessing: float, plain: float) -> float:
         guessed = 0
         for _ in range(steps):
-            now = switch.guesses(1)
+            now = switch.guesses([7])
             guessed += now
             switch.record(1, now, 1, guessing if now else plain)
         return guessed / steps
@@ -131,12 +134,23 @@ def test_the_switch_follows_a_change() -> None:
     assert run(REST, 1.0, 2.0) > 0.9
     run(40 * REST, 3.0, 2.0)
     assert run(REST, 3.0, 2.0) < 0.2
-    assert switch.guesses(8), "another size of batch is another question"
+    assert switch.guesses(list(range(8))), "another size of batch is another question"
 
 
-@pytest.mark.parametrize(("mode", "guesses"), [("on", True), ("off", False)])
-def test_the_switch_can_be_nailed_down(mode: Any, guesses: bool) -> None:
-    switch = Switch(mode)
+@pytest.mark.parametrize("fastest", [0, 1, 3])
+def test_the_switch_finds_how_far_ahead_pays(fastest: int) -> None:
+    switch, taken = Switch("auto", 3), Counter[int]()
+    for step in range(20 * REST):
+        way = switch.guesses([7])
+        switch.record(1, way, 1, 1.0 if way == fastest else 1.2)
+        taken[way] += step >= 3 * PROBE
+    assert taken[fastest] > 0.9 * taken.total()
+    assert len(taken) == 3, "it looks again now and then"
+
+
+@pytest.mark.parametrize(("mode", "guesses"), [("on", 3), ("off", 0)])
+def test_the_switch_can_be_nailed_down(mode: Any, guesses: int) -> None:
+    switch = Switch(mode, 3)
     for _ in range(100):
         switch.record(1, guesses, 1, 1.0)
-        assert switch.guesses(1) == guesses
+        assert switch.guesses([7]) == guesses

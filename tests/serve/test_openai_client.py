@@ -151,7 +151,7 @@ def test_chat_logprobs_and_choices(talker: openai.OpenAI) -> None:
 
 def test_stopping_to_listen_frees_everything(base: Served, client: openai.OpenAI) -> None:
     stream = client.completions.create(
-        model="tiny", prompt="the", max_tokens=450, temperature=1, stream=True, extra_body={"ignore_eos": True}
+        model="tiny", prompt=["the"] * 40, max_tokens=450, temperature=1, stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
     assert base.pages_in_use() > 0

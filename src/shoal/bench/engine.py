@@ -26,7 +26,7 @@ WARM = 3
 """Tokens that every turn adds before it is timed."""
 OUT_OF_CACHE = 2**28
 """Bytes per token from which on decoding reads memory, and not the processor's caches."""
-ANSWER, PROMPTS, BEGINNING = 64, 8, 64
+ANSWER, PROMPTS, BEGINNING = 256, 12, 128
 """Of `mtp`: tokens of an answer, number of prompts, tokens of a prompt."""
 
 
@@ -91,7 +91,7 @@ def run_bench(command: BenchEngineCommand) -> dict[str, Any]:
         draw = random.Random(0)
         for _ in range(command.rounds):
             _turn(sides, wanted, contest.config.vocab_size, draw, figures)
-        speculation = _speculation(sides[0], prompts, contest.config.max_position_embeddings) if prompts else {}
+        speculation = _speculation(sides[0], prompts, contest.config.max_position_embeddings, command.rounds) if prompts else {}
     finally:
         for side in sides:
             side.close()
@@ -148,19 +148,37 @@ def _prompts(command: BenchEngineCommand, contest: Contest) -> list[list[int]]:
     return found
 
 
-def _speculation(shoal: Side, prompts: list[list[int]], context: int) -> dict[str, Any]:
-    """Tokens per second of greedy answers with and without guesses, and how many guesses were right."""
+def _speculation(shoal: Side, prompts: list[list[int]], context: int, rounds: int) -> dict[str, Any]:
+    """Tokens per second of greedy answers with and without guesses, and how many guesses were right: in all, and of every answer."""
     tokens = min(ANSWER, context - len(prompts[0]))
-    replies = {mode: shoal.ask("answer", prompts=prompts, tokens=tokens, speculate=mode) for mode in ("off", "on", "auto")}
-    rates = {mode: reply["tokens"] / reply["seconds"] for mode, reply in replies.items()}
+    modes = ("off", "on", "auto")
+    replies: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
+    for _ in range(rounds):
+        for mode in modes:
+            replies[mode].append(shoal.ask("answer", prompts=prompts, tokens=tokens, speculate=mode))
+
+    def rates(mode: str) -> list[float]:
+        """Of every answer, by its median."""
+        return [(tokens - 1) / statistics.median(turn) for turn in zip(*(reply["seconds"] for reply in replies[mode]), strict=True)]
+
+    off, on, auto = map(rates, modes)
+    accepted, drafted = replies["on"][0]["accepted"], replies["on"][0]["drafted"]
+    share = [right / checked if checked else None for right, checked in zip(accepted, drafted, strict=True)]
+    each = [
+        {"acceptance": right, "speedup": fast / plain, "auto_speedup": automatic / plain}
+        for right, plain, fast, automatic in zip(share, off, on, auto, strict=True)
+    ]
+    # Of all answers together: the mean of their times a token.
+    plain, fast, automatic = (statistics.harmonic_mean(some) for some in (off, on, auto))
     return {
-        "mtp_tokens_per_second": rates["on"],
-        "mtp_off_tokens_per_second": rates["off"],
-        "mtp_auto_tokens_per_second": rates["auto"],
-        "mtp_speedup": rates["on"] / rates["off"],
-        "mtp_auto_speedup": rates["auto"] / rates["off"],
-        "mtp_acceptance": replies["on"]["acceptance"],
-        "mtp_same_text": replies["on"]["answers"] == replies["off"]["answers"] == replies["auto"]["answers"],
+        "mtp_tokens_per_second": fast,
+        "mtp_off_tokens_per_second": plain,
+        "mtp_auto_tokens_per_second": automatic,
+        "mtp_speedup": fast / plain,
+        "mtp_auto_speedup": automatic / plain,
+        "mtp_acceptance": sum(accepted) / sum(drafted) if sum(drafted) else None,
+        "mtp_answers": sorted(each, key=lambda answer: answer["acceptance"] or 0.0),
+        "mtp_same_text": all(reply["answers"] == replies["off"][0]["answers"] for mode in modes for reply in replies[mode]),
     }
 
 

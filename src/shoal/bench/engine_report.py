@@ -38,7 +38,8 @@ def print_report(contest: Contest, sides: list[Side], wanted: list[Measurement],
         held = [figures.memory[side.name] for side in sides]
         row = ["resident memory, GB", *(f"{memory.resident / 1e9:.2f} (files {memory.mapped_files / 1e9:.2f})" for memory in held)]
         table.add_row(*row, *(f"{held[0].resident / other.resident:.2f}" for other in held[1:] if other.resident))
-    console.print(table)
+    if table.rows:
+        console.print(table)
     peaks = f"{result['peak_fp32'] / 1e9:.0f} GFLOP/s in fp32, {result['peak_int8'] / 1e9:.0f} in int8"
     lowest, highest = result["bandwidth_lowest"] / 1e9, result["bandwidth_highest"] / 1e9
     console.print(f"this machine reads {result['bandwidth'] / 1e9:.1f} GB/s ({lowest:.1f} - {highest:.1f}) and multiplies {peaks}")
@@ -53,6 +54,13 @@ def print_report(contest: Contest, sides: list[Side], wanted: list[Measurement],
         console.print(
             f"multi-token prediction: {result['mtp_speedup']:.2f}x, {acceptance}, {same}; automatic: {result['mtp_auto_speedup']:.2f}x"
         )
+        answers = Table(title="answer by answer: times the speed without guesses")
+        for column in ("guesses that were right", "guessing", "automatic"):
+            answers.add_column(column, justify="right")
+        for answer in result["mtp_answers"]:
+            right = "none checked" if answer["acceptance"] is None else f"{answer['acceptance']:.0%}"
+            answers.add_row(right, f"{answer['speedup']:.2f}", f"{answer['auto_speedup']:.2f}")
+        console.print(answers)
 
 
 def number(value: float) -> str:

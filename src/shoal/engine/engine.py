@@ -20,14 +20,17 @@ from ..runtime import available_memory
 from .answer import Answer, stop_set
 from .batch import PAGE, Batch
 from .pages import PagePool
+from .race import Room
 from .requests import Increment, Request, Result, TokenMask
 from .runner import Forward, Runner, on_host
-from .sampling import Room, Rows, Sampler, SamplingError
+from .sampling import Rows, Sampler, SamplingError
 from .scheduler import Limits, Scheduler, Sequence, Work
 from .speculate import Drafter, Switch, keep_behind
 
 SCORED_AT_ONCE = 64
 """Positions of a prompt whose logits are held at the same time."""
+COUNTED_AT_ONCE = 32
+"""Steps after which experts are counted; earlier where nothing is left to do."""
 MEMORY_SHARE = 0.25
 """Of the free memory that the cache takes at most unless its size is given."""
 
@@ -57,7 +60,8 @@ class EngineStats:
     finished: Counter[str] = field(default_factory=Counter)
     """By reason."""
     expert_load: np.ndarray | None = None
-    """`[MoE layers, E]`: tokens sent to every expert of the main model; None if it has none."""
+    """`[MoE layers, E]`: tokens sent to every expert of the main model; None if it has none. While requests run, the last steps
+    may be missing."""
 
     @property
     def acceptance(self) -> float | None:
@@ -92,8 +96,10 @@ class Engine:
         pages = cache_pages(runner, options, cache)
         runner.allocate(pages, cache)
         speculates = options.speculate != "off" and runner.config.num_nextn_predict_layers > 0
-        self._drafter = Drafter(runner, options.draft_tokens) if speculates else None
-        self._switch = Switch(options.speculate)
+        self._drafter = Drafter(runner) if speculates else None
+        self._switch = Switch(options.speculate, options.draft_tokens)
+        self._guesses = 0
+        """Of every sequence, after the last step."""
         self._room = Room()
         self.pool = PagePool(pages, prefix_cache=options.prefix_cache, ahead=int(speculates))
         self.scheduler = Scheduler(self.pool, Limits(options.step_tokens, options.max_running, speculates), runner.copy_page)
@@ -106,6 +112,8 @@ class Engine:
         layers, experts = sum(map(config.is_moe_layer, range(config.num_hidden_layers))), config.n_routed_experts or 0
         if layers:
             self._stats.expert_load = np.zeros((layers, experts), np.int64)
+        self._uncounted: list[np.ndarray] = []
+        """Experts that were chosen in the last steps."""
         self._first_expert = experts * np.arange(layers)[:, None, None]
 
     @property
@@ -159,10 +167,11 @@ class Engine:
         batch = _lay_out(work)
         forward = self.runner.forward(batch)
         starts: list[int] = batch.starts.tolist()
-        self._count_experts(forward)
+        if forward.experts is not None:
+            self._uncounted.append(on_host(forward.experts))
         self._read_prompts(work, starts, forward)
         made = self._choose(work, starts, forward)
-        guess = self._guess(work)
+        guesses = self._guess(work)
         increments = {}
         for sequence, _, _ in work:
             self.scheduler.publish(sequence)
@@ -170,10 +179,12 @@ class Engine:
             increment = self._close(answer) if answer.finish_reason else answer.take()
             if increment is not None:
                 increments[sequence.number] = increment
-        if guess == self._stats.guesses and made and all(share.length == 1 + share.drafts for share in work):
-            self._switch.record(len(work), guess, made, time.perf_counter() - began)
-        self._stats.guesses = guess
+        if guesses == self._guesses and made and all(share.length == 1 + share.drafts for share in work):
+            self._switch.record(len(work), guesses, made, time.perf_counter() - began)
+        self._guesses, self._stats.guesses = guesses, guesses > 0
         self._stats.steps += 1
+        if len(self._uncounted) == COUNTED_AT_ONCE or not self._answers:
+            self._count_experts()
         self._stats.generated_tokens += made
         return increments
 
@@ -265,7 +276,7 @@ class Engine:
             sequence = share.sequence
             if sequence.computed + share.length < len(sequence.tokens):
                 sequence.computed += share.length
-                keep_behind(sequence, forward.hidden[start : start + share.length])
+                keep_behind(sequence, forward.hidden, start, share.length)
                 continue
             answer = self._answers[sequence.number]
             answer.prompt_is_read()
@@ -298,7 +309,7 @@ class Engine:
             if answer.request.experts and forward.experts is not None:
                 experts = on_host(forward.experts[:, first + made]).astype(np.int16)
             try:
-                token = logits.choose(row + made, answer.sampler, len(sequence.tokens))
+                token = logits.choose(row + made)
                 answer.extend(token, logits, row + made, guess, experts)
             except SamplingError as error:
                 answer.finish("error", error=str(error))
@@ -314,25 +325,27 @@ class Engine:
                 break
         valid = share.length - share.drafts + max(made - 1, 0)
         sequence.computed += valid
-        keep_behind(sequence, forward.hidden[start : start + valid])
+        keep_behind(sequence, forward.hidden, start, valid)
         return made
 
-    def _guess(self, work: list[Work]) -> bool:
-        """Guess the tokens that follow, if that is expected to pay; whether it was."""
+    def _guess(self, work: list[Work]) -> int:
+        """Guess the tokens that follow, if that is expected to pay; how many of each sequence."""
         if self._drafter is None:
-            return False
-        answering = sum(sequence.todo == 1 for sequence in self.scheduler.running)
-        if not self._switch.guesses(answering):
-            return False
-        answers = (self._answers[sequence.number] for sequence, _, _ in work)
-        self._drafter.run([(answer.sequence, answer.sampler) for answer in answers if not answer.finish_reason])
-        return True
+            return 0
+        most = self._switch.guesses([sequence.number for sequence in self.scheduler.running if sequence.todo == 1])
+        if most:
+            answers = (self._answers[sequence.number] for sequence, _, _ in work)
+            self._drafter.run([(answer.sequence, answer.sampler) for answer in answers if not answer.finish_reason], most)
+        return most
 
-    def _count_experts(self, forward: Forward) -> None:
+    def _count_experts(self) -> None:
+        """Those of the last steps, together: a count takes as long for one token as for a hundred."""
         load = self._stats.expert_load
-        if forward.experts is not None and load is not None:
+        if load is not None and self._uncounted:
             # Experts of all layers numbered through, so that one count does for all.
-            load += np.bincount((on_host(forward.experts) + self._first_expert).ravel(), minlength=load.size).reshape(load.shape)
+            chosen = np.concatenate(self._uncounted, 1) + self._first_expert
+            load += np.bincount(chosen.ravel(), minlength=load.size).reshape(load.shape)
+        self._uncounted = []
 
     def _close(self, answer: Answer) -> Increment | None:
         """Forget a finished request; the last of its answer."""

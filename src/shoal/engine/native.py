@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from ..model import LATENT_NORM_EPS, LookUps, rotary_tables, softmax_scale
 from ..runtime import available_memory
 from .batch import PAGE, Batch
 from .past import Past
-from .runner import Forward
+from .race import Races
+from .runner import Forward, Guesses
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
 
@@ -169,13 +171,21 @@ class NativeRunner:
         # Not as matrix products: their sums depend on the number of rows.
         return self._look_ups.correct(out, keys, [(hidden * trust).sum(-1) for trust in self._look_ups.trusts])
 
-    def draft(self, batch: Batch, hidden: Tensor, next_ids: Tensor) -> Tensor:
-        """See `Runner`."""
-        out = torch.empty_like(hidden)
+    def guess(self, batch: Batch, hidden: Tensor, next_ids: Tensor, races: Races) -> Guesses:
+        """See `Runner`; all passes in one call."""
+        counts = [len(starts) for starts in races.starts]
+        logits = torch.empty(sum(map(bool, counts)), self.config.vocab_size)
         place = (batch.positions, batch.starts, batch.tables, *self._rotary(batch), self._cache)
+        numbers = races.starts[0] if len(counts) == 1 else list(chain.from_iterable(races.starts))
         with self._lock:
-            self._decoder.draft(0, batch.ids, next_ids, *place, hidden.contiguous(), out, self.threads)
-        return out
+            flat = self._decoder.guess(
+                batch.ids, next_ids, *place, hidden.contiguous(), logits, counts, races.temperatures, numbers, self.threads
+            )
+        tokens = []
+        for count in counts:
+            tokens.append([token for token in flat[:count] if token >= 0])
+            del flat[:count]
+        return Guesses(tokens, logits)
 
     def copy_page(self, source: int, target: int) -> None:
         """See `Runner`."""

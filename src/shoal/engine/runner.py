@@ -15,6 +15,7 @@ from ..model import RoutingStats, Transformer
 from ..runtime import Machine, inference
 from .batch import PAGE, Batch
 from .past import Past
+from .race import Races, Room, draw
 
 
 def take_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
@@ -44,6 +45,16 @@ class Forward:
         return take_rows(self.hidden, rows), None if self.keys is None else take_rows(self.keys, rows)
 
 
+@dataclass
+class Guesses:
+    """What multi-token prediction says of S sequences."""
+
+    tokens: list[list[int]]
+    """As many of each sequence as were wanted, fewer where logits were no numbers."""
+    logits: Tensor
+    """`[n, V]` fp32: what the first guesses of the n sequences that wanted some were drawn from."""
+
+
 class Runner(Protocol):
     """Holds weights and the paged cache, `[layers + MTP layers, pages, PAGE, C]` with C = `config.cache_values_per_token`.
 
@@ -68,17 +79,53 @@ class Runner(Protocol):
         """`[M, D]` -> `[M, V]` fp32; `keys` are those of the same rows of `Forward`."""
         ...
 
-    def draft(self, batch: Batch, hidden: Tensor, next_ids: Tensor) -> Tensor:
-        """Run MTP module 1 and write its cache.
+    def guess(self, batch: Batch, hidden: Tensor, next_ids: Tensor, races: Races) -> Guesses:
+        """Run MTP module 1, write its cache, and guess the tokens that come after.
 
-        `hidden [N, D]` is the main model's (or an earlier draft's) at the batch's positions, `next_ids [N]` the token after
-        each. Returns `[N, D]` after the module's norm, whose `logits` predict the token after that.
+        `hidden [N, D]` is the main model's at the batch's positions, `next_ids [N]` the token after each. The first guess of a
+        sequence is drawn from what the module makes of its last position, the others from what it makes of its own output and guesses;
+        the batch's tables have the pages of those.
         """
         ...
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy one page in all layers."""
         ...
+
+
+class Drafting(Protocol):
+    """What `guess_step_by_step` needs."""
+
+    def draft(self, batch: Batch, hidden: Tensor, next_ids: Tensor) -> Tensor: ...
+
+    def logits(self, hidden: Tensor, keys: Tensor | None = None) -> Tensor: ...
+
+
+def guess_step_by_step(runner: Drafting, batch: Batch, hidden: Tensor, next_ids: Tensor, races: Races) -> Guesses:
+    """`Runner.guess`, made of single passes and draws."""
+    made = runner.draft(batch, hidden, next_ids)
+    last = batch.starts[1:] - 1
+    guessing = [i for i, starts in enumerate(races.starts) if starts]
+    tokens: list[list[int]] = [[] for _ in races.starts]
+    rows = made[last[guessing]]
+    first = logits = runner.logits(rows) if guessing else made.new_empty(0)
+    before = next_ids[last]
+    room = Room()
+    for depth in range(max(map(len, races.starts), default=0)):
+        table, heats = on_host(logits), [races.temperatures[i] for i in guessing]
+        winners = draw(table, range(len(table)), heats, [races.starts[i][depth] for i in guessing], room)
+        for i, winner in zip(guessing, winners, strict=True):
+            tokens[i] += [winner] if winner >= 0 else []
+        keep = [row for row, i in enumerate(guessing) if depth + 1 == len(tokens[i]) < len(races.starts[i])]
+        if not keep:
+            break
+        guessing = [guessing[row] for row in keep]
+        at = torch.tensor(guessing)
+        step = Batch(before[at], batch.positions[last[at]] + depth + 1, torch.arange(len(keep) + 1), batch.tables[at])
+        before[at] = torch.tensor([tokens[i][-1] for i in guessing])
+        rows = runner.draft(step, rows[keep], before[at])
+        logits = runner.logits(rows)
+    return Guesses(tokens, first)
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
@@ -148,8 +195,12 @@ class TorchRunner:
             looked_up = [None] * len(hidden) if keys is None else keys.split(1)
             return torch.cat([self.model.logits(*row) for row in zip(hidden.split(1), looked_up, strict=True)])
 
-    def draft(self, batch: Batch, hidden: Tensor, next_ids: Tensor) -> Tensor:
+    def guess(self, batch: Batch, hidden: Tensor, next_ids: Tensor, races: Races) -> Guesses:
         """See `Runner`."""
+        return guess_step_by_step(self, batch, hidden, next_ids, races)
+
+    def draft(self, batch: Batch, hidden: Tensor, next_ids: Tensor) -> Tensor:
+        """One pass of MTP module 1: `[N, D]` after its norm, whose `logits` predict the token after the next."""
         shifted = next_ids.to(self.device)
         drafts, starts = [], batch.starts.tolist()
         with inference(self.machine):

@@ -1,25 +1,19 @@
 """Chooses tokens from logits, one request at a time, in numpy. V is the size of the vocabulary.
 
-A sampled token is the winner of a race: token i gets the time E_i / p_i with E_i exponential, and the least time wins, which
-happens with probability p_i. The E_i are drawn from (seed, position) alone. So a request's text depends neither on the batch
-nor on how far multi-token prediction guessed ahead: a guess runs the same race with the module's own p, and is right if the
-main model's race has the same winner ("drafter-invariant" speculation, Daliri, Musco and Suresh, 2408.07978). The distribution
-of the text is exactly the main model's, and the closer the two p are, the oftener both races end alike.
+A sampled token is the winner of a race (`race`) among those that penalties, mask, top-k, top-p and min-p leave.
 """
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 from torch import Tensor
 
 from ..config import SamplingOptions, UserError
-from ..kernels.serving import draw_rows
+from .race import NEVER, Room, draw, race_start, race_times
 from .requests import TokenMask
 from .runner import on_host
 
@@ -44,11 +38,11 @@ class Sampler:
         self._answer: Counter[int] = Counter()
         self._seen = set(prompt) if self._repeats else set()
         self._length = 0
-        changes = self._counts_answer or self._repeats or bool(options.logit_bias) or mask is not None
-        self.is_plain = not (options.temperature or changes)
-        """Greedy without anything that changes logits: an argmax over a whole batch serves it (once `min_tokens` are there)."""
-        self.is_free = bool(options.temperature) and not (changes or options.top_k > 0 or options.top_p < 1 or options.min_p)
-        """Drawn from all tokens without anything that changes logits: `draw` serves a whole batch (once `min_tokens` are there)."""
+        self.changes = self._counts_answer or self._repeats or bool(options.logit_bias) or mask is not None
+        """Whether the request chooses by other logits than the model's."""
+        leaves_out = bool(options.temperature) and (options.top_k > 0 or options.top_p < 1 or bool(options.min_p))
+        self.is_simple = not (self.changes or leaves_out)
+        """A race of all tokens by their logits chooses (once `min_tokens` are there): one call serves a whole batch."""
 
     @property
     def holds_back_stops(self) -> bool:
@@ -65,6 +59,10 @@ class Sampler:
         if self.mask is not None:
             self.mask.accept(token)
 
+    def race_start(self, position: int) -> int:
+        """Where the random numbers of the race for the token at `position` begin; nothing is random at temperature 0."""
+        return race_start(self.seed, position) if self.options.temperature else 0
+
     def choose(self, logits: np.ndarray, position: int) -> int:
         """The token that stands at `position`, from `logits [V]` fp32.
 
@@ -78,11 +76,11 @@ class Sampler:
                 raise SamplingError(_why_nothing(scores[best]))
             return best
         ids, weights = self.candidates(scores)
-        return int(ids[np.argmax(weights / race_times(self.seed, position, ids))])
+        return int(ids[np.argmax(weights / race_times(self.race_start(position), ids))])
 
     def adjust(self, logits: np.ndarray) -> np.ndarray:
         """Logits after penalties, bias, `min_tokens` and mask; a copy where anything changes."""
-        if self.is_plain and not self.holds_back_stops:
+        if not self.changes and not self.holds_back_stops:
             return logits
         options, scores = self.options, logits.copy()
         if self._repeats:
@@ -142,138 +140,30 @@ def _heaviest(weights: np.ndarray, enough: Callable[[np.ndarray], bool]) -> np.n
     return weights
 
 
-NEVER = 28.0
-"""Tokens this many nats below the most likely one (7e-13 times as likely) are not drawn."""
-
-
-def race_times(seed: int, position: int, ids: np.ndarray) -> np.ndarray:
-    """Exponentially distributed numbers (fp64, mean 1), one for each of `ids`, that depend on seed, position and id alone.
-
-    A counter-based generator: the id is the counter, and the mixing function that of SplitMix64 (Steele, Lea and Flood, 2014).
-    """
-    x = ids.astype(np.uint64)
-    x *= np.uint64(_GOLDEN)
-    x += np.uint64(_start(seed, position))
-    return _times(x)
-
-
-def _start(seed: int, position: int) -> int:
-    return _mixed((seed + (position + 1) * _GOLDEN) & _MASK)
-
-
-def _times(x: np.ndarray, shifted: np.ndarray | None = None) -> np.ndarray:
-    """Turns counters (uint64, overwritten with the result) into exponentially distributed numbers; `shifted` is room to work in."""
-    shifted = np.empty_like(x) if shifted is None else shifted
-    for shift, factor in _ROUNDS:
-        x ^= np.right_shift(x, np.uint64(shift), out=shifted)
-        x *= np.uint64(factor)
-    x ^= np.right_shift(x, np.uint64(31), out=shifted)
-    np.right_shift(x, np.uint64(12), out=shifted)
-    uniform = np.add(shifted, 0.5, out=x.view(np.float64))  # of 2^52: neither 0 nor 1 once scaled
-    uniform *= 2.0**-52
-    np.log(uniform, out=uniform)
-    return np.negative(uniform, out=uniform)
-
-
-_MASK = 2**64 - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
-
-
-def _mixed(x: int) -> int:
-    for shift, factor in _ROUNDS:
-        x = ((x ^ (x >> shift)) * factor) & _MASK
-    return x ^ (x >> 31)
-
-
 class SamplingError(Exception):
     """One request cannot go on; the others can."""
 
 
 class Rows:
-    """Logits `[M, V]` of M places, brought to the host; what can be chosen for many of them at once is.
+    """Logits `[M, V]` of M places, brought to the host. Tokens of simple requests are chosen for all rows at once, in `room`.
 
-    `places`: the sampler and the position of every row, for drawing all at once, in `room`.
+    `places`: the sampler and the position of every row.
     """
 
-    def __init__(self, logits: Tensor, places: Sequence[tuple[Sampler, int]] = (), room: Room | None = None) -> None:
-        self.table = on_host(logits)
-        self._drawn = draw(self.table, {row: place for row, place in enumerate(places) if place[0].is_free}, room or Room())
+    def __init__(self, logits: Tensor, places: Sequence[tuple[Sampler, int]], room: Room) -> None:
+        self.table, self._places = on_host(logits), places
+        rows = [row for row, (sampler, _) in enumerate(places) if sampler.is_simple]
+        self._winners: dict[int, int] = {}
+        if rows:
+            temperatures = [places[row][0].options.temperature for row in rows]
+            starts = [places[row][0].race_start(places[row][1]) for row in rows]
+            self._winners = dict(zip(rows, draw(self.table, rows, temperatures, starts, room), strict=True))
 
-    @cached_property
-    def _best(self) -> list[int]:
-        best: list[int] = self.table.argmax(-1).tolist()
-        return best
-
-    def choose(self, row: int, sampler: Sampler, position: int) -> int:
+    def choose(self, row: int) -> int:
         """See `Sampler.choose`."""
-        if row in self._drawn and not sampler.holds_back_stops:
-            return self._drawn[row]
-        if not sampler.is_plain or sampler.holds_back_stops:
-            return sampler.choose(self.table[row], position)
-        best = self._best[row]
-        if not math.isfinite(self.table[row, best]):
-            raise SamplingError(_why_nothing(self.table[row, best]))
-        return best
-
-
-DRAWN_AT_ONCE = 1 << 18
-"""Logits that numpy works on at a time."""
-
-
-class Room:
-    """Memory for numpy to draw in. It is kept, as the system would have to clear new pages for every step."""
-
-    def __init__(self) -> None:
-        self._memory = np.empty((3, 0))
-
-    def take(self, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """One array of fp64 and two of uint64, all `[rows, columns]`, with whatever content."""
-        size = rows * columns
-        if self._memory.shape[1] < size:
-            self._memory = np.empty((3, size))
-        floats, counters, shifted = (part[:size].reshape(rows, columns) for part in self._memory)
-        return floats, counters.view(np.uint64), shifted.view(np.uint64)
-
-
-def draw(table: np.ndarray, places: Mapping[int, tuple[Sampler, int]], room: Room) -> dict[int, int]:
-    """What `Sampler.choose` gives for these rows of `table [M, V]` (samplers that are `is_free`, and positions), all of them at once.
-
-    By the C++ kernels where there are some, which round differently in the last bits of a double. Rows without a finite maximum are left
-    out.
-    """
-    if not places:
-        return {}
-    rows = list(places)
-    temperatures = [sampler.options.temperature for sampler, _ in places.values()]
-    starts = [_start(sampler.seed, position) for sampler, position in places.values()]
-    winners = draw_rows(table, rows, temperatures, starts)
-    if winners is None:
-        winners = _draw_rows(table, rows, temperatures, starts, room)
-    return {row: winner for row, winner in zip(rows, winners, strict=True) if winner >= 0}
-
-
-def _draw_rows(table: np.ndarray, rows: list[int], temperatures: list[float], starts: list[int], room: Room) -> list[int]:
-    """In numpy: one call for many rows is faster, and leaves the interpreter to other threads meanwhile."""
-    winners: list[int] = []
-    many = max(DRAWN_AT_ONCE // table.shape[1], 1)
-    steps = np.arange(table.shape[1], dtype=np.uint64) * np.uint64(_GOLDEN)
-    for first in range(0, len(rows), many):
-        part = slice(first, first + many)
-        scores = table if len(rows[part]) == len(table) else table[rows[part]]
-        weights, counters, shifted = room.take(*scores.shape)
-        tops = scores.max(1, keepdims=True)
-        heats = np.array(temperatures[part])[:, None]
-        with np.errstate(invalid="ignore"):
-            never = scores < tops - (NEVER * heats).astype(np.float32)
-            np.subtract(scores, tops, out=weights, dtype=np.float64)
-            weights /= heats
-            np.exp(weights, out=weights)
-            weights[never] = 0.0
-            np.add(steps, np.array(starts[part], np.uint64)[:, None], out=counters)
-            weights /= _times(counters, shifted)
-        winners += np.where(np.isfinite(tops[:, 0]), weights.argmax(1), -1).tolist()
-    return winners
+        sampler, position = self._places[row]
+        winner = self._winners.get(row, -1)
+        return winner if winner >= 0 and not sampler.holds_back_stops else sampler.choose(self.table[row], position)
 
 
 def _why_nothing(score: float) -> str:

@@ -1,6 +1,6 @@
 """Multi-token prediction guesses tokens ahead; the main model checks several positions in one step.
 
-Nothing changes but the speed: see `sampling` for why the text stays the same. The MTP module runs over the same positions as the
+Nothing changes but the speed: see `race` for why the text stays the same. The MTP module runs over the same positions as the
 main model, one step later in effect, because its entry at position i needs token i + 1. While guessing is switched off, the
 hidden states of the positions it misses are kept (some hundred at most), so that it can catch up in one pass.
 """
@@ -9,89 +9,86 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from statistics import median
 from typing import Literal
 
+import numpy as np
 import torch
 
 from .batch import PAGE, Batch
-from .runner import Runner, take_rows
-from .sampling import Room, Rows, Sampler, SamplingError
+from .race import Races
+from .runner import Runner, on_host
+from .sampling import Sampler, SamplingError
 from .scheduler import Sequence
 
 MOST_BEHIND = 512
 """Positions whose hidden states are kept for the MTP module to catch up."""
-PROBE = 12
+PROBE = 8
 """Steps that measure one way of running."""
-REST, LONGEST_REST = 128, 2048
+REST, LONGEST_REST = 256, 2048
 """Steps with the faster way before the other is measured again; twice as many each time that the result is the same."""
 MEASURED = 2 * PROBE
 """Latest steps of one way of running that its rate is taken from."""
 
 
-def keep_behind(sequence: Sequence, hidden: torch.Tensor) -> None:
-    """Remember hidden states `[n, D]` of positions just computed, until the MTP module has seen them."""
+def keep_behind(sequence: Sequence, hidden: torch.Tensor, first: int, count: int) -> None:
+    """Remember some rows of hidden states `[N, D]`, those of positions just computed, until the MTP module has seen them."""
     if not sequence.drafting:
         return
-    sequence.behind.append(hidden)
+    sequence.behind.append(hidden if count == len(hidden) else hidden[first : first + count])
     if sequence.computed - sequence.ahead > MOST_BEHIND:
         sequence.drafting, sequence.behind = False, []
 
 
 class Drafter:
-    """Runs the MTP module and guesses up to `depth` tokens, those after the first by running it on its own output."""
+    """Runs the MTP module and guesses tokens, those after the first by running it on its own output."""
 
-    def __init__(self, runner: Runner, depth: int) -> None:
-        self._runner, self._depth = runner, depth
-        self._room = Room()
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
 
-    def run(self, sequences: Iterable[tuple[Sequence, Sampler]]) -> None:
-        """Bring the MTP cache of all sequences up to date and guess for those whose next token is to be chosen next."""
+    def run(self, sequences: Iterable[tuple[Sequence, Sampler]], most: int) -> None:
+        """Bring the MTP cache of all sequences up to date; up to `most` guesses for those whose next token is to be chosen next."""
         active = [(sequence, sampler) for sequence, sampler in sequences if sequence.drafting and sequence.behind]
         if not active:
             return
         ids, next_ids, firsts = [], [], []
-        for sequence, _ in active:
+        hidden: list[torch.Tensor] = []
+        races = Races([], [])
+        for sequence, sampler in active:
             ids.append(sequence.tokens[sequence.ahead : sequence.computed])
             next_ids += sequence.tokens[sequence.ahead + 1 : sequence.computed + 1]
             firsts.append(sequence.ahead)
-        batch = Batch.lay_out(ids, firsts, [sequence.table for sequence, _ in active])
-        rows = [part for sequence, _ in active for part in sequence.behind]
-        hidden = self._runner.draft(batch, rows[0] if len(rows) == 1 else torch.cat(rows), torch.tensor(next_ids))
-        for sequence, _ in active:
+            hidden += sequence.behind
+            first = len(sequence.tokens)
+            races.temperatures.append(sampler.options.temperature)
+            races.starts.append([sampler.race_start(first + i) for i in range(_count(sequence, sampler, most))])
+        batch = Batch.lay_out(ids, firsts, [sequence.table for sequence, _ in active], most - 1)
+        guesses = self._runner.guess(
+            batch, hidden[0] if len(hidden) == 1 else torch.cat(hidden), torch.from_numpy(np.array(next_ids)), races
+        )
+        row = 0
+        for (sequence, sampler), tokens, starts in zip(active, guesses.tokens, races.starts, strict=True):
             sequence.ahead, sequence.behind = sequence.computed, []
-        guessing, last, end = [], [], 0
-        for (sequence, sampler), new in zip(active, ids, strict=True):
-            end += len(new)
-            if sequence.todo == 1 and len(sequence.tokens) < sequence.limit - 1:
-                guessing.append((sequence, sampler))
-                last.append(end - 1)
-        if guessing:
-            self._guess(guessing, take_rows(hidden, last))
+            if starts and sampler.changes:
+                tokens = _chosen(sampler, guesses.logits[row], len(sequence.tokens))
+            sequence.drafts += tokens
+            row += bool(starts)
 
-    def _guess(self, active: list[tuple[Sequence, Sampler]], hidden: torch.Tensor) -> None:
-        """One guess for each of `active` from `hidden [len(active), D]`, then further ones."""
-        for depth in range(1, self._depth + 1):
-            places = [(sampler, len(sequence.tokens) + depth - 1) for sequence, sampler in active]
-            rows = Rows(self._runner.logits(hidden), places, self._room)
-            keep = []
-            for i, (sequence, sampler) in enumerate(active):
-                place = len(sequence.tokens) + depth - 1
-                try:
-                    sequence.drafts.append(rows.choose(i, sampler, place))
-                except SamplingError:
-                    continue
-                if sampler.mask is None and place <= len(sequence.pages) * PAGE and place < sequence.limit - 2:
-                    keep.append(i)
-            if depth == self._depth or not keep:
-                return
-            active = [active[i] for i in keep]
-            ids = [[(sequence.tokens[-1:] + sequence.drafts)[-2]] for sequence, _ in active]
-            firsts = [len(sequence.tokens) + depth - 2 for sequence, _ in active]
-            batch = Batch.lay_out(ids, firsts, [sequence.table for sequence, _ in active])
-            # The entries that this writes are made anew once the true hidden states are there.
-            hidden = self._runner.draft(batch, take_rows(hidden, keep), torch.tensor([sequence.drafts[-1] for sequence, _ in active]))
+
+def _count(sequence: Sequence, sampler: Sampler, most: int) -> int:
+    """How many tokens to guess: the last guess is checked before the limit, and the module needs pages for all but two."""
+    if sequence.todo != 1:
+        return 0
+    first = len(sequence.tokens)
+    return max(min(1 if sampler.changes else most, sequence.limit - first - 1, len(sequence.pages) * PAGE - first + 2), 0)
+
+
+def _chosen(sampler: Sampler, logits: torch.Tensor, position: int) -> list[int]:
+    """One guess for a request with penalties, a mask or the like, whose draws are no plain races; none where it may choose nothing."""
+    try:
+        return [sampler.choose(on_host(logits), position)]
+    except SamplingError:
+        return []
 
 
 class _Rate:
@@ -113,46 +110,65 @@ class _Rate:
         return median(seconds for seconds, _ in self._steps) * len(self._steps) / sum(tokens for _, tokens in self._steps)
 
 
-@dataclass
 class _Choice:
-    """What is known about one size of batch."""
+    """What is known about one size of batch, and what is done next."""
 
-    guess: bool = True
-    left: int = PROBE
-    """Steps until the next decision."""
-    rest: int = REST
-    rates: dict[bool, _Rate] = field(default_factory=lambda: {True: _Rate(), False: _Rate()})
+    def __init__(self, ways: tuple[int, ...]) -> None:
+        self.rates = {way: _Rate() for way in ways}
+        self._best: int | None = None
+        self._measure(ways)
+
+    def _measure(self, ways: Iterable[int]) -> None:
+        """These ways next, one after the other."""
+        self.way, *self._to_measure = ways
+        self._left, self._rest, self._resting = PROBE, REST, False
+
+    def another_text(self) -> None:
+        """How often guesses are right has to be found out anew; what a step without them takes has not."""
+        for way in filter(None, self.rates):
+            self.rates[way] = _Rate()
+        self._measure([way for way in self.rates if not self.rates[way].is_known])
 
     def add(self, seconds: float, tokens: int) -> None:
-        self.rates[self.guess].add(seconds, tokens)
-        self.left -= 1
-        if self.left > 0:
+        """A step went this way."""
+        self.rates[self.way].add(seconds, tokens)
+        self._left -= 1
+        if self._left > 0:
             return
-        if not self.rates[not self.guess].is_known:
-            self.guess, self.left = not self.guess, PROBE
+        if self._resting:
+            self._to_measure, self._resting = [way for way in self.rates if way != self.way], False
+        if self._to_measure:
+            self.way, self._left = self._to_measure.pop(0), PROBE
             return
-        best = self.rates[True].per_token < self.rates[False].per_token
-        if self.guess != best:
-            self.guess, self.left = best, self.rest
-            self.rest = min(2 * self.rest, LONGEST_REST)
-        else:
-            # Either the rest is over, or a probe has turned out to be the better way.
-            self.guess, self.left = not self.guess, PROBE
+        self.way = min(self.rates, key=lambda way: self.rates[way].per_token)
+        self._rest = min(2 * self._rest, LONGEST_REST) if self.way == self._best else REST
+        self._best, self._left, self._resting = self.way, self._rest, True
 
 
 class Switch:
-    """Decides by measured seconds per token whether guessing pays, for every size of batch by itself."""
+    """Decides by measured seconds per token how many tokens to guess ahead, if any: for every size of batch by itself, and for an
+    answer that is alone by itself, since how often guesses are right depends on the text."""
 
-    def __init__(self, mode: Literal["auto", "on", "off"]) -> None:
-        self._mode = mode
-        self._choices: defaultdict[int, _Choice] = defaultdict(_Choice)
+    def __init__(self, mode: Literal["auto", "on", "off"], most: int) -> None:
+        """`most`: the number of guesses that "on" means; "auto" takes as many, one, or none."""
+        self._fixed = {"auto": None, "on": most, "off": 0}[mode]
+        ways = (most, 0) if most == 1 else (most, 1, 0)
+        self._choices: defaultdict[int, _Choice] = defaultdict(lambda: _Choice(ways))
+        self._alone: int | None = None
 
-    def guesses(self, sequences: int) -> bool:
-        """Whether the next step with so many answers should guess."""
-        return self._mode == "on" or (self._mode == "auto" and self._choices[sequences.bit_length()].guess)
+    def guesses(self, answering: list[int]) -> int:
+        """How many tokens the next step should guess of each of these answers (their numbers)."""
+        if self._fixed is not None:
+            return self._fixed
+        choice = self._choices[len(answering).bit_length()]
+        if len(answering) == 1 and self._alone != answering[0]:
+            if self._alone is not None:
+                choice.another_text()
+            self._alone = answering[0]
+        return choice.way
 
-    def record(self, sequences: int, guessed: bool, tokens: int, seconds: float) -> None:
-        """A step with `sequences` answers and no prompt gave `tokens`."""
+    def record(self, sequences: int, guesses: int, tokens: int, seconds: float) -> None:
+        """A step with `sequences` answers, `guesses` of each and no prompt gave `tokens`."""
         choice = self._choices[sequences.bit_length()]
-        if self._mode == "auto" and choice.guess == guessed:
+        if self._fixed is None and choice.way == guesses:
             choice.add(seconds, tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,8 @@ def decoder(shape: dict[str, Any], top: dict[str, Any], layers: list[dict[str, A
     return BACKEND.module.Decoder(BACKEND.isa, shape, top, layers, main_layers)
 
 
-def draw_rows(table: np.ndarray, rows: list[int], temperatures: list[float], starts: list[int]) -> list[int] | None:
-    """A token of each of these rows of logits `table [M, V]` fp32, as `engine.sampling.draw` specifies it: -1 where the row has no finite
+def draw_rows(table: np.ndarray, rows: Sequence[int], temperatures: Sequence[float], starts: Sequence[int]) -> list[int] | None:
+    """A token of each of these rows of logits `table [M, V]` fp32, as `engine.race.draw` specifies it: -1 where the row has no finite
     maximum. `starts`: where the random numbers of each begin. None without C++ kernels."""
     if BACKEND.cpu is None:
         return None

@@ -118,19 +118,26 @@ class Side:
         return seconds
 
     def answer(self, prompts: list[list[int]], tokens: int, speculate: str) -> dict[str, Any]:
-        """Greedy answers to the prompts, one after the other; seconds, tokens and the share of guesses that were right."""
+        """Greedy answers to the prompts, one after the other: of each the seconds after its first token, guesses checked and right."""
         options = EngineOptions(speculate=speculate, cache=self.cache, cache_tokens=4096, prefix_cache=False)  # type: ignore[arg-type]
         engine = Engine(self.runner, None, options)
         greedy = SamplingOptions(max_tokens=tokens, temperature=0, ignore_eos=True)
         engine.run([Request(prompts[0], replace(greedy, max_tokens=4))])
-        began, made, answers = time.perf_counter(), 0, []
+        reply: dict[str, list[Any]] = {"seconds": [], "accepted": [], "drafted": [], "answers": []}
         for prompt in prompts:
-            result = engine.run([Request(prompt, greedy)])[0]
-            made += len(result.tokens)
-            answers.append([token.id for token in result.tokens])
-        seconds = time.perf_counter() - began
+            before = engine.stats()
+            engine.add_request(Request(prompt, greedy))
+            made = [token.id for token in next(iter(engine.step().values())).tokens]
+            began = time.perf_counter()
+            while engine.has_work:
+                made += [token.id for increment in engine.step().values() for token in increment.tokens]
+            reply["seconds"].append(time.perf_counter() - began)
+            after = engine.stats()
+            reply["accepted"].append(after.accepted_tokens - before.accepted_tokens)
+            reply["drafted"].append(after.drafted_tokens - before.drafted_tokens)
+            reply["answers"].append(made)
         self.positions, self.filled = 0, (0, 0)
-        return {"seconds": seconds, "tokens": made, "acceptance": engine.stats().acceptance, "answers": answers}
+        return reply
 
 
 def touch(weights: Weights) -> None:

@@ -106,7 +106,7 @@ CONFIGS = st.builds(
     num_nextn_predict_layers=st.integers(0, 2),
     qk_norm=st.booleans(),
     logit_softcap=st.one_of(st.none(), st.floats(1, 50)),
-    init=st.sampled_from(["normal", "fan_in"]),
+    init=st.sampled_from(["normal", "fan_in", "anchored"]),
     zero_init_output=st.booleans(),
     extra=st.just({"torch_dtype": "float32"}),
 )

@@ -13,7 +13,7 @@ from .errors import UserError
 ModelType = Literal["deepseek_v3", "deepseek_v2", "llama"]
 TopkMethod = Literal["greedy", "group_limited_greedy", "noaux_tc"]
 ScoringFunction = Literal["softmax", "sigmoid"]
-Initialisation = Literal["normal", "fan_in"]
+Initialisation = Literal["normal", "fan_in", "anchored"]
 CHOICES: dict[str, Any] = {"model_type": ModelType, "topk_method": TopkMethod, "scoring_func": ScoringFunction, "init": Initialisation}
 
 SCALING_NEEDS: dict[str | None, tuple[str, ...]] = {
@@ -104,7 +104,8 @@ class ModelConfig:
     logit_softcap: float | None = None
     """Logits become cap * tanh(logits / cap). Not exportable."""
     init: Initialisation = "normal"
-    """`normal`: every matrix with std `initializer_range`; `fan_in`: hidden matrices with std 1/sqrt(fan_in)."""
+    """`normal`: every matrix with std `initializer_range`; `fan_in`: hidden matrices with std 1/sqrt(fan_in); `anchored`: the same, but
+    with a constant channel in the embedding, and heads that begin by looking at the tokens before."""
     zero_init_output: bool = False
     """Start `o_proj` and `down_proj` at zero, so that every block starts as the identity."""
     ngram_order: int = 0

@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 
 from .config import UserError
+from .kernels import linear
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BF16_MARGIN = {"cuda": 1.3, "cpu": 4.0}
-"""bf16 autocast pays only where bf16 matmul is faster than fp32 by this factor. It costs casts; on a CPU also Shoal's own kernels, which
-are fp32, and up to a GiB of compiled products, one for every number of rows that an expert gets."""
+"""bf16 autocast pays only where bf16 matmul is faster than fp32, as linear layers compute it, by this factor. It costs casts; on a CPU
+also Shoal's own kernels, which are fp32, and up to a GiB of compiled products, one for every number of rows that an expert gets."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,8 @@ def give_way(niceness: int) -> None:
 
 
 def matmul_rates(device: torch.device, precisions: Sequence[str]) -> dict[str, float]:
-    """Best FLOP/s of a square matmul in every precision, over a few rounds in which they take turns: what else the machine does
-    disturbs all of them alike."""
+    """Best FLOP/s of a square matmul in every precision, as linear layers compute it, over a few rounds in which they take turns: what
+    else the machine does disturbs all of them alike."""
     size = 8192 if device.type == "cuda" else 1024
     matrices = {name: torch.ones(2, size, size, device=device, dtype=DTYPES[name]) for name in precisions}
     best = dict.fromkeys(precisions, 0.0)
@@ -137,7 +138,7 @@ def matmul_rates(device: torch.device, precisions: Sequence[str]) -> dict[str, f
         for name, (a, b) in matrices.items():
             synchronize(device)
             began = time.perf_counter()
-            a @ b
+            linear(a, b)
             synchronize(device)
             best[name] = max(best[name], 2 * size**3 / (time.perf_counter() - began))
     return best

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..config import UserError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -26,3 +27,12 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
         raise UserError(f"the picture {path} cannot be written: {error}") from None
+
+
+def count_on_log_axis(axes: Axes) -> None:
+    """Figures at 1, 2, 5, 10, 20, ... on a logarithmic x axis that spans little more than a power of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..pictures import new_figure, save
+from ..pictures import count_on_log_axis, new_figure, save
 from .frontier import Ratio, lower_hull
 from .runs import Run
 
@@ -29,9 +29,10 @@ def draw(runs: list[Run], flops_ratio: Ratio | None, path: Path) -> None:
         axes.set_xscale("log")
         axes.set_xlabel(label)
         axes.grid(alpha=0.25, which="both")
+    count_on_log_axis(right)
     left.set_ylabel("held-out bits per byte")
     if flops_ratio is not None:
         left.axhline(flops_ratio.loss, color="black", lw=0.8, ls="--")
-        left.set_title(f"{flops_ratio.value:.1f} times the FLOPs for {flops_ratio.loss:.3f} bits per byte", fontsize=10)
+        left.set_title(f"{flops_ratio.value:,.4g} times the FLOPs for {flops_ratio.loss:.3f} bits per byte", fontsize=10)
     left.legend(frameon=False)
     save(figure, path)

@@ -8,7 +8,7 @@ from typing import Literal
 from .errors import require_at_least_one
 
 Scale = Literal["small", "medium", "gpu"]
-StudyName = Literal["experts", "attention", "granularity", "balance"]
+StudyName = Literal["experts", "attention", "anchored", "granularity", "balance"]
 
 
 @dataclass
@@ -45,9 +45,10 @@ class BenchEfficiencyCommand:
 class BenchAblationCommand:
     """What one ingredient is worth: small models of one shape whose arms differ in one thing, up to 6e13 FLOPs.
 
-    experts: a mixture against a dense layer of as many active parameters. attention: MLA against multi-head attention. granularity: few
-    wide experts against many narrow ones. balance: the routing bias against a balance loss, and against neither. Every run has a complete
-    schedule of its own; the ratio of FLOPs and of seconds is taken at equal bits per byte, as in `shoal bench efficiency`.
+    experts: a mixture against a dense layer of as many active parameters. attention: MLA against multi-head attention; anchored: the same
+    two, as models of the rules begin. granularity: few wide experts against many narrow ones. balance: the routing bias against a balance
+    loss, and against neither. Every run has a complete schedule of its own; the ratio of FLOPs and of seconds is taken at equal bits
+    per byte, as in `shoal bench efficiency`.
     """
 
     study: StudyName = "experts"

@@ -183,7 +183,7 @@ class Engine:
             self._switch.record(len(work), guesses, made, time.perf_counter() - began)
         self._guesses, self._stats.guesses = guesses, guesses > 0
         self._stats.steps += 1
-        if len(self._uncounted) == COUNTED_AT_ONCE or not self._answers:
+        if len(self._uncounted) == COUNTED_AT_ONCE:
             self._count_experts()
         self._stats.generated_tokens += made
         return increments
@@ -350,6 +350,8 @@ class Engine:
     def _close(self, answer: Answer) -> Increment | None:
         """Forget a finished request; the last of its answer."""
         del self._answers[answer.sequence.number]
+        if not self._answers:
+            self._count_experts()
         self.scheduler.remove(answer.sequence)
         self._stats.finished[str(answer.finish_reason)] += 1
         return answer.take()

@@ -32,7 +32,7 @@ def draw(study: Study, runs: Sequence[Run], result: dict[str, Any], path: Path) 
             right.plot(*zip(*points, strict=True), "o-", ms=4, color=colour, lw=1.5)
     left.legend(frameon=False)
     left.set_ylabel("held-out bits per byte")
-    right.set_title(f"FLOPs that '{study.labels[study.reference]}' needs for the same loss", fontsize=10)
+    right.set_title(f"FLOPs that '{study.labels[study.reference]}'\nneeds for the same loss", fontsize=10)
     right.yaxis.set_major_formatter("{x:g}x")
     for axes in (left, right):
         axes.set_xscale("log")

@@ -71,7 +71,7 @@ def cross_entropy_rows(logits: Tensor, targets: Tensor, softcap: float | None, w
     log_sum = logits.logsumexp(-1)
     nats = torch.where(counted, log_sum - logits.gather(1, index).squeeze(1), 0.0)
     if with_grad:
-        grad = torch.exp(logits - log_sum.unsqueeze(1))
+        grad = logits.softmax(-1)  # not exp(logits - log_sum), which rounds large logits before their difference is small
         grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
         if softcap is not None:
             grad *= 1 - (logits / softcap).square()

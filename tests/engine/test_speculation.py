@@ -134,7 +134,21 @@ def test_the_switch_follows_a_change() -> None:
     assert run(REST, 1.0, 2.0) > 0.9
     run(40 * REST, 3.0, 2.0)
     assert run(REST, 3.0, 2.0) < 0.2
-    assert switch.guesses(list(range(8))), "another size of batch is another question"
+    taken = set()
+    for _ in range(2 * PROBE):
+        taken.add(switch.guesses(list(range(8))))
+        switch.record(8, max(taken), 8, 1.0)
+    assert taken == {0, 1}, "another size of batch is another question"
+
+
+def test_guesses_that_stop_being_right_end_at_once() -> None:
+    switch = Switch("auto", 3)
+    for step in range(REST + 6 * PROBE):
+        way = switch.guesses([7])
+        switch.record(1, way, 1 + way if step < 4 * PROBE else 1, 1.0 + 0.2 * way)
+        if step == 4 * PROBE - 1:
+            assert way == 3
+    assert way <= 1, "in the middle of a rest"
 
 
 @pytest.mark.parametrize("fastest", [0, 1, 3])
@@ -142,7 +156,7 @@ def test_the_switch_finds_how_far_ahead_pays(fastest: int) -> None:
     switch, taken = Switch("auto", 3), Counter[int]()
     for step in range(20 * REST):
         way = switch.guesses([7])
-        switch.record(1, way, 1, 1.0 if way == fastest else 1.2)
+        switch.record(1, way, 1, 1.0 if way == fastest else 1.05)
         taken[way] += step >= 3 * PROBE
     assert taken[fastest] > 0.9 * taken.total()
     assert len(taken) == 3, "it looks again now and then"

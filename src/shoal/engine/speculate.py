@@ -25,8 +25,10 @@ MOST_BEHIND = 512
 """Positions whose hidden states are kept for the MTP module to catch up."""
 PROBE = 8
 """Steps that measure one way of running."""
-REST, LONGEST_REST = 256, 2048
-"""Steps with the faster way before the other is measured again; twice as many each time that the result is the same."""
+REST, LONGEST_REST = 64, 2048
+"""Steps with the fastest way before the others are measured again; twice as many each time that the result is the same."""
+HOPELESS = 1.1
+"""Times the seconds per token without guesses that one guess takes where more are not even tried: trying them costs most."""
 MEASURED = 2 * PROBE
 """Latest steps of one way of running that its rate is taken from."""
 
@@ -114,6 +116,7 @@ class _Choice:
     """What is known about one size of batch, and what is done next."""
 
     def __init__(self, ways: tuple[int, ...]) -> None:
+        """`ways`: numbers of guesses, increasing."""
         self.rates = {way: _Rate() for way in ways}
         self._best: int | None = None
         self._measure(ways)
@@ -131,16 +134,23 @@ class _Choice:
 
     def add(self, seconds: float, tokens: int) -> None:
         """A step went this way."""
-        self.rates[self.way].add(seconds, tokens)
+        now = self.rates[self.way]
+        now.add(seconds, tokens)
         self._left -= 1
+        if self._resting and self.way and self._left % PROBE == 0 and now.per_token > self.rates[0].per_token:
+            self._left = 0  # guesses are right more seldom than they were
         if self._left > 0:
             return
         if self._resting:
             self._to_measure, self._resting = [way for way in self.rates if way != self.way], False
-        if self._to_measure:
-            self.way, self._left = self._to_measure.pop(0), PROBE
-            return
-        self.way = min(self.rates, key=lambda way: self.rates[way].per_token)
+        while self._to_measure:
+            way = self._to_measure.pop(0)
+            if way <= 1 or self.rates[1].per_token < HOPELESS * self.rates[0].per_token:
+                self.way, self._left = way, PROBE
+                return
+            self.rates[way] = _Rate()
+        known = [way for way in self.rates if self.rates[way].is_known]
+        self.way = min(known, key=lambda way: self.rates[way].per_token)
         self._rest = min(2 * self._rest, LONGEST_REST) if self.way == self._best else REST
         self._best, self._left, self._resting = self.way, self._rest, True
 
@@ -152,7 +162,7 @@ class Switch:
     def __init__(self, mode: Literal["auto", "on", "off"], most: int) -> None:
         """`most`: the number of guesses that "on" means; "auto" takes as many, one, or none."""
         self._fixed = {"auto": None, "on": most, "off": 0}[mode]
-        ways = (most, 0) if most == 1 else (most, 1, 0)
+        ways = tuple(sorted({0, 1, most}))
         self._choices: defaultdict[int, _Choice] = defaultdict(lambda: _Choice(ways))
         self._alone: int | None = None
 

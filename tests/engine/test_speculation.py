@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from shoal.config import EngineOptions, ModelConfig, SamplingOptions
 from shoal.engine import Batch, Engine, Forward, Request
 from shoal.engine.runner import guess_step_by_step
-from shoal.engine.speculate import PROBE, REST, Switch
+from shoal.engine.speculate import PROBE, REST, STALE, Switch
 
 VOCABULARY = 5
 
@@ -119,52 +120,65 @@ def test_guessing_goes_on_only_where_it_saves_time(cost: float, pays: bool, monk
     assert runner.wrong_mtp_entries == 0, "the module has caught up with what it missed"
 
 
-def test_the_switch_follows_a_change() -> None:
+def answer(switch: Switch, steps: int, seconds: Callable[[int], float], right: float = 0.0, number: int = 7) -> Counter[int]:
+    """So many steps of an answer that is alone; which ways they went. `right`: share of the guesses that are."""
+    draws, taken = np.random.default_rng(0), Counter[int]()
+    for _ in range(steps):
+        way = switch.guesses([number])
+        fates = draws.random(way) < right
+        good = way if fates.all() else int(fates.argmin())
+        switch.record(1, way, min(good + 1, way), good, seconds(way))
+        taken[way] += 1
+    return taken
+
+
+def test_the_switch_follows_a_change_of_the_machine() -> None:
     switch = Switch("auto", 1)
-
-    def run(steps: int, guessing: float, plain: float) -> float:
-        guessed = 0
-        for _ in range(steps):
-            now = switch.guesses([7])
-            guessed += now
-            switch.record(1, now, 1, guessing if now else plain)
-        return guessed / steps
-
-    assert run(2 * PROBE, 1.0, 2.0) == 0.5
-    assert run(REST, 1.0, 2.0) > 0.9
-    run(40 * REST, 3.0, 2.0)
-    assert run(REST, 3.0, 2.0) < 0.2
+    assert answer(switch, 2 * PROBE, lambda way: 2.0 - way) == {0: PROBE, 1: PROBE}
+    assert answer(switch, REST, lambda way: 2.0 - way)[1] > 0.8 * REST
+    answer(switch, 40 * REST, lambda way: 2.0 + way)
+    assert answer(switch, REST, lambda way: 2.0 + way)[1] < 0.2 * REST
     taken = set()
     for _ in range(2 * PROBE):
         taken.add(switch.guesses(list(range(8))))
-        switch.record(8, max(taken), 8, 1.0)
+        switch.record(8, max(taken), 8, 8, 1.0)
     assert taken == {0, 1}, "another size of batch is another question"
 
 
-def test_guesses_that_stop_being_right_end_at_once() -> None:
+def test_guesses_that_stop_being_right_end_soon() -> None:
     switch = Switch("auto", 3)
-    for step in range(REST + 6 * PROBE):
-        way = switch.guesses([7])
-        switch.record(1, way, 1 + way if step < 4 * PROBE else 1, 1.0 + 0.2 * way)
-        if step == 4 * PROBE - 1:
-            assert way == 3
-    assert way <= 1, "in the middle of a rest"
+    assert answer(switch, 3 * PROBE + REST, lambda way: 1.0 + 0.6 * way, right=0.98)[3] > 0.9 * REST
+    assert answer(switch, REST, lambda way: 1.0 + 0.6 * way, right=0.3)[0] > 0.5 * REST, "in the middle of a rest"
+
+
+def test_a_new_text_gets_its_chance_and_no_more() -> None:
+    switch = Switch("auto", 3)
+    for number, (right, pays) in enumerate([(0.3, False), (0.98, True), (0.3, False), (0.9, True)]):
+        taken = answer(switch, 4 * REST, lambda way: 1.0 + 0.6 * way, right, number)
+        assert (taken[0] < 0.2 * taken.total()) == pays, (number, taken)
+        assert (taken[0] > 0.8 * taken.total()) == (not pays), (number, taken)
+    switch.guesses([4])
+    assert switch.guesses([4]) > 0, "whether guesses are right is seen first"
 
 
 @pytest.mark.parametrize("fastest", [0, 1, 3])
 def test_the_switch_finds_how_far_ahead_pays(fastest: int) -> None:
-    switch, taken = Switch("auto", 3), Counter[int]()
-    for step in range(20 * REST):
-        way = switch.guesses([7])
-        switch.record(1, way, 1, 1.0 if way == fastest else 1.05)
-        taken[way] += step >= 3 * PROBE
+    tokens = {0: 1, 1: 1.5, 3: 1.875}
+    taken = answer(Switch("auto", 3), 20 * REST, lambda way: tokens[way] * (0.7 if way == fastest else 1), right=0.5)
     assert taken[fastest] > 0.9 * taken.total()
     assert len(taken) == 3, "it looks again now and then"
+
+
+def test_what_held_up_a_measurement_is_found_out() -> None:
+    switch = Switch("auto", 3)
+    answer(switch, 3 * PROBE, lambda way: 1.0 + 5.0 * (way == 3), right=0.95)
+    answer(switch, 2 * STALE, lambda way: 1.0 + 0.3 * way, right=0.95)
+    assert answer(switch, REST, lambda way: 1.0 + 0.3 * way, right=0.95)[3] > 0.8 * REST
 
 
 @pytest.mark.parametrize(("mode", "guesses"), [("on", 3), ("off", 0)])
 def test_the_switch_can_be_nailed_down(mode: Any, guesses: int) -> None:
     switch = Switch(mode, 3)
     for _ in range(100):
-        switch.record(1, guesses, 1, 1.0)
+        switch.record(1, guesses, guesses, 0, 1.0)
         assert switch.guesses([7]) == guesses

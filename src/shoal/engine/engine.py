@@ -170,6 +170,7 @@ class Engine:
         if forward.experts is not None:
             self._uncounted.append(on_host(forward.experts))
         self._read_prompts(work, starts, forward)
+        drafted, accepted = self._stats.drafted_tokens, self._stats.accepted_tokens
         made = self._choose(work, starts, forward)
         guesses = self._guess(work)
         increments = {}
@@ -180,7 +181,8 @@ class Engine:
             if increment is not None:
                 increments[sequence.number] = increment
         if guesses == self._guesses and made and all(share.length == 1 + share.drafts for share in work):
-            self._switch.record(len(work), guesses, made, time.perf_counter() - began)
+            checked, right = self._stats.drafted_tokens - drafted, self._stats.accepted_tokens - accepted
+            self._switch.record(len(work), max(share.drafts for share in work), checked, right, time.perf_counter() - began)
         self._guesses, self._stats.guesses = guesses, guesses > 0
         self._stats.steps += 1
         if len(self._uncounted) == COUNTED_AT_ONCE:

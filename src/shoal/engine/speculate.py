@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Iterable
+from math import inf
 from statistics import median
 from typing import Literal
 
@@ -25,12 +26,12 @@ MOST_BEHIND = 512
 """Positions whose hidden states are kept for the MTP module to catch up."""
 PROBE = 8
 """Steps that measure one way of running."""
-REST, LONGEST_REST = 64, 2048
-"""Steps with the fastest way before the others are measured again; twice as many each time that the result is the same."""
-HOPELESS = 1.1
-"""Times the seconds per token without guesses that one guess takes where more are not even tried: trying them costs most."""
-MEASURED = 2 * PROBE
-"""Latest steps of one way of running that its rate is taken from."""
+REST, LONGEST_REST = 128, 2048
+"""Steps without a look at another way; twice as many each time that a look changes nothing."""
+STALE = 512
+"""Steps after which the time of another way is measured again, even if it was too long to be worth a look."""
+REMEMBERED, REMEMBERED_LONG = 32, 4
+"""How many guesses say how often they are right, and for how many those count that are of another text or before a rest."""
 
 
 def keep_behind(sequence: Sequence, hidden: torch.Tensor, first: int, count: int) -> None:
@@ -93,71 +94,74 @@ def _chosen(sampler: Sampler, logits: torch.Tensor, position: int) -> list[int]:
         return []
 
 
-class _Rate:
-    """Seconds per token of one way of running, from its latest steps."""
-
-    def __init__(self) -> None:
-        self._steps: deque[tuple[float, int]] = deque(maxlen=MEASURED)
-
-    def add(self, seconds: float, tokens: int) -> None:
-        self._steps.append((seconds, tokens))
-
-    @property
-    def is_known(self) -> bool:
-        return bool(self._steps)
-
-    @property
-    def per_token(self) -> float:
-        """By the median of the steps' times: a single one that something else held up must not decide."""
-        return median(seconds for seconds, _ in self._steps) * len(self._steps) / sum(tokens for _, tokens in self._steps)
-
-
 class _Choice:
-    """What is known about one size of batch, and what is done next."""
+    """What is known about one size of batch, and what is done next.
+
+    What a step with so many guesses takes is a matter of the machine and stays known; how often guesses are right is a matter of
+    the text. Both together say which way is the fastest.
+    """
 
     def __init__(self, ways: tuple[int, ...]) -> None:
         """`ways`: numbers of guesses, increasing."""
-        self.rates = {way: _Rate() for way in ways}
+        self._seconds: dict[int, deque[float]] = {way: deque(maxlen=PROBE) for way in ways}
+        self._checked = self._right = 0.0
+        """Guesses of late that the model has checked, and those that were right."""
+        self._unseen = dict.fromkeys(ways, 0)
+        """Steps since the last one of every way."""
+        self._unknown = list(ways[1:])
+        self.way, self._left, self._looks = ways[0], PROBE, True
         self._best: int | None = None
-        self._measure(ways)
-
-    def _measure(self, ways: Iterable[int]) -> None:
-        """These ways next, one after the other."""
-        self.way, *self._to_measure = ways
-        self._left, self._rest, self._resting = PROBE, REST, False
+        self._rest = self._until_look = REST
 
     def another_text(self) -> None:
-        """How often guesses are right has to be found out anew; what a step without them takes has not."""
-        for way in filter(None, self.rates):
-            self.rates[way] = _Rate()
-        self._measure([way for way in self.rates if not self.rates[way].is_known])
+        """What the last text has shown is worth a few guesses in this one, which begins with a look at whether they pay."""
+        self._forget(REMEMBERED_LONG)
+        if not self._unknown:
+            self.way, self._left, self._looks, self._best = self._fastest(filter(None, self._seconds)), PROBE, True, None
 
-    def add(self, seconds: float, tokens: int) -> None:
-        """A step went this way."""
-        now = self.rates[self.way]
-        now.add(seconds, tokens)
-        self._left -= 1
-        if self._resting and self.way and self._left % PROBE == 0 and now.per_token > self.rates[0].per_token:
-            self._left = 0  # guesses are right more seldom than they were
-        if self._left > 0:
+    def add(self, guesses: int, checked: int, right: int, seconds: float) -> None:
+        """A step with so many guesses; of those `checked`, which end with the first that is wrong, so many were right."""
+        if guesses in self._seconds:
+            self._seconds[guesses].append(seconds)
+        self._checked, self._right = self._checked + checked, self._right + right
+        self._forget(REMEMBERED)
+        self._left, self._until_look = self._left - 1, self._until_look - 1
+        if self._left:
             return
-        if self._resting:
-            self._to_measure, self._resting = [way for way in self.rates if way != self.way], False
-        while self._to_measure:
-            way = self._to_measure.pop(0)
-            if way <= 1 or self.rates[1].per_token < HOPELESS * self.rates[0].per_token:
-                self.way, self._left = way, PROBE
-                return
-            self.rates[way] = _Rate()
-        known = [way for way in self.rates if self.rates[way].is_known]
-        self.way = min(known, key=lambda way: self.rates[way].per_token)
-        self._rest = min(2 * self._rest, LONGEST_REST) if self.way == self._best else REST
-        self._best, self._left, self._resting = self.way, self._rest, True
+        self._left = PROBE
+        for way in self._unseen:
+            self._unseen[way] = 0 if way == self.way else self._unseen[way] + PROBE
+        if self._unknown:
+            self.way = self._unknown.pop(0)
+            return
+        fastest = self._fastest(self._seconds)
+        if self._looks or fastest != self.way:
+            self._rest = min(2 * self._rest, LONGEST_REST) if fastest == self._best else REST
+            self._best, self._until_look, self._looks = fastest, self._rest, False
+        elif self._until_look <= 0:
+            others = [way for way in self._seconds if way != fastest]
+            oldest = max(others, key=self._unseen.__getitem__)
+            fastest, self._looks = oldest if self._unseen[oldest] > STALE else self._fastest(others), True
+            self._forget(REMEMBERED_LONG)
+        self.way = fastest
+
+    def _forget(self, but: float) -> None:
+        if self._checked > but:
+            self._checked, self._right = but, self._right * but / self._checked
+
+    def _fastest(self, ways: Iterable[int]) -> int:
+        share = self._right / self._checked if self._checked else 0.0
+
+        def per_token(way: int) -> float:
+            # The median: a single step that something else held up must not decide. A guess counts if all before it were right.
+            return median(self._seconds[way]) / sum(share**i for i in range(way + 1)) if self._seconds[way] else inf
+
+        return min(ways, key=per_token)
 
 
 class Switch:
-    """Decides by measured seconds per token how many tokens to guess ahead, if any: for every size of batch by itself, and for an
-    answer that is alone by itself, since how often guesses are right depends on the text."""
+    """Decides by measured times how many tokens to guess ahead, if any: for every size of batch by itself, and for an answer that is
+    alone by itself, since how often guesses are right depends on the text."""
 
     def __init__(self, mode: Literal["auto", "on", "off"], most: int) -> None:
         """`most`: the number of guesses that "on" means; "auto" takes as many, one, or none."""
@@ -177,8 +181,7 @@ class Switch:
             self._alone = answering[0]
         return choice.way
 
-    def record(self, sequences: int, guesses: int, tokens: int, seconds: float) -> None:
-        """A step with `sequences` answers, `guesses` of each and no prompt gave `tokens`."""
-        choice = self._choices[sequences.bit_length()]
-        if self._fixed is None and choice.way == guesses:
-            choice.add(seconds, tokens)
+    def record(self, sequences: int, guesses: int, checked: int, right: int, seconds: float) -> None:
+        """A step with `sequences` answers and no prompt had up to `guesses` of each to check; see `_Choice.add` for the rest."""
+        if self._fixed is None:
+            self._choices[sequences.bit_length()].add(guesses, checked, right, seconds)

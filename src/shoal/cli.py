@@ -82,8 +82,8 @@ def train(args: list[str]) -> None:
     if "--help" in args or "-h" in args:
         print(f"shoal train [RECIPE] [OPTIONS]; RECIPE is a TOML file or one of: {', '.join(recipe_names())}")
         print(
-            "shoal train [RULES] --minutes 5 [OPTIONS], or --flops 1e13: shape, batch and rates from a budget; RULES: full (where\n"
-            "neither rules nor a recipe are named), exportable (plain deepseek_v3 files) or baseline\n"
+            "shoal train [RULES] --minutes 5 [OPTIONS], or --flops 1e13, or --params 5M: shape, batch, rates and tokens from a budget or\n"
+            "a size; RULES: full (where neither rules nor a recipe are named), exportable (plain deepseek_v3 files) or baseline\n"
         )
     config = parse(TrainConfig, args, "train", default)
 
@@ -108,24 +108,26 @@ def train(args: list[str]) -> None:
 
 
 def _derived(args: list[str]) -> TrainConfig | None:
-    """Settings that rules derive from `--flops` or `--minutes`; None where a recipe or a model says what to train.
+    """Settings that rules derive from `--flops`, `--params` or `--minutes`; None where a recipe or a model says what to train.
 
-    The name of the rules and `--flops` are taken out of `args`.
+    The name of the rules, `--flops` and `--params` are taken out of `args`. `--params` with `--minutes` trains its model so long.
     """
     from .plan.rules import NAMES, Rules
 
     named = bool(args) and not args[0].startswith("-")
-    flops = _take(args, "--flops")
-    if flops is None and not (args[0] in NAMES if named else _asked(args, "--minutes") and not _asked(args, "--start", "--resume")):
+    flops, size = _take(args, "--flops"), _take(args, "--params")
+    dialled = flops is not None or size is not None
+    if not dialled and not (args[0] in NAMES if named else _asked(args, "--minutes") and not _asked(args, "--start", "--resume")):
         return None
     rules = Rules.load(args.pop(0) if named else "full")
+    if flops is not None and size is not None:
+        raise UserError("--flops and --params both say how large the model is: give one of them")
     if flops is not None:
-        try:
-            return rules.config(float(flops))
-        except ValueError:
-            raise UserError(f"--flops is {flops!r}: it must be a number such as 1e13") from None
+        return rules.config(_number("--flops", flops, "1e13"))
+    if size is not None:
+        return rules.config(rules.flops_for(_number("--params", size, "5M")))
     if not _asked(args, "--minutes"):
-        raise UserError(f"{rules.name} are rules, which need a budget: give --minutes or --flops")
+        raise UserError(f"{rules.name} are rules, which need a budget: give --minutes, --flops or --params")
     from .runtime import start
 
     asked = parse(TrainConfig, args, "train", replace(rules.config(1e12), steps=None, minutes=1.0))
@@ -133,6 +135,15 @@ def _derived(args: list[str]) -> TrainConfig | None:
         raise UserError("--minutes is None: it must be more than 0")
     asked.validate_budget()
     return rules.config_for_minutes(asked.minutes, start(asked.device, asked.precision, asked.threads).peak_flops)
+
+
+def _number(option: str, text: str, example: str) -> float:
+    """A number that may end in K, M or B. Raises `UserError` for what is none."""
+    digits, unit = (text[:-1], {"K": 1e3, "M": 1e6, "B": 1e9}[text[-1].upper()]) if text[-1:].upper() in ("K", "M", "B") else (text, 1.0)
+    try:
+        return float(digits) * unit
+    except ValueError:
+        raise UserError(f"{option} is {text!r}: it must be a number such as {example}") from None
 
 
 def _asked(args: list[str], *options: str) -> bool:

@@ -1,4 +1,4 @@
-"""`shoal train --flops`: a whole configuration from one number."""
+"""`shoal train --flops`, `--params` and `--minutes`: a whole configuration from one number."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 
 from shoal.cli import main
 from shoal.config.recipes import load_recipe
+from shoal.plan.cost import count_parameters
+from shoal.plan.rules import NAMES, Rules
 
 
 @pytest.mark.parametrize(
@@ -36,6 +38,23 @@ def test_a_budget_of_flops_is_spent(order: list[str], workshop: Path, tmp_path: 
         assert "count_order is" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("wanted", [2e5, 2e6, 5e7, 1e9])
+def test_a_size_is_met(name: str, wanted: float) -> None:
+    rules = Rules.load(name)
+    flops = rules.flops_for(wanted)
+    sizes = [count_parameters(rules.config(some).model).total for some in (flops / 1.01, flops)]
+    assert sizes[0] < wanted <= sizes[1] < 2 * wanted, "the smallest of the rules' models that has so many"
+
+
+def test_a_model_of_a_size_is_trained(workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    places = ["--data", str(workshop / "text.txt"), "--corpus.cache", str(workshop / "cache"), "--out", str(tmp_path / "run")]
+    assert main(["train", "exportable", "--params", "0.3M", "--steps", "2", *places, "--threads", "1", "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["steps"] == 2
+    assert 0.1e6 < summary["params_total"] < 0.5e6
+
+
 @pytest.mark.parametrize("rules", [[], ["exportable"]])
 def test_minutes_are_kept_and_give_a_shape(rules: list[str], workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     places = ["--data", str(workshop / "text.txt"), "--corpus.cache", str(workshop / "cache"), "--out", str(tmp_path / "run")]
@@ -54,8 +73,14 @@ def test_minutes_are_kept_and_give_a_shape(rules: list[str], workshop: Path, tmp
         (["--flops", "nan"], "more than 0"),
         (["--flops", "10"], "less than one step"),
         (["fast", "--flops", "1e9"], "no rules 'fast'"),
-        (["exportable", "--steps", "5"], "give --minutes or --flops"),
+        (["exportable", "--steps", "5"], "give --minutes, --flops or --params"),
         (["--minutes", "0"], "--minutes is 0"),
+        (["--params", "large"], "--params is 'large'"),
+        (["--params", "M"], "--params is 'M'"),
+        (["--params", "1K"], "have 101,354 to "),
+        (["--params", "nan"], "nan parameters"),
+        (["--params", "9000B"], "9e+12 parameters"),
+        (["--params", "5M", "--flops", "1e12"], "give one of them"),
     ],
 )
 def test_a_bad_budget_is_one_line(args: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:

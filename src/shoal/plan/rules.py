@@ -1,8 +1,8 @@
 """From a budget of FLOPs to the settings of a run.
 
-`recipes/rules/NAME.toml` holds `[settings]` of `shoal train` and a `[rule]` for width, layers, batch and rate (and
-`count_order` and `teacher_share`, where n-grams are counted): `at_1e12` times (FLOPs / 1e12) to the `power`. Width is rounded to
-heads, layers, batch and order to whole numbers; an expert is half as wide as the model; `rate` multiplies the learning rates
+`recipes/rules/NAME.toml` holds `[settings]` of `shoal train` and a `[rule]` for width, layers, batch and rate (and `experts`, where
+there are some, `count_order` and `teacher_share`, where n-grams are counted): `at_1e12` times (FLOPs / 1e12) to the `power`. Width is
+rounded to heads, layers, batch and order to whole numbers; an expert is half as wide as the model; `rate` multiplies the learning rates
 that `[settings.optimizer]` names. The evidence behind the numbers is in docs/experiments.md; all rules were tuned by the same
 steps (`bench/efficiency/search.py`).
 """
@@ -10,6 +10,7 @@ steps (`bench/efficiency/search.py`).
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
@@ -18,14 +19,17 @@ from ..config import TrainConfig, UserError
 from ..config.model import LONGEST_NGRAM
 from ..config.recipes import from_table, read_toml
 from .budget import steps_for
+from .cost import count_parameters
 
 NAMES = ("baseline", "exportable", "full")
 VALUES = ("width", "layers", "batch", "rate")
 HEAD = 16
 """Width of a head, and what widths are multiples of."""
-SHARE_OF_PEAK = 0.3
+EXPERTS, LEAST_EXPERTS, MOST_EXPERTS = 16, 32, 256
+"""What numbers of experts are multiples of, and between which they lie."""
+SHARE_OF_PEAK = 0.45
 """Of a machine's products, what training small models reaches, roughly: shapes depend on it but little."""
-LEAST_FLOPS = 1e9
+LEAST_FLOPS, MOST_FLOPS = 1e9, 1e21
 MOST_TAUGHT = 0.95
 """Weight of a teacher in the targets, at most."""
 RATES = ("adam_lr", "embed_lr", "head_lr", "muon_lr")
@@ -89,6 +93,9 @@ class Rules:
                 },
             },
         )
+        if (experts := self.rules.get("experts")) is not None:
+            number = EXPERTS * round(_at(experts, flops) / EXPERTS)
+            table["model"]["n_routed_experts"] = min(max(number, LEAST_EXPERTS), MOST_EXPERTS)
         if (order := self.rules.get("count_order")) is not None:
             table["model"]["count_order"] = min(max(1, round(_at(order, flops))), LONGEST_NGRAM)
         if (share := self.rules.get("teacher_share")) is not None:
@@ -99,6 +106,26 @@ class Rules:
         config = replace(config, steps=steps_for(config, flops))
         config.validate()
         return config
+
+    def flops_for(self, parameters: float) -> float:
+        """The least budget whose model has so many parameters, embedding and all experts included.
+
+        Raises `UserError` for fewer than the smallest model has, or more than the largest.
+        """
+        few, many = LEAST_FLOPS, MOST_FLOPS
+        smallest, largest = self._parameters(few), self._parameters(many)
+        if not smallest <= parameters <= largest:
+            raise UserError(f"{parameters:g} parameters: models of the rules {self.name} have {smallest:,} to {largest:,}")
+        while many / few > 1.001:
+            middle = math.sqrt(few * many)
+            if self._parameters(middle) < parameters:
+                few = middle
+            else:
+                many = middle
+        return many
+
+    def _parameters(self, flops: float) -> int:
+        return count_parameters(self.config(flops).model).total
 
     def config_for_minutes(self, minutes: float, peak_flops: float) -> TrainConfig:
         """Settings of a run that ends by the clock, on a machine whose products reach `peak_flops` a second."""

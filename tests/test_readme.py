@@ -59,6 +59,8 @@ def small(command: list[str], recipe: Path, cache: Path) -> list[str]:
     if "--flops" in command:
         at = command.index("--flops") + 1
         return [*command[:at], "1e9", *command[at + 1 :], "--corpus.cache", str(cache)]
+    if "--params" in command:
+        return [*command, "--steps", "2", "--corpus.cache", str(cache)]
     sizes = {"--minutes": "0.02", "--steps": "2"}
     if "--minutes" in command:
         return [*(sizes.get(before, word) for before, word in zip(["", *command], command, strict=False)), "--corpus.cache", str(cache)]

@@ -147,8 +147,8 @@ def test_the_switch_follows_a_change_of_the_machine() -> None:
 
 def test_guesses_that_stop_being_right_end_soon() -> None:
     switch = Switch("auto", 3)
-    assert answer(switch, 3 * PROBE + REST, lambda way: 1.0 + 0.6 * way, right=0.98)[3] > 0.9 * REST
-    assert answer(switch, REST, lambda way: 1.0 + 0.6 * way, right=0.3)[0] > 0.5 * REST, "in the middle of a rest"
+    assert answer(switch, 3 * PROBE + 8 * REST, lambda way: 1.0 + 0.6 * way, right=0.98)[3] > 7 * REST
+    assert answer(switch, 2 * REST, lambda way: 1.0 + 0.6 * way, right=0.3)[0] > REST, "long before a look would be due"
 
 
 def test_a_new_text_gets_its_chance_and_no_more() -> None:

@@ -26,12 +26,13 @@ MOST_BEHIND = 512
 """Positions whose hidden states are kept for the MTP module to catch up."""
 PROBE = 8
 """Steps that measure one way of running."""
-REST, LONGEST_REST = 128, 2048
+REST, LONGEST_REST = 64, 2048
 """Steps without a look at another way; twice as many each time that a look changes nothing."""
 STALE = 512
 """Steps after which the time of another way is measured again, even if it was too long to be worth a look."""
-REMEMBERED, REMEMBERED_LONG = 32, 4
-"""How many guesses say how often they are right, and for how many those count that are of another text or before a rest."""
+REMEMBERED, CREDIT = 32, 4
+"""How many guesses say how often they are right, and how many right ones a text or a look begins with: what is tried for nothing ends
+after some steps, what is not tried is missed for many."""
 
 
 def keep_behind(sequence: Sequence, hidden: torch.Tensor, first: int, count: int) -> None:
@@ -104,7 +105,7 @@ class _Choice:
     def __init__(self, ways: tuple[int, ...]) -> None:
         """`ways`: numbers of guesses, increasing."""
         self._seconds: dict[int, deque[float]] = {way: deque(maxlen=PROBE) for way in ways}
-        self._checked = self._right = 0.0
+        self._checked = self._right = float(CREDIT)
         """Guesses of late that the model has checked, and those that were right."""
         self._unseen = dict.fromkeys(ways, 0)
         """Steps since the last one of every way."""
@@ -114,8 +115,8 @@ class _Choice:
         self._rest = self._until_look = REST
 
     def another_text(self) -> None:
-        """What the last text has shown is worth a few guesses in this one, which begins with a look at whether they pay."""
-        self._forget(REMEMBERED_LONG)
+        """How often guesses are right has to be found out anew, and whether they pay is what the first steps are for."""
+        self._checked = self._right = float(CREDIT)
         if not self._unknown:
             self.way, self._left, self._looks, self._best = self._fastest(filter(None, self._seconds)), PROBE, True, None
 
@@ -124,7 +125,8 @@ class _Choice:
         if guesses in self._seconds:
             self._seconds[guesses].append(seconds)
         self._checked, self._right = self._checked + checked, self._right + right
-        self._forget(REMEMBERED)
+        if self._checked > REMEMBERED:
+            self._checked, self._right = REMEMBERED, self._right * REMEMBERED / self._checked
         self._left, self._until_look = self._left - 1, self._until_look - 1
         if self._left:
             return
@@ -139,18 +141,15 @@ class _Choice:
             self._rest = min(2 * self._rest, LONGEST_REST) if fastest == self._best else REST
             self._best, self._until_look, self._looks = fastest, self._rest, False
         elif self._until_look <= 0:
+            if not fastest:  # nothing was guessed for a while
+                self._checked = self._right = float(CREDIT)
             others = [way for way in self._seconds if way != fastest]
             oldest = max(others, key=self._unseen.__getitem__)
             fastest, self._looks = oldest if self._unseen[oldest] > STALE else self._fastest(others), True
-            self._forget(REMEMBERED_LONG)
         self.way = fastest
 
-    def _forget(self, but: float) -> None:
-        if self._checked > but:
-            self._checked, self._right = but, self._right * but / self._checked
-
     def _fastest(self, ways: Iterable[int]) -> int:
-        share = self._right / self._checked if self._checked else 0.0
+        share = self._right / self._checked
 
         def per_token(way: int) -> float:
             # The median: a single step that something else held up must not decide. A guess counts if all before it were right.

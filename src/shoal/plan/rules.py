@@ -28,7 +28,7 @@ HEAD = 16
 EXPERTS, LEAST_EXPERTS, MOST_EXPERTS = 16, 32, 256
 """What numbers of experts are multiples of, and between which they lie."""
 SHARE_OF_PEAK = 0.45
-"""Of a machine's products, what training small models reaches, roughly: shapes depend on it but little."""
+"""Of a machine's products, what training reaches: a third with the smallest models, more than half with larger ones."""
 LEAST_FLOPS, MOST_FLOPS = 1e9, 1e21
 MOST_TAUGHT = 0.95
 """Weight of a teacher in the targets, at most."""

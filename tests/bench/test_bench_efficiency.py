@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.bench.made_up_runs import made_up_run
 
 from shoal.bench.efficiency.command import BUDGETS, run_bench
@@ -112,10 +114,15 @@ def test_a_teacher_has_less_to_say_the_more_a_model_can_learn_itself() -> None:
     assert 0 < shares[-1] < 0.05
 
 
-def test_an_expert_is_half_as_wide_as_the_model() -> None:
-    for flops in (1e10, 1e12, 1e15):
-        model = Rules.load("exportable").config(flops).model
-        assert 2 * model.moe_intermediate_size == model.hidden_size
+@given(st.floats(9, 21))
+def test_mixtures_fit_four_bits_and_what_a_token_uses_stays_in_proportion(power: float) -> None:
+    model = Rules.load("exportable").config(10**power).model
+    inner = model.moe_intermediate_size
+    assert model.hidden_size % 32 == 0
+    assert inner % 32 == 0 or model.hidden_size == 32
+    assert model.hidden_size / 3 <= inner <= model.hidden_size / 2
+    assert abs((model.num_experts_per_tok + model.n_shared_experts) * inner - 3 * model.hidden_size) <= inner / 2
+    assert 32 <= (model.n_routed_experts or 0) <= 256
 
 
 def test_all_sides_share_tokens_tokenizer_and_length() -> None:

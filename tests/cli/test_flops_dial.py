@@ -39,7 +39,7 @@ def test_a_budget_of_flops_is_spent(order: list[str], workshop: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("wanted", [2e5, 2e6, 5e7, 1e9])
+@pytest.mark.parametrize("wanted", [1e6, 1e7, 1e8, 1e9])
 def test_a_size_is_met(name: str, wanted: float) -> None:
     rules = Rules.load(name)
     flops = rules.flops_for(wanted)

@@ -2,9 +2,9 @@
 
 `recipes/rules/NAME.toml` holds `[settings]` of `shoal train` and a `[rule]` for width, layers, batch and rate (and `experts`, where
 there are some, `count_order` and `teacher_share`, where n-grams are counted): `at_1e12` times (FLOPs / 1e12) to the `power`. Width is
-rounded to heads, layers, batch and order to whole numbers; an expert is half as wide as the model; `rate` multiplies the learning rates
-that `[settings.optimizer]` names. The evidence behind the numbers is in docs/experiments.md; all rules were tuned by the same
-steps (`bench/efficiency/search.py`).
+rounded to heads (with experts, to two), layers, batch and order to whole numbers; an expert is about half as wide as the model, and
+those of a token together are three times as wide; `rate` multiplies the learning rates that `[settings.optimizer]` names. The evidence
+behind the numbers is in docs/experiments.md; all rules were tuned by the same steps (`bench/efficiency/search.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ NAMES = ("baseline", "exportable", "full")
 VALUES = ("width", "layers", "batch", "rate")
 HEAD = 16
 """Width of a head, and what widths are multiples of."""
+BLOCK = 32
+"""What widths of mixtures, and of their experts where they can, are multiples of: 4 bits are stored by blocks of so many weights."""
 EXPERTS, LEAST_EXPERTS, MOST_EXPERTS = 16, 32, 256
 """What numbers of experts are multiples of, and between which they lie."""
 SHARE_OF_PEAK = 0.45
@@ -77,8 +79,8 @@ class Rules:
         if not 0 < flops < 1e30:
             raise UserError(f"a budget of {flops:g} FLOPs: it must be more than 0")
         point = point or self.point(flops)
-        heads = max(1, round(point.width / HEAD))
-        width = heads * HEAD
+        mixes = "experts" in self.rules
+        width = _multiple(point.width, BLOCK if mixes else HEAD)
         table = merged(
             self.settings,
             {
@@ -87,15 +89,16 @@ class Rules:
                 "model": {
                     "hidden_size": width,
                     "num_hidden_layers": max(1, round(point.layers)),
-                    "num_attention_heads": heads,
+                    "num_attention_heads": width // HEAD,
                     "intermediate_size": round(width / 3) * 8,
-                    "moe_intermediate_size": width // 2,
                 },
             },
         )
-        if (experts := self.rules.get("experts")) is not None:
-            number = EXPERTS * round(_at(experts, flops) / EXPERTS)
-            table["model"]["n_routed_experts"] = min(max(number, LEAST_EXPERTS), MOST_EXPERTS)
+        if mixes:
+            inner = BLOCK * (width // (2 * BLOCK)) or width // 2
+            number = _multiple(_at(self.rules["experts"], flops), EXPERTS)
+            experts = {"moe_intermediate_size": inner, "n_routed_experts": min(max(number, LEAST_EXPERTS), MOST_EXPERTS)}
+            table["model"].update(experts, num_experts_per_tok=round(3 * width / inner) - table["model"]["n_shared_experts"])
         if (order := self.rules.get("count_order")) is not None:
             table["model"]["count_order"] = min(max(1, round(_at(order, flops))), LONGEST_NGRAM)
         if (share := self.rules.get("teacher_share")) is not None:
@@ -130,6 +133,11 @@ class Rules:
     def config_for_minutes(self, minutes: float, peak_flops: float) -> TrainConfig:
         """Settings of a run that ends by the clock, on a machine whose products reach `peak_flops` a second."""
         return replace(self.config(max(60 * minutes * SHARE_OF_PEAK * peak_flops, LEAST_FLOPS)), steps=None, minutes=minutes)
+
+
+def _multiple(value: float, of: int) -> int:
+    """The multiple of `of` nearest to a value, and not 0."""
+    return of * max(1, round(value / of))
 
 
 def _at(rule: dict[str, float], flops: float) -> float:

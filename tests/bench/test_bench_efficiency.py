@@ -107,13 +107,6 @@ def test_every_budget_is_spent_and_every_side_is_what_it_says(name: str, scale: 
         assert config.schedule.name == ("cosine" if name == "baseline" else config.schedule.name)
 
 
-def test_a_teacher_has_less_to_say_the_more_a_model_can_learn_itself() -> None:
-    shares = [Rules.load("exportable").config(flops).teacher.share for flops in (1e10, 1e12, 1e13, 1e14, 1e18)]
-    assert shares == sorted(shares, reverse=True)
-    assert shares[0] == 0.95
-    assert 0 < shares[-1] < 0.05
-
-
 @given(st.floats(9, 21))
 def test_mixtures_fit_four_bits_and_what_a_token_uses_stays_in_proportion(power: float) -> None:
     model = Rules.load("exportable").config(10**power).model

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,12 @@ import pytest
 import torch
 
 from shoal.cli import main
-from shoal.config import TrainConfig, UserError
+from shoal.config import TeacherConfig, TrainConfig, UserError
 from shoal.config.recipes import load_recipe
 from shoal.data import Batches, Tokenizer, TokenShards
 from shoal.formats import complete_checkpoints, load_model
 from shoal.train import train
-from shoal.train.counting import LONG, PIECE, AlternatingBatches, Counting, counts_while_training, halves, in_pieces
+from shoal.train.counting import LONG, PIECE, AlternatingBatches, Counting, Teacher, counts_while_training, halves, in_pieces
 
 Args = Callable[..., list[str]]
 StoppedAfter = Callable[[int], AbstractContextManager[None]]
@@ -100,6 +101,15 @@ def test_a_teacher_leaves_a_plain_model_behind(config: TrainConfig) -> None:
     assert model.state_dict().keys() == load_model(complete_checkpoints(plain.folder)[-1]).state_dict().keys()
 
 
+def test_a_teacher_has_less_to_say_the_more_of_the_text_is_known() -> None:
+    counting: Any = SimpleNamespace(texts=[SimpleNamespace(num_tokens=400), SimpleNamespace(num_tokens=600)])
+    teacher, shares = Teacher(TeacherConfig(share=0.9, fade=0.1), counting), []
+    for tokens in (0, 50, 110, 200, 1000, 10_000):
+        teacher.fade(tokens)
+        shares.append(teacher.share)
+    assert shares == pytest.approx([0.9, 0.9, 0.9, 0.5, 0.1, 0.01])
+
+
 @pytest.mark.parametrize("kind", ["prior", "teacher"])
 def test_resumed_it_is_the_run_that_was_never_stopped(kind: str, config: TrainConfig, stopped_after: StoppedAfter) -> None:
     config = with_counts(config) if kind == "prior" else replace(config, teacher=replace(config.teacher, order=3))
@@ -160,6 +170,8 @@ def test_what_cannot_count_refuses(train_args: Args, tmp_path: Path, capsys: pyt
         (["--teacher.order", "9"], "1 to 8"),
         (["--teacher.order", "2", "--model.count-order", "2"], "without counts"),
         (["--teacher.share", "1.5"], "between 0 and 1"),
+        (["--teacher.fade", "0"], "more than 0"),
+        (["--teacher.fade", "nan"], "more than 0"),
         (["--teacher.order", "2", "--memory-limit", "4G"], "name a recipe"),
     ):
         assert main(train_args(tmp_path / "run", "--model.num-nextn-predict-layers", "0", *more)) == 2

@@ -124,7 +124,9 @@ class TeacherConfig:
     order: int = 0
     """Longest context that is counted; 0 for no teacher."""
     share: float = 0.95
-    """Weight of the counted distribution in the target; the token that did follow has the rest."""
+    """Weight of the counted distribution in the target, at most; the token that did follow has the rest."""
+    fade: float = 0.08
+    """Times the tokens of the text: so many are read before the weight falls, then as 1 / tokens read."""
 
 
 @dataclass
@@ -253,6 +255,8 @@ class TrainConfig:
                 raise UserError("--memory-limit does not know what counting n-grams takes: name a recipe, as in shoal train default")
         if not 0 <= self.teacher.order <= LONGEST_NGRAM:
             raise UserError(f"teacher.order is {self.teacher.order}: it must be 0 for no teacher, or 1 to {LONGEST_NGRAM}")
+        if not self.teacher.fade > 0:
+            raise UserError(f"teacher.fade is {self.teacher.fade:g}: it must be more than 0")
         if self.teacher.order and (self.model.count_order or self.model.logit_softcap):
             raise UserError("a teacher that counts is for models without counts and without logit_softcap: set teacher.order 0")
         if self.qat and (self.precision == "fp8" or "swiglu" in self.recompute):

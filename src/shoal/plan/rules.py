@@ -1,7 +1,7 @@
 """From a budget of FLOPs to the settings of a run.
 
 `recipes/rules/NAME.toml` holds `[settings]` of `shoal train` and a `[rule]` for width, layers, batch and rate (and `experts`, where
-there are some, `count_order` and `teacher_share`, where n-grams are counted): `at_1e12` times (FLOPs / 1e12) to the `power`. Width is
+there are some, and `count_order`, where a model counts n-grams): `at_1e12` times (FLOPs / 1e12) to the `power`. Width is
 rounded to heads (with experts, to two), layers, batch and order to whole numbers; an expert is about half as wide as the model, and
 those of a token together are three times as wide; `rate` multiplies the learning rates that `[settings.optimizer]` names. The evidence
 behind the numbers is in docs/experiments.md; all rules were tuned by the same steps (`bench/efficiency/search.py`).
@@ -32,8 +32,6 @@ EXPERTS, LEAST_EXPERTS, MOST_EXPERTS = 16, 32, 256
 SHARE_OF_PEAK = 0.45
 """Of a machine's products, what training reaches: a third with the smallest models, more than half with larger ones."""
 LEAST_FLOPS, MOST_FLOPS = 1e9, 1e21
-MOST_TAUGHT = 0.95
-"""Weight of a teacher in the targets, at most."""
 RATES = ("adam_lr", "embed_lr", "head_lr", "muon_lr")
 
 
@@ -101,8 +99,6 @@ class Rules:
             table["model"].update(experts, num_experts_per_tok=round(3 * width / inner) - table["model"]["n_shared_experts"])
         if (order := self.rules.get("count_order")) is not None:
             table["model"]["count_order"] = min(max(1, round(_at(order, flops))), LONGEST_NGRAM)
-        if (share := self.rules.get("teacher_share")) is not None:
-            table["teacher"]["share"] = min(_at(share, flops), MOST_TAUGHT)
         optimizer = table["optimizer"]
         optimizer.update({name: optimizer[name] * point.rate for name in RATES if name in optimizer})
         config = from_table(TrainConfig, table, f"the rules of {self.name}")

@@ -123,10 +123,20 @@ class AlternatingBatches:
 
 
 class Teacher:
-    """Knows what followed the last tokens in other documents. One token of text says what came once; counts say what could have come."""
+    """Knows what followed the last tokens in other documents. One token of text says what came once; counts say what could have come.
+
+    What it knows comes from all of the text, which the model has yet to read: the more it has read, the less there is to be learnt.
+    """
 
     def __init__(self, config: TeacherConfig, counting: Counting) -> None:
-        self.share, self._counting = config.share, counting
+        self._config, self._counting = config, counting
+        self._fades_from = config.fade * sum(text.num_tokens for text in counting.texts)
+        self.share = config.share
+        """Weight of what it says in the next targets."""
+
+    def fade(self, tokens: int) -> None:
+        """The model has read so many tokens."""
+        self.share = min(self._config.share, self._fades_from / max(tokens, 1))
 
     def __call__(self, ids: Tensor) -> tuple[Tensor, float]:
         """Probabilities `[B, T, V]` fp32 of what follows each of `ids [B, T]`, and their share in what is learnt."""

@@ -147,6 +147,8 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
             if model.config.rope_scaling is None and extends_context(config, progress):
                 model.extend_context(config.sequence_length)
                 display.message(f"from step {at.step + 1} on the model sees {config.model.max_position_embeddings:,} tokens")
+            if state.teacher is not None:
+                state.teacher.fade(at.tokens)
             state.optimizers.set_rates(lr_share)
             figures, routing = passes(state.batches.next(), weight)
             figures = team.sum(figures) / team.layout.data

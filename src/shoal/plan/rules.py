@@ -4,7 +4,8 @@
 there are some, and `count_order`, where a model counts n-grams): `at_1e12` times (FLOPs / 1e12) to the `power`. Width is
 rounded to heads (with experts, to two), layers, batch and order to whole numbers; an expert is about half as wide as the model, and
 those of a token together are three times as wide; `rate` multiplies the learning rates that `[settings.optimizer]` names. The evidence
-behind the numbers is in docs/experiments.md; all rules were tuned by the same steps (`bench/efficiency/search.py`).
+behind the numbers is in docs/experiments.md; all rules were tuned by the same steps (`bench/efficiency/search.py`) and, beyond 1e12 FLOPs,
+by a few runs of each side at 1e13 and 3e13.
 """
 
 from __future__ import annotations

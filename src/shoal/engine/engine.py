@@ -180,7 +180,8 @@ class Engine:
             increment = self._close(answer) if answer.finish_reason else answer.take()
             if increment is not None:
                 increments[sequence.number] = increment
-        if guesses == self._guesses and made and all(share.length == 1 + share.drafts for share in work):
+        steady = self._drafter is not None and guesses == self._guesses
+        if steady and made and all(share.length == 1 + share.drafts for share in work):
             checked, right = self._stats.drafted_tokens - drafted, self._stats.accepted_tokens - accepted
             self._switch.record(len(work), max(share.drafts for share in work), checked, right, time.perf_counter() - began)
         self._guesses, self._stats.guesses = guesses, guesses > 0

@@ -82,6 +82,16 @@ struct Kernels {
     void (*cross_entropy)(int64_t rows, int64_t vocab, Rows logits, const int64_t* targets, float softcap, bool with_grad, float* nats,
                           int threads);
 
+    // Of the candidates of each row, tokens [rows, count] with the target first: logits = hidden . weight[token] + more (may be null), and
+    // log_sum, the logarithm of the sum of exp(logits + log_weights). losses[row] = log_sum - the sum of shares * logits, nats[row] =
+    // log_sum - the target's logit; grad_logits [rows, count] and grad_hidden [rows, width] are those of the sum of losses.
+    void (*sampled_cross_entropy)(int64_t rows, int64_t count, int64_t width, Rows hidden, const float* weight, const int64_t* tokens,
+                                  const float* log_weights, const float* shares, const float* more, float* losses, float* nats,
+                                  float* grad_logits, Rows grad_hidden, int threads);
+    // y[tokens[r, c]] += factors[r, c] * x[r], for y [vocab, width].
+    void (*add_to_rows)(int64_t rows, int64_t count, int64_t width, const float* factors, const int64_t* tokens, Rows x, int64_t vocab,
+                        float* y, int threads);
+
     // y[n] = sum over k of weights[n, k] * x[index[n, k]]; without weights a plain sum.
     void (*combine)(int64_t tokens, int64_t per_token, int64_t width, Rows x, const float* weights, const int64_t* index, Rows y,
                     int threads);
@@ -109,6 +119,14 @@ struct Kernels {
     // lengths[row] = tokens of the longest context that was ever counted.
     void (*counted_prior)(int64_t rows, int64_t vocab, const CountedNgrams& counted, const int64_t* keys, Rows probabilities,
                           int64_t* lengths, int threads);
+
+    // Completes candidates of each row, tokens [rows, count]: the first `certain` and those behind the next `likeliest` are given; these become
+    // the tokens that are likeliest of all but the certain ones. probabilities [rows, count] are 0 where a certain token stands for the second
+    // time, and where one behind the likeliest is among those before. `frequent` [certain + likeliest]: the tokens with the largest `base`,
+    // by falling size.
+    void (*counted_candidates)(int64_t rows, int64_t vocab, const CountedNgrams& counted, const int64_t* keys, const int64_t* frequent,
+                               int64_t certain, int64_t likeliest, int64_t count, int64_t* tokens, Rows probabilities, int64_t* lengths,
+                               int threads);
 
     // For the last `fresh` places of texts [batch, size], in which numbers [batch, size] tell one text of a row from another: found
     // [batch, fresh, 2], the token that followed the longest repetition within `window` places, the latest of several, and its kind: 0 for

@@ -165,6 +165,32 @@ class Cpu {
         run_->cross_entropy(rows, logits.size(1), in_place, index, softcap.value_or(0), with_grad, out, threads);
     }
 
+    void sampled_cross_entropy(Tensor hidden, Tensor weight, Tensor tokens, Tensor log_weights, Tensor shares, optional<Tensor> more,
+                               Tensor losses, Tensor nats, Tensor grad_logits, Tensor grad_hidden, int threads) {
+        const int64_t rows = tokens.size(0), count = tokens.size(1), width = weight.size(1);
+        Rows from = hidden.rows(), to = grad_hidden.rows();
+        const int64_t* index = tokens.indices(weight.size(0));
+        const float* extra = vector_of(more, rows * count);
+        const float *matrix = weight.flat_floats(), *sampling = log_weights.flat_floats(), *learnt = shares.flat_floats();
+        float *out = losses.flat_floats(), *plain = nats.flat_floats(), *grads = grad_logits.flat_floats();
+        expect(hidden.size(0) == rows && hidden.size(1) == width && grad_hidden.size(0) == rows && grad_hidden.size(1) == width);
+        expect(log_weights.numel() == rows * count && shares.numel() == rows * count && grad_logits.numel() == rows * count);
+        expect(losses.numel() == rows && nats.numel() == rows && count > 0);
+        nb::gil_scoped_release release;
+        run_->sampled_cross_entropy(rows, count, width, from, matrix, index, sampling, learnt, extra, out, plain, grads, to, threads);
+    }
+
+    void add_to_rows(Tensor factors, Tensor tokens, Tensor x, Tensor y, int threads) {
+        const int64_t rows = tokens.size(0), count = tokens.size(1), width = x.size(1);
+        Rows from = x.rows();
+        const int64_t* index = tokens.indices(y.size(0));
+        const float* scale = factors.flat_floats();
+        float* to = y.flat_floats();
+        expect(x.size(0) == rows && y.size(1) == width && factors.numel() == rows * count);
+        nb::gil_scoped_release release;
+        run_->add_to_rows(rows, count, width, scale, index, from, y.size(0), to, threads);
+    }
+
     void combine(Tensor x, optional<Tensor> weights, Tensor index, Tensor y, int threads) {
         Rows from = x.rows(), to = y.rows();
         const int64_t* rows = index.indices(x.size(0));
@@ -232,18 +258,30 @@ class Cpu {
 
     void counted_prior(Tensor entries, Tensor counts, Tensor index, int64_t index_shift, int64_t token_bits, Tensor discounts, Tensor base,
                        Tensor keys, Tensor probabilities, Tensor lengths, int threads) {
-        const int64_t rows = keys.size(0), orders = keys.size(1), vocab = base.numel();
-        CountedNgrams counted = {entries.flat_longs(), counts.flat_shorts(), entries.numel(), index.flat_longs(), index_shift, token_bits,
-                                 orders, discounts.flat_floats(), base.flat_floats()};
+        const int64_t rows = keys.size(0), vocab = base.numel();
+        CountedNgrams counted = counted_ngrams(entries, counts, index, index_shift, token_bits, discounts, base, keys);
         Rows out = probabilities.rows();
         const int64_t* contexts = keys.flat_longs();
         int64_t* longest = lengths.flat_longs();
-        expect(counts.numel() == counted.size && orders <= kMostOrders && discounts.numel() == 4 * orders && lengths.numel() == rows);
-        expect(probabilities.size(0) == rows && probabilities.size(1) == vocab && 0 < token_bits && token_bits < 60);
-        expect(0 < index_shift && index_shift < 63 && index.numel() == (int64_t{1} << (63 - index_shift)) + 1);
-        expect(counted.index[index.numel() - 1] == counted.size);
+        expect(lengths.numel() == rows && probabilities.size(0) == rows && probabilities.size(1) == vocab);
         nb::gil_scoped_release release;
         run_->counted_prior(rows, vocab, counted, contexts, out, longest, threads);
+    }
+
+    void counted_candidates(Tensor entries, Tensor counts, Tensor index, int64_t index_shift, int64_t token_bits, Tensor discounts,
+                            Tensor base, Tensor keys, Tensor frequent, int64_t certain, int64_t likeliest, Tensor tokens, Tensor probabilities,
+                            Tensor lengths, int threads) {
+        const int64_t rows = keys.size(0), vocab = base.numel(), count = tokens.size(1);
+        CountedNgrams counted = counted_ngrams(entries, counts, index, index_shift, token_bits, discounts, base, keys);
+        tokens.indices(vocab);
+        frequent.indices(vocab);
+        Rows out = probabilities.rows();
+        const int64_t *contexts = keys.flat_longs(), *most = frequent.flat_longs();
+        int64_t *candidates = tokens.flat_longs(), *longest = lengths.flat_longs();
+        expect(lengths.numel() == rows && tokens.size(0) == rows && probabilities.size(0) == rows && probabilities.size(1) == count);
+        expect(0 <= certain && 0 <= likeliest && certain + likeliest <= count && certain + likeliest <= frequent.numel());
+        nb::gil_scoped_release release;
+        run_->counted_candidates(rows, vocab, counted, contexts, most, certain, likeliest, count, candidates, out, longest, threads);
     }
 
     void find_repeats(Tensor texts, Tensor numbers, int64_t window, const std::vector<int64_t>& lengths, Tensor found, int threads) {
@@ -257,6 +295,18 @@ class Cpu {
     }
 
   private:
+    static CountedNgrams counted_ngrams(Tensor entries, Tensor counts, Tensor index, int64_t index_shift, int64_t token_bits,
+                                        Tensor discounts, Tensor base, Tensor keys) {
+        const int64_t orders = keys.size(1);
+        CountedNgrams counted = {entries.flat_longs(), counts.flat_shorts(), entries.numel(), index.flat_longs(), index_shift, token_bits,
+                                 orders, discounts.flat_floats(), base.flat_floats()};
+        expect(counts.numel() == counted.size && orders <= kMostOrders && discounts.numel() == 4 * orders);
+        expect(0 < token_bits && token_bits < 60);
+        expect(0 < index_shift && index_shift < 63 && index.numel() == (int64_t{1} << (63 - index_shift)) + 1);
+        expect(counted.index[index.numel() - 1] == counted.size);
+        return counted;
+    }
+
     const Kernels* run_;
 };
 
@@ -299,10 +349,15 @@ NB_MODULE(_cpu, m) {
              nb::arg("nats"), nb::arg("threads"))
         .def("combine", &Cpu::combine, nb::arg("x"), nb::arg("weights").none(), nb::arg("index"), nb::arg("y"), nb::arg("threads"))
         .def("combine_backward", &Cpu::combine_backward)
+        .def("sampled_cross_entropy", &Cpu::sampled_cross_entropy, nb::arg("hidden"), nb::arg("weight"), nb::arg("tokens"),
+             nb::arg("log_weights"), nb::arg("shares"), nb::arg("more").none(), nb::arg("losses"), nb::arg("nats"), nb::arg("grad_logits"),
+             nb::arg("grad_hidden"), nb::arg("threads"))
+        .def("add_to_rows", &Cpu::add_to_rows)
         .def("grouped_product", &Cpu::grouped_product)
         .def("grouped_outer", &Cpu::grouped_outer)
         .def("newton_schulz", &Cpu::newton_schulz)
         .def("draw", &Cpu::draw)
         .def("counted_prior", &Cpu::counted_prior)
+        .def("counted_candidates", &Cpu::counted_candidates)
         .def("find_repeats", &Cpu::find_repeats);
 }

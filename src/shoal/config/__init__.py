@@ -42,6 +42,7 @@ from .train import FP8Config as FP8Config
 from .train import MTPConfig as MTPConfig
 from .train import OptimizerConfig as OptimizerConfig
 from .train import Recomputed as Recomputed
+from .train import SampledSoftmaxConfig as SampledSoftmaxConfig
 from .train import ScheduleConfig as ScheduleConfig
 from .train import TeacherConfig as TeacherConfig
 from .train import TrainConfig as TrainConfig

@@ -130,6 +130,17 @@ class TeacherConfig:
 
 
 @dataclass
+class SampledSoftmaxConfig:
+    """Sampled softmax (Bengio & Senecal, 2008; Jean et al., 1412.2007): in training the head gives the logits of a few candidates of every
+    position instead of all. The target is one. Scores and answers take all logits, as ever."""
+
+    likeliest: int = 0
+    """Candidates that counts hold likeliest; needs `teacher.order` or `model.count_order`."""
+    drawn: int = 0
+    """Candidates that are drawn at random, frequent tokens more often, and stand for all others; 0: the head gives all logits."""
+
+
+@dataclass
 class CheckpointConfig:
     """When to save and what to keep."""
 
@@ -208,12 +219,29 @@ class TrainConfig:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     mtp: MTPConfig = field(default_factory=MTPConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    sampled_softmax: SampledSoftmaxConfig = field(default_factory=SampledSoftmaxConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.sequence_length
+
+    def validate_sampled_softmax(self) -> None:
+        """Raise `UserError` where candidates cannot be had."""
+        sampled = self.sampled_softmax
+        if sampled.likeliest < 0 or sampled.drawn < 0:
+            raise UserError("sampled_softmax.likeliest and sampled_softmax.drawn must be 0 or more")
+        if sampled.likeliest and not sampled.drawn:
+            raise UserError("sampled_softmax.likeliest needs others beside it: set sampled_softmax.drawn, to 64 for instance")
+        if not sampled.drawn:
+            return
+        if 2 + sampled.likeliest > self.model.vocab_size:
+            raise UserError(f"sampled_softmax.likeliest is {sampled.likeliest}: there are only {self.model.vocab_size} tokens")
+        if sampled.likeliest and not (self.teacher.order or self.model.count_order):
+            raise UserError("only counts know which tokens are likely: set teacher.order, or sampled_softmax.likeliest 0")
+        if self.model.logit_softcap:
+            raise UserError("sampled_softmax does not know model.logit_softcap: set one of them to 0")
 
     def validate_budget(self) -> None:
         """Raise `UserError` unless exactly one budget is set, to more than nothing."""
@@ -259,6 +287,7 @@ class TrainConfig:
             raise UserError(f"teacher.fade is {self.teacher.fade:g}: it must be more than 0")
         if self.teacher.order and (self.model.count_order or self.model.logit_softcap):
             raise UserError("a teacher that counts is for models without counts and without logit_softcap: set teacher.order 0")
+        self.validate_sampled_softmax()
         if self.qat and (self.precision == "fp8" or "swiglu" in self.recompute):
             raise UserError("--qat int4 has products of its own: leave precision fp8 and recompute swiglu away")
         if self.update_early and (self.optimizer.clip or (micro or self.batch_size) != self.batch_size):

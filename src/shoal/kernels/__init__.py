@@ -1,6 +1,7 @@
 """The hot operations, one function each; which kernels run them is decided once, at import."""
 
 from .counted import CountTables as CountTables
+from .counted import counted_candidates as counted_candidates
 from .counted import counted_prior as counted_prior
 from .cross_entropy import CrossEntropy as CrossEntropy
 from .cross_entropy import linear_cross_entropy as linear_cross_entropy
@@ -18,4 +19,6 @@ from .ops import rms_norm as rms_norm
 from .ops import sort_by_expert as sort_by_expert
 from .ops import swiglu as swiglu
 from .repeats import find_repeats as find_repeats
+from .sampled import Candidates as Candidates
+from .sampled import sampled_cross_entropy as sampled_cross_entropy
 from .selection import backend as backend

@@ -27,11 +27,14 @@ class CountTables:
     """Bits of an entry below those that the index knows; an entry has 63."""
     index: Tensor = field(init=False)
     """`[2^16 + 1]` int64: where entries begin whose upper bits are 0, 1, ..., and E."""
+    frequent: Tensor = field(init=False)
+    """`[V]` int64: tokens by falling `base`."""
 
     def __post_init__(self) -> None:
         firsts = torch.arange(1 << 63 - self.index_shift, device=self.entries.device) << self.index_shift
         starts = torch.searchsorted(self.entries, firsts)
         self.index = torch.cat([starts, starts.new_tensor([len(self.entries)])])
+        self.frequent = self.base.argsort(descending=True, stable=True)
 
     def to(self, device: torch.device) -> CountTables:
         """The same on another device."""
@@ -56,3 +59,23 @@ def counted_prior(tables: CountTables, keys: Tensor) -> tuple[Tensor, Tensor]:
     if cpu.looks_up(tables.entries):
         return cpu.counted_prior(tables, keys)
     return reference.counted_prior(tables.entries, tables.counts, tables.token_bits, tables.discounts, tables.base, keys)
+
+
+def counted_candidates(tables: CountTables, keys: Tensor, certain: Tensor, likeliest: int, drawn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens that may follow, and how likely `counted_prior` holds them.
+
+    Args:
+        tables: what was counted.
+        keys: [R, K] int64, as for `counted_prior`.
+        certain: [R, C] int64, tokens to begin with.
+        likeliest: so many of those that are likeliest come next; V must be at least C + likeliest.
+        drawn: [R, M] int64, tokens that come last.
+
+    Returns:
+        Tokens [R, C + likeliest + M]; their probabilities, 0 for a certain one that stands in its row for the second time and for a drawn
+        one that is certain or among the likeliest; the length of the longest context found, [R] int64.
+    """
+    if cpu.looks_up(tables.entries):
+        return cpu.counted_candidates(tables, keys, certain, likeliest, drawn)
+    prior = reference.counted_prior(tables.entries, tables.counts, tables.token_bits, tables.discounts, tables.base, keys)
+    return reference.candidates_of(*prior, certain, likeliest, drawn)

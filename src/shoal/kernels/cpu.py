@@ -168,6 +168,21 @@ def cross_entropy_rows(logits: Tensor, targets: Tensor, softcap: float | None, w
     return nats
 
 
+def sampled_cross_entropy(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, log_weights: Tensor, shares: Tensor, more: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    losses, nats = hidden.new_empty(2, len(hidden))
+    grad_logits, grad_hidden = torch.empty_like(log_weights), _empty(hidden)
+    _cpu.sampled_cross_entropy(
+        _dense(hidden), weight, tokens, log_weights, shares, more, losses, nats, grad_logits, grad_hidden, torch.get_num_threads()
+    )
+    return losses, nats, grad_logits, grad_hidden
+
+
+def add_to_rows(factors: Tensor, tokens: Tensor, x: Tensor, y: Tensor) -> None:
+    _cpu.add_to_rows(factors, tokens, _dense(x), y, torch.get_num_threads())
+
+
 def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
     """x [R, I] times every group's weight, [E, O, I] if `transposed` or else [E, I, O]. Returns [R, O]."""
     y = x.new_empty(x.shape[0], weight.shape[1 if transposed else 2])
@@ -259,6 +274,17 @@ def counted_prior(tables: CountTables, keys: Tensor) -> tuple[Tensor, Tensor]:
         keys.contiguous(), probabilities, lengths, torch.get_num_threads(),
     )  # fmt: skip
     return probabilities, lengths
+
+
+def counted_candidates(tables: CountTables, keys: Tensor, certain: Tensor, likeliest: int, drawn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = torch.cat([certain, certain.new_zeros(len(keys), likeliest), drawn], dim=1)
+    probabilities = torch.empty(tokens.shape)
+    lengths = torch.empty(len(keys), dtype=torch.int64)
+    _cpu.counted_candidates(
+        tables.entries, tables.counts, tables.index, tables.index_shift, tables.token_bits, tables.discounts, tables.base,
+        keys.contiguous(), tables.frequent, certain.shape[1], likeliest, tokens, probabilities, lengths, torch.get_num_threads(),
+    )  # fmt: skip
+    return tokens, probabilities, lengths
 
 
 def find_repeats(texts: Tensor, numbers: Tensor, fresh: int, window: int, lengths: Sequence[int]) -> Tensor:

@@ -58,6 +58,26 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return y.transpose(1, 2)[..., : v.shape[-1]]
 
 
+def sampled_cross_entropy(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, log_weights: Tensor, shares: Tensor, more: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`losses [N]`, `nats [N]`, and the gradients of the sum of losses with respect to logits [N, C] and hidden [N, D]."""
+    rows = weight[tokens]
+    logits = torch.einsum("nd,ncd->nc", hidden, rows).to(log_weights.dtype)
+    if more is not None:
+        logits = logits + more
+    weighted = logits + log_weights
+    log_sum = weighted.logsumexp(-1)
+    grad_logits = weighted.softmax(-1) - shares
+    grad_hidden = torch.einsum("nc,ncd->nd", grad_logits.to(rows.dtype), rows)
+    return log_sum - torch.linalg.vecdot(shares, logits), log_sum - logits[:, 0], grad_logits, grad_hidden
+
+
+def add_to_rows(factors: Tensor, tokens: Tensor, x: Tensor, y: Tensor) -> None:
+    """y[tokens[n, c]] += factors[n, c] x[n]."""
+    y.index_add_(0, tokens.flatten(), (factors.unsqueeze(-1) * x.unsqueeze(1)).flatten(0, 1).to(y.dtype))
+
+
 def cross_entropy_rows(logits: Tensor, targets: Tensor, softcap: float | None, with_grad: bool) -> Tensor:
     """Nats of each row of `logits` [n, V]; `with_grad` overwrites `logits` with the gradient of their sum.
 
@@ -179,6 +199,19 @@ def counted_prior(entries: Tensor, counts: Tensor, token_bits: int, discounts: T
         probabilities.view(-1).index_add_(0, row * base.numel() + tokens, (count - discount) / total[row])
         lengths += sizes > 0
     return probabilities, lengths
+
+
+def candidates_of(probabilities: Tensor, lengths: Tensor, certain: Tensor, likeliest: int, drawn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `counted_candidates`; `probabilities [R, V]`, of which what has been taken becomes 0."""
+
+    def take(tokens: Tensor) -> Tensor:
+        taken = probabilities.gather(1, tokens)
+        probabilities.scatter_(1, tokens, 0.0)
+        return taken
+
+    first = [take(token) for token in certain.split(1, dim=1)]
+    best = probabilities.topk(likeliest).indices
+    return torch.cat([certain, best, drawn], dim=1), torch.cat([*first, take(best), probabilities.gather(1, drawn)], dim=1), lengths
 
 
 def find_repeats(texts: Tensor, numbers: Tensor, fresh: int, window: int, lengths: Sequence[int]) -> Tensor:

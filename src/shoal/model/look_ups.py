@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig
+from ..kernels import Candidates
 from .counted import CountedNgrams
 from .documents import Documents
 from .repeats import Repeats
@@ -66,6 +67,21 @@ class LookUps:
             tokens, kinds = keys[..., -2:].unbind(-1)
             hint = tokens, self.repeats.bonus(next(trusted), kinds)
         return prior, hint
+
+    def additions(self, candidates: Candidates, keys: Tensor | None, products: Sequence[Tensor]) -> Tensor | None:
+        """What is added to the logits of candidates of `keys [N, K]`, `[N, C]`; `products [N]` as for `corrections`."""
+        trusted = iter(products)
+        added = []
+        if self.counted is not None:
+            assert candidates.probabilities is not None
+            assert candidates.lengths is not None
+            logarithms = candidates.probabilities.clamp(min=torch.finfo(torch.float32).tiny).log()
+            added.append(logarithms * self.counted.scale(next(trusted), candidates.lengths).unsqueeze(-1))
+        if self.repeats is not None:
+            assert keys is not None
+            tokens, kinds = keys[..., -2:].unbind(-1)
+            added.append((candidates.tokens == tokens.unsqueeze(-1)) * self.repeats.bonus(next(trusted), kinds).unsqueeze(-1))
+        return torch.stack(added).sum(0) if added else None
 
     def correct(self, logits: Tensor, keys: Tensor | None, products: Sequence[Tensor]) -> Tensor:
         """Logits `[..., V]` of the network with what was looked up."""

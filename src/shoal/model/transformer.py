@@ -186,6 +186,13 @@ class Transformer(nn.Module):
         prior, hint = look_ups.corrections(keys, _products(hidden, look_ups.trusts))
         return kernels.linear_cross_entropy(hidden, self.lm_head.weight, targets.flatten(), self.config.logit_softcap, prior, hint, soft)
 
+    def sampled_cross_entropy(self, hidden: Tensor, candidates: kernels.Candidates, keys: Tensor | None = None) -> kernels.CrossEntropy:
+        """About the same, of the targets that `candidates` of `hidden [..., D]` begin with, from the candidates' logits alone."""
+        hidden, keys = hidden.flatten(0, -2), None if keys is None else keys.flatten(0, -2)
+        look_ups = self.look_ups
+        more = look_ups.additions(candidates, keys, _products(hidden, look_ups.trusts))
+        return kernels.sampled_cross_entropy(hidden, self.lm_head.weight, candidates, more)
+
 
 def _products(hidden: Tensor, vectors: Sequence[Tensor]) -> list[Tensor]:
     """Of `hidden [..., D]` with each of some vectors `[D]`, `[...]` fp32."""

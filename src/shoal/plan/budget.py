@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..config import TrainConfig, UserError
-from .cost import flops_per_token, optimizer_flops
+from .cost import Flops, flops_per_token, optimizer_flops
+
+
+def training_flops_per_token(config: TrainConfig) -> Flops:
+    """FLOPs per token of a training step without its optimizer; with `sampled_softmax` the head has a row for every candidate."""
+    flops = flops_per_token(config.model, config.sequence_length, training=True)
+    sampled = config.sampled_softmax
+    if not sampled.drawn:
+        return flops
+    hinted = 1 if config.model.repeat_window else 0
+    return replace(flops, head=flops.head / config.model.vocab_size * (1 + hinted + sampled.likeliest + sampled.drawn))
 
 
 def step_flops(config: TrainConfig) -> float:
     """FLOPs of one optimizer step: 3 times the forward pass of all its tokens, with multi-token prediction, and Newton-Schulz."""
-    passes = flops_per_token(config.model, config.sequence_length, training=True).total * config.tokens_per_step
+    passes = training_flops_per_token(config).total * config.tokens_per_step
     return passes + optimizer_flops(config.model, config.optimizer)
 
 

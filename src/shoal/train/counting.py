@@ -140,6 +140,9 @@ class Teacher:
 
     def __call__(self, ids: Tensor) -> tuple[Tensor, float]:
         """Probabilities `[B, T, V]` fp32 of what follows each of `ids [B, T]`, and their share in what is learnt."""
+        return self._counting.module.probabilities(self.keys(ids))[0], self.share
+
+    def keys(self, ids: Tensor) -> Tensor:
+        """Contexts `[B, T, K]` of what follows each of `ids [B, T]`."""
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        counted = self._counting.module
-        return counted.probabilities(counted.keys(ids, positions, None))[0], self.share
+        return self._counting.module.keys(ids, positions, None)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..model import Output, RoutingStats, Transformer
+from .candidates import Sampler
 from .counting import Teacher
 
 
@@ -33,25 +34,36 @@ def compute_losses(
     balance_weight: float,
     teacher: Teacher | None = None,
     before: Tensor | None = None,
+    sampler: Sampler | None = None,
 ) -> Losses:
     """Losses of `rows [B, T + 1 + depth]` of token ids: position i predicts i + 1, MTP depth k predicts i + 1 + k.
 
     MTP loss: DeepSeek-V3 (2412.19437), equations 24-25. With `mtp_weight` 0 the MTP modules do not run. A `teacher` softens the targets of
-    the next token; `before` as for the model.
+    the next token; with a `sampler` the head gives logits of candidates alone for it; `before` as for the model.
     """
     depth = model.config.num_nextn_predict_layers
     length = rows.shape[1] - 1 - depth
     shifted = [rows[:, k : k + length] for k in range(1, depth + 1)] if mtp_weight else []
-    return losses_of(model(rows[:, :length], mtp_ids=shifted, before=before), model, rows, mtp_weight, balance_weight, teacher)
+    output = model(rows[:, :length], mtp_ids=shifted, before=before)
+    return losses_of(output, model, rows, mtp_weight, balance_weight, teacher, sampler)
 
 
 def losses_of(
-    output: Output, model: Transformer, rows: Tensor, mtp_weight: float, balance_weight: float, teacher: Teacher | None = None
+    output: Output,
+    model: Transformer,
+    rows: Tensor,
+    mtp_weight: float,
+    balance_weight: float,
+    teacher: Teacher | None = None,
+    sampler: Sampler | None = None,
 ) -> Losses:
     """Losses of what the model made of `rows`."""
     length = output.hidden.shape[1]
-    soft = None if teacher is None else teacher(rows[:, :length])
-    main = model.cross_entropy(output.hidden, rows[:, 1 : 1 + length], output.keys, soft)
+    ids, targets = rows[:, :length], rows[:, 1 : 1 + length]
+    if sampler is not None:
+        main = model.sampled_cross_entropy(output.hidden, sampler(ids, targets, output.keys), output.keys)
+    else:
+        main = model.cross_entropy(output.hidden, targets, output.keys, None if teacher is None else teacher(ids))
 
     def ahead(hidden: Tensor, offset: int) -> Tensor:
         loss, _, count = model.cross_entropy(hidden, rows[:, offset : offset + length])

@@ -62,9 +62,10 @@ class PlainPasses:
     def forward_backward(self, rows: Tensor, mtp_weight: float, parts: int) -> list[Losses]:
         """Losses of one of `parts` equal parts of a step."""
         with self.machine.autocast():
-            alpha, teacher = self.config.balance.sequence_loss, self.state.teacher
+            alpha, state = self.config.balance.sequence_loss, self.state
             back, rows = self.config.model.looks_back, rows.to(self.machine.device)
-            losses = compute_losses(self.state.model, rows[:, back:], mtp_weight, alpha, teacher, rows[:, :back] if back else None)
+            before = rows[:, :back] if back else None
+            losses = compute_losses(state.model, rows[:, back:], mtp_weight, alpha, state.teacher, before, state.sampler)
         if not self.state.config.update_early or losses.total.detach().isfinite():  # nothing could be taken back
             (losses.total / parts).backward()
         return [losses]

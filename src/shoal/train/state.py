@@ -15,6 +15,7 @@ from ..formats.locate import locate_model
 from ..model import Transformer, init_weights
 from ..parallel import Shards, Team, divide, make_dispatcher
 from ..runtime import Machine
+from .candidates import Sampler
 from .counting import AlternatingBatches, Counting, Teacher
 from .fp8 import compute_in_fp8
 from .optimizer import Optimizers
@@ -57,6 +58,7 @@ class TrainState:
     shards: Shards
     """Of the model, what this process holds."""
     teacher: Teacher | None = None
+    sampler: Sampler | None = None
     counters: Counters = field(default_factory=Counters)
     _saving: Future[None] | None = None
 
@@ -99,9 +101,13 @@ class TrainState:
         offload = folder.path if config.offload else None
         optimizers = Optimizers(model, config.optimizer, shards, offload, one_by_one=config.update_early)
         teacher = Teacher(config.teacher, counting) if config.teacher.order and counting is not None else None
+        sampler = None
+        if config.sampled_softmax.drawn:
+            counted = counting.module if counting is not None else model.model.counted
+            sampler = Sampler(config.sampled_softmax, data.train, config.model.vocab_size, config.seed, counted, teacher)
         took = counting.seconds if counting is not None else 0.0
         counters = Counters(seconds=took, counting_seconds=took)
-        state = cls(config, folder, data, model, optimizers, batches, team, shards, teacher, counters)
+        state = cls(config, folder, data, model, optimizers, batches, team, shards, teacher, sampler, counters)
         if complete:
             state._load(complete[-1])
         return state

@@ -19,7 +19,8 @@ from ..data import Batches, Tokenizer, open_corpus, prepare
 from ..formats.huggingface import read_config
 from ..formats.locate import locate_model
 from ..parallel import Team, join, was_restarted
-from ..plan.cost import flops_per_token, optimizer_flops
+from ..plan.budget import training_flops_per_token
+from ..plan.cost import optimizer_flops
 from ..runtime import Machine, start
 from .balance import routing_row, update_biases
 from .budget import Budget
@@ -100,6 +101,8 @@ def refuse_teams(config: TrainConfig, team: Team) -> None:
         raise UserError(f"{asked[0]} is for a single process: leave it away, or --nproc")
     if not team.is_alone and (config.model.count_order or config.teacher.order):
         raise UserError("n-grams are counted by a single process: leave --nproc away, or name a recipe, as in shoal train default")
+    if not team.is_alone and config.sampled_softmax.drawn:
+        raise UserError("sampled_softmax is for a single process: set sampled_softmax.drawn 0, or leave --nproc away")
 
 
 def begin_run(config: TrainConfig, name: str, data_fingerprint: str, machine: Machine) -> RunFolder:
@@ -123,7 +126,7 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
     """Take steps until the budget is spent or a signal asks to stop; evaluate, save, sum up."""
     config, model, at, team, shards = state.config, state.model, state.counters, state.team, state.shards
     budget = Budget.of(config)
-    flops = flops_per_token(config.model, config.sequence_length, training=True)
+    flops = training_flops_per_token(config)
     step_flops = optimizer_flops(config.model, config.optimizer)
     bytes_per_token = state.data.train.num_bytes / state.data.train.num_tokens
     skipped_in_a_row = 0
@@ -149,6 +152,8 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
                 display.message(f"from step {at.step + 1} on the model sees {config.model.max_position_embeddings:,} tokens")
             if state.teacher is not None:
                 state.teacher.fade(at.tokens)
+            if state.sampler is not None:
+                state.sampler.begin(at.step)
             state.optimizers.set_rates(lr_share)
             figures, routing = passes(state.batches.next(), weight)
             figures = team.sum(figures) / team.layout.data

@@ -6,16 +6,53 @@
 
 namespace shoal::SHOAL_ISA {
 
-static float dot(const float* a, const float* b, int64_t width) {
+// x . y but for the last step: the sum of the lanes.
+static Vec lanes_of_product(const float* x, const float* y, int64_t width) {
     Vec sums = {};
-    for (int64_t d = 0; d < width; d += kLanes) sums += load_first(a + d, width - d) * load_first(b + d, width - d);
-    return sum(sums);
+    const int64_t whole = width / kLanes * kLanes;
+    for (int64_t d = 0; d < whole; d += kLanes) sums += load(x + d) * load(y + d);
+    if (whole < width) sums += load_first(x + whole, width - whole) * load_first(y + whole, width - whole);
+    return sums;
+}
+
+// out[c] = x . row tokens[c] of weight. The lanes of kLanes products are summed together, after a transposition.
+static void products(const float* x, const float* weight, const int64_t* tokens, int64_t count, int64_t width, float* out) {
+    float lanes[kLanes * kLanes], turned[kLanes * kLanes];
+    for (int64_t first = 0; first < count; first += kLanes) {
+        const int64_t some = smaller(kLanes, count - first);
+        for (int64_t c = 0; c < some; ++c) store(lanes + c * kLanes, lanes_of_product(x, weight + tokens[first + c] * width, width));
+        transpose(lanes, kLanes, kLanes, kLanes, turned, kLanes);
+        Vec sums = {};
+        for (int64_t i = 0; i < kLanes; ++i) sums += load(turned + i * kLanes);
+        store_first(out + first, sums, some);
+    }
 }
 
 // y += factor x.
 static void add_scaled(float factor, const float* x, float* y, int64_t width) {
-    for (int64_t d = 0; d < width; d += kLanes)
-        store_first(y + d, load_first(y + d, width - d) + factor * load_first(x + d, width - d), width - d);
+    const int64_t whole = width / kLanes * kLanes;
+    for (int64_t d = 0; d < whole; d += kLanes) store(y + d, load(y + d) + factor * load(x + d));
+    const int64_t rest = width - whole;
+    if (rest) store_first(y + whole, load_first(y + whole, rest) + factor * load_first(x + whole, rest), rest);
+}
+
+// y = sum over c of factors[c] times row tokens[c] of weight, four registers at a time.
+static void weighted_sum(const float* factors, const float* weight, const int64_t* tokens, int64_t count, int64_t width, float* y) {
+    int64_t d = 0;
+    for (; d + 4 * kLanes <= width; d += 4 * kLanes) {
+        Vec a = {}, b = {}, e = {}, f = {};
+        for (int64_t c = 0; c < count; ++c) {
+            const float *row = weight + tokens[c] * width + d, factor = factors[c];
+            a += factor * load(row), b += factor * load(row + kLanes);
+            e += factor * load(row + 2 * kLanes), f += factor * load(row + 3 * kLanes);
+        }
+        store(y + d, a), store(y + d + kLanes, b), store(y + d + 2 * kLanes, e), store(y + d + 3 * kLanes, f);
+    }
+    for (; d < width; d += kLanes) {
+        Vec sums = {};
+        for (int64_t c = 0; c < count; ++c) sums += factors[c] * load_first(weight + tokens[c] * width + d, width - d);
+        store_first(y + d, sums, width - d);
+    }
 }
 
 void sampled_cross_entropy(int64_t rows, int64_t count, int64_t width, Rows hidden, const float* weight, const int64_t* tokens,
@@ -23,7 +60,7 @@ void sampled_cross_entropy(int64_t rows, int64_t count, int64_t width, Rows hidd
                            Rows grad_hidden, int threads) {
 #pragma omp parallel num_threads(team(rows * count, threads))
     {
-        Scratch scratch(2 * count + kLanes);
+        Scratch scratch(count);
         float* logits = scratch.take(count);
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; ++r) {
@@ -31,8 +68,9 @@ void sampled_cross_entropy(int64_t rows, int64_t count, int64_t width, Rows hidd
             const float *log_weight = log_weights + r * count, *share = shares + r * count;
             float* grad = grad_logits + r * count;  // of the weighted logits until their sum is known
             float learnt = 0, top = -INFINITY;
+            products(hidden[r], weight, row, count, width, logits);
             for (int64_t c = 0; c < count; ++c) {
-                logits[c] = dot(hidden[r], weight + row[c] * width, width) + (more ? more[r * count + c] : 0);
+                if (more) logits[c] += more[r * count + c];
                 learnt += share[c] * logits[c];
                 grad[c] = logits[c] + log_weight[c];
                 top = grad[c] > top ? grad[c] : top;
@@ -46,11 +84,8 @@ void sampled_cross_entropy(int64_t rows, int64_t count, int64_t width, Rows hidd
             const float total = sum(sums), log_sum = top + logf(total);
             losses[r] = log_sum - learnt;
             nats[r] = log_sum - logits[0];
-            memset(grad_hidden[r], 0, width * sizeof(float));
-            for (int64_t c = 0; c < count; ++c) {
-                grad[c] = grad[c] / total - share[c];
-                add_scaled(grad[c], weight + row[c] * width, grad_hidden[r], width);
-            }
+            for (int64_t c = 0; c < count; ++c) grad[c] = grad[c] / total - share[c];
+            weighted_sum(grad, weight, row, count, width, grad_hidden[r]);
         }
     }
 }

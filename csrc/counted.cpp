@@ -1,4 +1,6 @@
 // Distributions of n-grams that were counted: rows of a sorted list of (context, token) entries, mixed from short contexts to long ones.
+#include <cmath>
+
 #include "kernels.h"
 #include "vector.h"
 
@@ -23,23 +25,33 @@ struct Row {
     float total, discounted;
 };
 
-static Row row_of(const CountedNgrams& counted, int64_t order, int64_t key) {
+// Where the entries of `key` end that begin at `begin`: most are few, those of frequent tokens thousands.
+static int64_t end_of(const CountedNgrams& counted, int64_t begin, int64_t key) {
     const int64_t bits = counted.token_bits;
-    const float* discounts = counted.discounts + 4 * order;
-    Row row = {first_not_less(counted, key << bits), 0, 0, 0};
-    row.end = row.begin;
-    for (; row.end < counted.size && counted.entries[row.end] >> bits == key; ++row.end) {
-        const int16_t count = counted.counts[row.end];
-        row.total += count;
-        row.discounted += discounts[count < 3 ? count : 3];
+    int64_t inside = begin, step = 1;
+    for (; inside + step <= counted.size && counted.entries[inside + step - 1] >> bits == key; step *= 2) inside += step;
+    while (step > 1) {
+        step /= 2;
+        if (inside + step <= counted.size && counted.entries[inside + step - 1] >> bits == key) inside += step;
     }
-    return row;
+    return inside;
 }
 
-// What the contexts of row `r` say: out [vocab]; returns the length of the longest context found, `first` its entries of the shortest.
-static int64_t distribution(int64_t r, int64_t vocab, const CountedNgrams& counted, const int64_t* keys, float* out, Row* first) {
+static Row row_of(const CountedNgrams& counted, int64_t order, int64_t key) {
+    const float* discounts = counted.discounts + 4 * order;
+    const int64_t begin = first_not_less(counted, key << counted.token_bits), end = end_of(counted, begin, key);
+    int32_t total = 0, ones = 0, twos = 0;
+    for (int64_t i = begin; i < end; ++i) {
+        total += counted.counts[i];
+        ones += counted.counts[i] == 1;
+        twos += counted.counts[i] == 2;
+    }
+    return {begin, end, float(total), ones * discounts[1] + twos * discounts[2] + (end - begin - ones - twos) * discounts[3]};
+}
+
+// What the contexts of row `r` say: out [vocab]; returns the length of the longest context `found`.
+static int64_t distribution(int64_t r, int64_t vocab, const CountedNgrams& counted, const int64_t* keys, float* out, Row* found) {
     const int64_t tokens = (int64_t{1} << counted.token_bits) - 1;
-    Row found[kMostOrders];
     int64_t length = 0;
     for (; length < counted.orders && keys[r * counted.orders + length] >= 0; ++length) {
         found[length] = row_of(counted, length, keys[r * counted.orders + length]);
@@ -59,7 +71,6 @@ static int64_t distribution(int64_t r, int64_t vocab, const CountedNgrams& count
             out[counted.entries[i] & tokens] += (count - discounts[count < 3 ? count : 3]) * shares[n];
         }
     }
-    *first = length ? found[0] : Row{0, 0, 0, 0};
     return length;
 }
 
@@ -67,8 +78,8 @@ void counted_prior(int64_t rows, int64_t vocab, const CountedNgrams& counted, co
                    int threads) {
 #pragma omp parallel for schedule(dynamic, 16) num_threads(team(rows * vocab, threads))
     for (int64_t r = 0; r < rows; ++r) {
-        Row first;
-        lengths[r] = distribution(r, vocab, counted, keys, probabilities[r], &first);
+        Row found[kMostOrders];
+        lengths[r] = distribution(r, vocab, counted, keys, probabilities[r], found);
     }
 }
 
@@ -99,8 +110,8 @@ void counted_candidates(int64_t rows, int64_t vocab, const CountedNgrams& counte
         float* said = scratch.take(vocab);
 #pragma omp for schedule(dynamic, 16)
         for (int64_t r = 0; r < rows; ++r) {
-            Row first;
-            lengths[r] = distribution(r, vocab, counted, keys, said, &first);
+            Row found[kMostOrders];
+            lengths[r] = distribution(r, vocab, counted, keys, said, found);
             int64_t* row = tokens + r * count;
             float* out = probabilities[r];
             // A token that has been taken is 0 from then on: neither likely nor drawn once more.
@@ -109,15 +120,19 @@ void counted_candidates(int64_t rows, int64_t vocab, const CountedNgrams& counte
                 said[row[c]] = 0;
             }
             Likeliest best = {row + certain, out + certain, likeliest, 0};
-            for (int64_t i = first.begin; i < first.end; ++i) best.offer(counted.entries[i] & bits, said[counted.entries[i] & bits]);
+            // One that has been offered is negative until the end. The longest contexts know the likeliest, so that few of the many others
+            // are taken in.
+            auto offer = [&](int64_t token) {
+                if (said[token] <= 0) return;
+                best.offer(token, said[token]);
+                said[token] = -said[token];
+            };
+            for (int64_t n = lengths[r]; n--;)
+                for (int64_t i = found[n].begin; i < found[n].end; ++i) offer(counted.entries[i] & bits);
             // Of all others one that is more frequent is likelier, so that no more than these are among the likeliest.
-            for (int64_t i = 0; i < certain + likeliest; ++i) {
-                bool counted_here = false;
-                for (int64_t c = 0; c < best.held; ++c) counted_here |= best.tokens[c] == frequent[i];
-                if (!counted_here) best.offer(frequent[i], said[frequent[i]]);
-            }
+            for (int64_t i = 0; i < certain + likeliest; ++i) offer(frequent[i]);
             for (int64_t c = 0; c < likeliest; ++c) said[best.tokens[c]] = 0;
-            for (int64_t c = certain + likeliest; c < count; ++c) out[c] = said[row[c]];
+            for (int64_t c = certain + likeliest; c < count; ++c) out[c] = fabsf(said[row[c]]);
         }
     }
 }

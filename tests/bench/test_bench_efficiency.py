@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.bench.made_up_runs import made_up_run
 
-from shoal.bench.efficiency.command import BUDGETS, run_bench
+from shoal.bench.efficiency.command import RATIOS, run_bench
 from shoal.bench.efficiency.runs import Runs
 from shoal.bench.efficiency.search import FACTORS, search
+from shoal.bench.efficiency.sides import BUDGETS, load_side
 from shoal.cli import main
 from shoal.config import BenchEfficiencyCommand, TrainConfig
 from shoal.config.huggingface import export_obstacles
@@ -27,7 +28,9 @@ pytest.importorskip("matplotlib")
 def side_of(config: TrainConfig) -> str:
     if export_obstacles(config.model):
         return "full"
-    return "baseline" if config.model.model_type == "llama" else "exportable"
+    if config.model.model_type != "llama":
+        return "exportable"
+    return "sampled" if config.sampled_softmax.drawn else "baseline"
 
 
 class FakeTrainer:
@@ -35,7 +38,7 @@ class FakeTrainer:
 
     def __init__(self) -> None:
         self.count = 0
-        self.advantage = {"baseline": 1.0, "exportable": 5.0, "full": 10.0}
+        self.advantage = {"baseline": 1.0, "sampled": 2.0, "exportable": 5.0, "full": 10.0}
 
     def __call__(self, config: TrainConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         self.count += 1
@@ -52,14 +55,16 @@ def test_ratios_are_those_of_the_laws_behind_the_runs(command: BenchEfficiencyCo
     assert result["flops_ratio"] == pytest.approx(10, rel=0.02)
     assert result["exportable_flops_ratio"] == pytest.approx(5, rel=0.02)
     assert result["seconds_ratio"] == pytest.approx(10, rel=0.02)
+    assert result["sampled_flops_ratio"] == pytest.approx(5, rel=0.02)
+    assert result["sampled_exportable_flops_ratio"] == pytest.approx(2.5, rel=0.02)
     low, high = result["flops_ratio_interval"]
     assert low <= result["flops_ratio"] <= high
     assert result["flops_ratio_at_least"] is None
     assert (Path(command.out) / "efficiency.png").stat().st_size > 10_000
     shown = capsys.readouterr().out
     assert "95% interval" in shown
-    for side in NAMES:
-        assert side in shown
+    for name in (*BUDGETS["small"], *(name for name, *_ in RATIOS)):
+        assert name in shown
 
 
 @pytest.mark.parametrize(("quick", "asked", "got"), [(False, None, 3), (True, None, 1), (True, 2, 2)])
@@ -72,14 +77,14 @@ def test_as_many_seeds_as_asked_for(command: BenchEfficiencyCommand, quick: bool
 
 def test_curves_that_do_not_overlap_are_said_so(command: BenchEfficiencyCommand, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = FakeTrainer()
-    trainer.advantage = {"baseline": 1.0, "exportable": 1e-9, "full": 1e9}
+    trainer.advantage = {"baseline": 1.0, "sampled": 1.0, "exportable": 1e-9, "full": 1e9}
     result = run_bench(command, trainer)
     assert result["flops_ratio"] is None
     dearest, cheapest = max(BUDGETS["small"]["baseline"]), min(BUDGETS["small"]["full"])
     assert result["flops_ratio_at_least"] == pytest.approx(dearest / cheapest, rel=0.05)
     assert result["exportable_flops_ratio"] is None
     assert result["exportable_flops_ratio_at_least"] is None
-    assert capsys.readouterr().out.count("do not overlap") == 4
+    assert capsys.readouterr().out.count("do not overlap") == 6
 
 
 def test_runs_that_are_known_are_not_repeated(command: BenchEfficiencyCommand) -> None:
@@ -93,28 +98,27 @@ def test_runs_that_are_known_are_not_repeated(command: BenchEfficiencyCommand) -
     assert again.count == 0
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("scale", BUDGETS)
-def test_every_budget_is_spent_and_every_side_is_what_it_says(name: str, scale: str) -> None:
+@pytest.mark.parametrize(("scale", "name"), [(scale, name) for scale, sides in BUDGETS.items() for name in sides])
+def test_every_budget_is_spent_and_every_side_is_what_it_says(scale: str, name: str) -> None:
     assert len(BUDGETS[scale][name]) >= 3
     for flops in BUDGETS[scale][name]:
-        config = Rules.load(name).config(flops)
+        config = load_side(name).config(flops)
         assert config.steps is not None
         assert config.steps * step_flops(config) == pytest.approx(flops, rel=0.02)
         assert side_of(config) == name
         assert bool(export_obstacles(config.model)) == (name == "full")
-        assert config.optimizer.name == ("adamw" if name == "baseline" else "muon")
-        assert config.schedule.name == ("cosine" if name == "baseline" else config.schedule.name)
+        assert config.optimizer.name == ("adamw" if name in ("baseline", "sampled") else "muon")
+        assert config.schedule.name == ("cosine" if name in ("baseline", "sampled") else config.schedule.name)
 
 
 @given(st.floats(9, 21))
 def test_mixtures_fit_four_bits_and_what_a_token_uses_stays_in_proportion(power: float) -> None:
     model = Rules.load("exportable").config(10**power).model
     inner = model.moe_intermediate_size
-    assert model.hidden_size % 32 == 0
-    assert inner % 32 == 0 or model.hidden_size == 32
-    assert model.hidden_size / 3 <= inner <= model.hidden_size / 2
-    assert abs((model.num_experts_per_tok + model.n_shared_experts) * inner - 3 * model.hidden_size) <= inner / 2
+    assert model.hidden_size % 32 == inner % 32 == 0
+    assert abs(inner - model.hidden_size / 3) <= max(16, 32 - model.hidden_size / 3)
+    assert abs((model.num_experts_per_tok + model.n_shared_experts) * inner - 1.5 * model.hidden_size) <= inner / 2
+    assert model.num_experts_per_tok >= 1
     assert 32 <= (model.n_routed_experts or 0) <= 256
 
 

@@ -2,8 +2,8 @@
 
 `recipes/rules/NAME.toml` holds `[settings]` of `shoal train` and a `[rule]` for width, layers, batch and rate (and `experts`, where
 there are some, and `count_order`, where a model counts n-grams): `at_1e12` times (FLOPs / 1e12) to the `power`. Width is
-rounded to heads (with experts, to two), layers, batch and order to whole numbers; an expert is about half as wide as the model, and
-those of a token together are three times as wide; `rate` multiplies the learning rates that `[settings.optimizer]` names. The evidence
+rounded to heads (with experts to blocks, of which each has a head, and there are two at least), layers, batch and order to whole numbers;
+an expert is about a third as wide as the model, and those of a token together are half as wide again as it; `rate` multiplies the learning rates that `[settings.optimizer]` names. The evidence
 behind the numbers is in docs/experiments.md; all rules were tuned by the same steps (`bench/efficiency/search.py`) and, beyond 1e12 FLOPs,
 by a few runs of each side at 1e13 and 3e13.
 """
@@ -88,16 +88,16 @@ class Rules:
                 "model": {
                     "hidden_size": width,
                     "num_hidden_layers": max(1, round(point.layers)),
-                    "num_attention_heads": width // HEAD,
+                    "num_attention_heads": max(2, width // BLOCK) if mixes else width // HEAD,
                     "intermediate_size": round(width / 3) * 8,
                 },
             },
         )
         if mixes:
-            inner = BLOCK * (width // (2 * BLOCK)) or width // 2
+            inner = _multiple(width / 3, BLOCK)
             number = _multiple(_at(self.rules["experts"], flops), EXPERTS)
             experts = {"moe_intermediate_size": inner, "n_routed_experts": min(max(number, LEAST_EXPERTS), MOST_EXPERTS)}
-            table["model"].update(experts, num_experts_per_tok=round(3 * width / inner) - table["model"]["n_shared_experts"])
+            table["model"].update(experts, num_experts_per_tok=round(1.5 * width / inner) - table["model"]["n_shared_experts"])
         if (order := self.rules.get("count_order")) is not None:
             table["model"]["count_order"] = min(max(1, round(_at(order, flops))), LONGEST_NGRAM)
         optimizer = table["optimizer"]

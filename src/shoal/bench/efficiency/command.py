@@ -11,18 +11,22 @@ from typing import Any
 
 from ...config import BenchEfficiencyCommand, CorpusConfig, TrainConfig
 from ...data import open_corpus
-from ...plan.rules import NAMES, Point, Rules
+from ...plan.rules import Point, Rules
 from .frontier import Ratio, best_ratio, bound, figures
 from .picture import draw
 from .runs import Run, Runs, Trainer, curves, only_the_end
 from .search import search
+from .sides import BUDGETS, load_side
 
-BUDGETS: dict[str, dict[str, tuple[float, ...]]] = {
-    "small": {"baseline": (1e12, 3e12, 1e13), "exportable": (1e11, 3e11, 1e12), "full": (3e9, 3e10, 3e11, 1e12)},
-    "medium": {"baseline": (1e14, 3e14, 1e15), "exportable": (3e13, 1e14, 3e14), "full": (1e13, 3e13, 1e14, 3e14)},
-    "gpu": {"baseline": (1e17, 3e17, 1e18), "exportable": (3e16, 1e17, 3e17), "full": (1e16, 3e16, 1e17, 3e17)},
-}
-"""FLOPs of the runs of every side. The cheaper a side is expected to be, the smaller: what counts is that their losses overlap."""
+RATIOS = (
+    ("flops_ratio", "baseline", "full", "flops"),
+    ("seconds_ratio", "baseline", "full", "seconds"),
+    ("exportable_flops_ratio", "baseline", "exportable", "flops"),
+    ("exportable_seconds_ratio", "baseline", "exportable", "seconds"),
+    ("sampled_flops_ratio", "sampled", "full", "flops"),
+    ("sampled_exportable_flops_ratio", "sampled", "exportable", "flops"),
+)
+"""What is reported: whose cost is divided by whose."""
 QUICK = 0.03
 
 
@@ -31,7 +35,7 @@ def run_bench(command: BenchEfficiencyCommand, trainer: Trainer | None = None) -
     command.validate()
     folder = Path(command.out)
     runs = Runs(folder, open_corpus(command.data, CorpusConfig()).fingerprint, trainer)
-    sides = [Rules.load(name) for name in NAMES]
+    sides = [load_side(name) for name in BUDGETS[command.scale]]
     budgets = {name: [flops * (QUICK if command.quick else 1) for flops in some] for name, some in BUDGETS[command.scale].items()}
     if command.search:
         return _search(command, sides, budgets, runs)
@@ -77,21 +81,20 @@ def _say(run: Run) -> None:
     print(f"{run.side} {run.budget:.1e} seed {run.seed}: {run.bpb:.4f} bits per byte ({run.shape}, {run.tokens:,} tokens)", file=sys.stderr)
 
 
-def compare(runs: Sequence[Run], side: str, cost: str) -> tuple[Ratio | None, float | None]:
-    """How many times the baseline's cost is that of `side`, and a bound where the two do not overlap."""
-    baseline, other = curves(runs, "baseline", cost), curves(runs, side, cost)
-    return best_ratio(baseline, other), bound(baseline, other)
+def compare(runs: Sequence[Run], dear: str, cheap: str, cost: str) -> tuple[Ratio | None, float | None]:
+    """How many times the cost of one side is that of another, and a bound where the two do not overlap."""
+    one, other = curves(runs, dear, cost), curves(runs, cheap, cost)
+    return best_ratio(one, other), bound(one, other)
 
 
 def summarize(runs: Sequence[Run]) -> dict[str, Any]:
     """The JSON object. A ratio is null where the curves do not overlap; `..._at_least` then holds the bound, if there is one."""
     result: dict[str, Any] = {}
-    for name, side, cost in (
-        ("flops_ratio", "full", "flops"), ("seconds_ratio", "full", "seconds"),
-        ("exportable_flops_ratio", "exportable", "flops"), ("exportable_seconds_ratio", "exportable", "seconds"),
-    ):  # fmt: skip
-        ratio, least = compare(runs, side, cost)
-        result |= figures(name, ratio) | {f"{name}_at_least": least}
+    sides = {run.side for run in runs}
+    for name, dear, cheap, cost in RATIOS:
+        if {dear, cheap} <= sides:
+            ratio, least = compare(runs, dear, cheap, cost)
+            result |= figures(name, ratio) | {f"{name}_at_least": least}
     return result | {"seeds": len({run.seed for run in runs}), "runs": [asdict(run) for run in runs]}
 
 
@@ -99,7 +102,7 @@ def _finish(runs: list[Run], folder: Path) -> dict[str, Any]:
     result = summarize(runs)
     _print(runs, result)
     picture = folder / "efficiency.png"
-    draw(runs, compare(runs, "full", "flops")[0], picture)
+    draw(runs, compare(runs, "baseline", "full", "flops")[0], picture)
     print(f"picture: {picture}")
     return result
 
@@ -112,7 +115,7 @@ def _print(runs: list[Run], result: dict[str, Any]) -> None:
     table = Table()
     for column in ("", "FLOPs", "seconds", "bits per byte", "layers x width", "tokens", "batch", "rate", "active", "tables", "skipped"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    for side in NAMES:
+    for side in dict.fromkeys(run.side for run in runs):
         for budget in sorted({run.budget for run in runs if run.side == side}):
             same = [run for run in runs if run.side == side and run.budget == budget]
             first = same[0]
@@ -124,15 +127,16 @@ def _print(runs: list[Run], result: dict[str, Any]) -> None:
                 str(sum(run.skipped for run in same)),
             )  # fmt: skip
     console.print(table)
-    for name in ("flops_ratio", "seconds_ratio", "exportable_flops_ratio", "exportable_seconds_ratio"):
-        console.print(f"{name}: {_spoken(result, name)}")
+    for name, *_ in RATIOS:
+        if name in result:
+            console.print(f"{name}: {_spoken(result, name)}")
 
 
 def _spoken(result: dict[str, Any], name: str) -> str:
     value, interval, least = result[name], result[f"{name}_interval"], result[f"{name}_at_least"]
     if value is None:
         if least is not None:
-            return f"the curves do not overlap: every run beats every baseline, so more than {least:.2f}; nothing is extrapolated"
+            return f"the curves do not overlap: every run beats all of the other side, so more than {least:.2f}; nothing is extrapolated"
         return "the curves do not overlap, and nothing is extrapolated: change the budgets"
     between = f", 95% interval {interval[0]:.2f} to {interval[1]:.2f}" if interval else ", one seed and no interval"
     return f"{value:.2f} at {result[f'{name}_bpb']:.4f} bits per byte{between}"

@@ -8,8 +8,13 @@ from ..pictures import count_on_log_axis, new_figure, save
 from .frontier import Ratio, lower_hull
 from .runs import Run
 
-COLOURS = {"baseline": "#7a7f87", "exportable": "#35a7c9", "full": "#e2734f"}
-LABELS = {"baseline": "Llama-style baseline", "exportable": "Shoal, exportable", "full": "Shoal, full"}
+COLOURS = {"baseline": "#7a7f87", "sampled": "#b9a27c", "exportable": "#35a7c9", "full": "#e2734f"}
+LABELS = {
+    "baseline": "Llama-style baseline",
+    "sampled": "the same with sampled softmax",
+    "exportable": "Shoal, exportable",
+    "full": "Shoal, full",
+}
 
 
 def draw(runs: list[Run], flops_ratio: Ratio | None, path: Path) -> None:

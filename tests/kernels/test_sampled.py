@@ -85,6 +85,15 @@ def test_gradients_of_any_weights_and_shares() -> None:
     torch.autograd.gradcheck(lambda h, w, m: kernels.sampled_cross_entropy(h, w, candidates, m).loss, inputs)
 
 
+def test_autocast_on_a_cpu_changes_nothing() -> None:
+    torch.manual_seed(0)
+    hidden, weight, candidates = torch.randn(30, 8), torch.randn(9, 8), some_candidates(30, 5, 9)
+    plain = kernels.sampled_cross_entropy(hidden, weight, candidates)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kernels.sampled_cross_entropy(hidden, weight, candidates).loss.equal(plain.loss)
+        torch.testing.assert_close(kernels.sampled_cross_entropy(hidden.bfloat16(), weight, candidates).loss, plain.loss, rtol=0.01, atol=0)
+
+
 def test_the_number_of_threads_changes_nothing() -> None:
     torch.manual_seed(0)
     hidden, weight, candidates = torch.randn(900, 48), torch.randn(500, 48, requires_grad=True), some_candidates(900, 70, 500)

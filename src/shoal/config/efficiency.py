@@ -15,9 +15,10 @@ StudyName = Literal["experts", "attention", "anchored", "granularity", "balance"
 class BenchEfficiencyCommand:
     """The compute that equal loss costs a Llama-style dense baseline and Shoal's recipes.
 
-    The baseline runs twice: as Llamas are trained, and with the sampled softmax that the recipes have (`sampled`), so that a ratio can be
-    read without it. Every run trains on the same tokens with a complete schedule of its own and is scored on the same held-out text. The ratio of FLOPs
-    and of seconds is taken at equal bits per byte, interpolated between the budgets of each side, and never beyond them.
+    The baseline runs twice: as Llamas are trained, and with the sampled softmax that the recipes have (`sampled`), so that a ratio can
+    be read without it. Every run trains on the same tokens with a complete schedule of its own and is scored on the same held-out text.
+    The ratio of FLOPs and of seconds is taken at equal bits per byte, interpolated between the budgets of each side, and never beyond
+    them.
     """
 
     data: tuple[str, ...] = ()

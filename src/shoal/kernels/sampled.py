@@ -55,11 +55,13 @@ class _SampledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, more: Tensor | None, candidates: Candidates, chunk: int) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        # On a CPU rows are read where they lie: a copy in bf16 would cost more than its products save.
+        casts = torch.is_autocast_enabled(device) and device != "cpu"
+        dtype = torch.get_autocast_dtype(device) if casts else torch.promote_types(hidden.dtype, weight.dtype)
         math = torch.promote_types(dtype, torch.float32)
         tokens, log_weights, shares = candidates.tokens, candidates.log_weights.to(math), candidates.shares.to(math)
         with torch.autocast(device, enabled=False):
-            hidden, rows = hidden.to(dtype), weight.to(dtype).contiguous()
+            given, hidden, rows = hidden.dtype, hidden.to(dtype), weight.to(dtype).contiguous()
             more = None if more is None else more.to(math)
             grad_weight = torch.zeros_like(rows, dtype=math)
             if cpu.runs(hidden, rows, log_weights, shares, more):
@@ -76,7 +78,7 @@ class _SampledCrossEntropy(torch.autograd.Function):
                     )
                     reference.add_to_rows(parts[-1][2], tokens[part], hidden[part], grad_weight)
                 losses, nats, grad_logits, grad_hidden = map(torch.cat, zip(*parts, strict=True))
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype), None if more is None else grad_logits)
+        ctx.save_for_backward(grad_hidden.to(given), grad_weight.to(weight.dtype), None if more is None else grad_logits)
         nats = nats.sum()
         ctx.mark_non_differentiable(nats)
         return losses.sum(), nats

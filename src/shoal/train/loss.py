@@ -19,7 +19,7 @@ class Losses:
     total: Tensor
     """What is differentiated."""
     main: Tensor
-    """Mean nats per next token."""
+    """Mean nats per next token; with candidates about so many."""
     mtp: Tensor
     """Mean nats per token over MTP depths; 0 without MTP."""
     balance: Tensor

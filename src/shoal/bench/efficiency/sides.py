@@ -7,7 +7,7 @@ from dataclasses import replace
 from ...plan.rules import Rules, merged
 
 SAMPLED = {"sampled_softmax": {"drawn": 512}, "optimizer": {"head_lr": 0.015}}
-"""What the baseline gets in `sampled`, beside which a ratio is not that of a cheaper head alone. It has no counts to know what is likely."""
+"""What the baseline gets as `sampled`, against which a ratio is not that of a cheaper head. It has no counts to know what is likely."""
 
 BUDGETS: dict[str, dict[str, tuple[float, ...]]] = {
     "small": {

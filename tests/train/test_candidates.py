@@ -64,7 +64,7 @@ def test_the_weights_make_a_sample_stand_for_all(likeliest: int | None) -> None:
     model = model_that_counts()
     counted = None if likeliest is None else model.model.counted
     teacher: Any = None if likeliest is None else OneTeacher(model)
-    sampler = Sampler(SampledSoftmaxConfig(likeliest or 0, 6), TEXT, V, 0, counted, teacher)
+    sampler = Sampler(SampledSoftmaxConfig(likeliest or 0, 6), TEXT, V, 0, counted, teacher, False)
     ids, targets = some_rows()
     values = torch.linspace(1, 3, V)
     sums, shares = [], []
@@ -80,18 +80,20 @@ def test_the_weights_make_a_sample_stand_for_all(likeliest: int | None) -> None:
     torch.testing.assert_close(torch.stack(shares).mean(), torch.tensor(1.0), rtol=0.01, atol=0)
 
 
-def test_no_token_counts_twice_among_those_that_are_certain() -> None:
+@pytest.mark.parametrize("likeliest", [None, 0, 4])
+def test_no_token_counts_twice_among_those_that_are_certain(likeliest: int | None) -> None:
     model = model_that_counts(repeat_window=16, eos_token_id=V - 1)
     ids, targets = some_rows()
     keys = model(ids, before=torch.full((6, model.config.looks_back), -1)).keys
-    found = Sampler(SampledSoftmaxConfig(4, 9), TEXT, V, 0, model.model.counted, None)(ids, targets, keys)
-    assert found.tokens.shape == (ids.numel(), 1 + 1 + 4 + 9)
+    counted, certain = (None, 2) if likeliest is None else (model.model.counted, 2 + likeliest)
+    found = Sampler(SampledSoftmaxConfig(likeliest or 0, 9), TEXT, V, 0, counted, None, True)(ids, targets, keys)
+    assert found.tokens.shape == (ids.numel(), certain + 9)
     assert found.tokens[:, 0].equal(targets.flatten())
     assert found.tokens[:, 1].equal(keys[..., -2].flatten()), "what a repetition hints at"
     for tokens, weights in zip(found.tokens.tolist(), found.log_weights.tolist(), strict=True):
-        certain = [token for token, weight in zip(tokens[:6], weights[:6], strict=True) if weight == 0]
-        assert len({*certain}) == len(certain) >= 5
-        assert all((weight == -np.inf) == (token in certain) for token, weight in zip(tokens[6:], weights[6:], strict=True))
+        sure = [token for token, weight in zip(tokens[:certain], weights[:certain], strict=True) if weight == 0]
+        assert len({*sure}) == len(sure) >= certain - 1
+        assert all((weight == -np.inf) == (token in sure) for token, weight in zip(tokens[certain:], weights[certain:], strict=True))
 
 
 def test_with_all_tokens_as_candidates_it_is_the_loss_of_all_logits() -> None:
@@ -99,7 +101,7 @@ def test_with_all_tokens_as_candidates_it_is_the_loss_of_all_logits() -> None:
     model = model_that_counts()
     soft = model.model.counted.probabilities(OneTeacher(model).keys(ids))[0], OneTeacher.share  # type: ignore[union-attr]
     for teacher in (None, OneTeacher(model)):
-        sampler = Sampler(SampledSoftmaxConfig(V - 1, 1), TEXT, V, 0, model.model.counted, teacher)  # type: ignore[arg-type]
+        sampler = Sampler(SampledSoftmaxConfig(V - 1, 1), TEXT, V, 0, model.model.counted, teacher, False)  # type: ignore[arg-type]
         output = model(ids)
         ours = model.sampled_cross_entropy(output.hidden, sampler(ids, targets, output.keys), output.keys)
         theirs = model.cross_entropy(output.hidden, targets, output.keys, None if teacher is None else soft)
@@ -114,8 +116,7 @@ def test_candidates_have_the_logits_that_the_model_gives_them() -> None:
     model = model_that_counts(repeat_window=16, eos_token_id=V - 1)
     ids, targets = some_rows()
     output = model(ids, before=torch.full((6, model.config.looks_back), -1))
-    found = Sampler(SampledSoftmaxConfig(4, 9), TEXT, V, 0, model.model.counted, None)(ids, targets, output.keys)
-    # Of one token at a time the loss is its logit, seen through a softmax of two of which the other is fixed at 0.
+    found = Sampler(SampledSoftmaxConfig(4, 9), TEXT, V, 0, model.model.counted, None, True)(ids, targets, output.keys)
     logits = model.logits(output.hidden, output.keys).flatten(0, 1).gather(1, found.tokens)
     network = output.hidden.flatten(0, 1)
     products = [network @ vector for vector in model.look_ups.trusts]

@@ -32,9 +32,10 @@ class Sampler:
         seed: int,
         counted: CountedNgrams | None,
         teacher: Teacher | None,
+        hinted: bool,
     ) -> None:
-        """`counted` knows what is likely: a teacher's counts, or those of the model."""
-        self._config, self._seed, self._counted, self._teacher = config, seed, counted, teacher
+        """`counted` knows what is likely: a teacher's counts, or those of the model; `hinted`: the model knows repetitions."""
+        self._config, self._seed, self._counted, self._teacher, self._hinted = config, seed, counted, teacher, hinted
         frequency = np.sqrt(np.bincount(text.tokens, minlength=vocabulary) + 1.0)
         slots = np.maximum(np.rint(frequency / frequency.sum() * SLOTS * vocabulary), 1).astype(np.int64)
         self._table = torch.from_numpy(np.repeat(np.arange(vocabulary), slots))
@@ -51,20 +52,21 @@ class Sampler:
         device, N = target_N1.device, len(target_N1)
         draws = torch.randint(len(self._table), (N, self._config.drawn), generator=self._random)
         drawn_NM = self._table[draws].to(device)
+        first = target_N1
+        if self._hinted:
+            assert keys is not None
+            first = torch.cat([target_N1, keys[..., -2].reshape(-1, 1)], dim=1)
         probabilities = lengths = None
         if self._counted is None:
-            certain = 1
-            tokens = torch.cat([target_N1, drawn_NM], dim=1)
-            counts = torch.cat([torch.ones_like(target_N1, dtype=torch.bool), drawn_NM != target_N1], dim=1)
+            certain = first.shape[1]
+            tokens = torch.cat([first, drawn_NM], dim=1)
+            others = (drawn_NM.unsqueeze(2) != first.unsqueeze(1)).all(2)
+            counts = torch.cat([torch.ones_like(target_N1, dtype=torch.bool), first[:, 1:] != target_N1, others], dim=1)
         else:
-            first = target_N1
-            if self._teacher is not None:
-                keys = self._teacher.keys(ids)
-            assert keys is not None
-            if keys.shape[-1] > self._counted.order:  # what a repetition hints at comes behind the contexts
-                first = torch.cat([target_N1, keys[..., -2].reshape(-1, 1)], dim=1)
-            contexts = keys[..., : self._counted.order].flatten(0, -2)
             certain = first.shape[1] + self._config.likeliest
+            contexts = keys if self._teacher is None else self._teacher.keys(ids)
+            assert contexts is not None
+            contexts = contexts[..., : self._counted.order].flatten(0, -2)
             tokens, probabilities, lengths = kernels.counted_candidates(
                 self._counted.filled, contexts, first, self._config.likeliest, drawn_NM
             )

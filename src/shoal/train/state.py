@@ -104,7 +104,8 @@ class TrainState:
         sampler = None
         if config.sampled_softmax.drawn:
             counted = counting.module if counting is not None else model.model.counted
-            sampler = Sampler(config.sampled_softmax, data.train, config.model.vocab_size, config.seed, counted, teacher)
+            hinted = config.model.repeat_window > 0
+            sampler = Sampler(config.sampled_softmax, data.train, config.model.vocab_size, config.seed, counted, teacher, hinted)
         took = counting.seconds if counting is not None else 0.0
         counters = Counters(seconds=took, counting_seconds=took)
         state = cls(config, folder, data, model, optimizers, batches, team, shards, teacher, sampler, counters)

@@ -30,8 +30,8 @@ BLOCK = 32
 """What widths of mixtures, and of their experts where they can, are multiples of: 4 bits are stored by blocks of so many weights."""
 EXPERTS, LEAST_EXPERTS, MOST_EXPERTS = 16, 32, 256
 """What numbers of experts are multiples of, and between which they lie."""
-SHARE_OF_PEAK = 0.45
-"""Of a machine's products, what training reaches: a third with the smallest models, more than half with larger ones."""
+SHARE_OF_PEAK = 0.2
+"""Of a machine's products, what training with candidates reaches: a tenth with the smallest models, a quarter with larger ones."""
 LEAST_FLOPS, MOST_FLOPS = 1e9, 1e21
 RATES = ("adam_lr", "embed_lr", "head_lr", "muon_lr")
 

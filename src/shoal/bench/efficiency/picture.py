@@ -39,5 +39,5 @@ def draw(runs: list[Run], flops_ratio: Ratio | None, path: Path) -> None:
     if flops_ratio is not None:
         left.axhline(flops_ratio.loss, color="black", lw=0.8, ls="--")
         left.set_title(f"{flops_ratio.value:,.4g} times the FLOPs for {flops_ratio.loss:.3f} bits per byte", fontsize=10)
-    left.legend(frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(COLOURS), frameon=False)
     save(figure, path)

@@ -115,7 +115,7 @@ def test_every_budget_is_spent_and_every_side_is_what_it_says(scale: str, name: 
 def test_mixtures_fit_four_bits_and_what_a_token_uses_stays_in_proportion(power: float) -> None:
     model = Rules.load("exportable").config(10**power).model
     inner = model.moe_intermediate_size
-    assert model.hidden_size % 32 == inner % 32 == 0
+    assert model.hidden_size % 32 == inner % 32 == model.num_attention_heads * model.v_head_dim % 32 == 0
     assert abs(inner - model.hidden_size / 3) <= max(16, 32 - model.hidden_size / 3)
     assert abs((model.num_experts_per_tok + model.n_shared_experts) * inner - 1.5 * model.hidden_size) <= inner / 2
     assert model.num_experts_per_tok >= 1

@@ -3,9 +3,9 @@
 `recipes/rules/NAME.toml` holds `[settings]` of `shoal train` and a `[rule]` for width, layers, batch and rate (and `experts`, where
 there are some, and `count_order`, where a model counts n-grams): `at_1e12` times (FLOPs / 1e12) to the `power`. Width is
 rounded to heads (with experts to blocks, two of which have two heads, as values of two fill a block), layers, batch and order to whole
-numbers; an expert is about a third as wide as the model, and those of a token together are half as wide again as it; `rate` multiplies the learning
-rates that `[settings.optimizer]` names. The evidence behind the numbers is in docs/experiments.md; all rules were tuned by the same
-steps (`bench/efficiency/search.py`) and, beyond 1e12 FLOPs and with sampled softmax, by a few runs of each side up to 3e13.
+numbers; an expert is about a third as wide as the model, and those of a token together are half as wide again as it; `rate` multiplies
+the learning rates that `[settings.optimizer]` names. The evidence behind the numbers is in docs/experiments.md; all rules were tuned by
+the same steps (`bench/efficiency/search.py`) and, beyond 1e12 FLOPs and with sampled softmax, by a few runs of each side up to 3e13.
 """
 
 from __future__ import annotations

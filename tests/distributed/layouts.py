@@ -133,7 +133,8 @@ def first_gradients(config: TrainConfig) -> dict[str, Tensor]:
     model = Transformer(config.model, dispatcher=make_dispatcher(config.parallel, team, config.model.n_routed_experts or 0))
     init_weights(model, 1)
     shards = divide(model, config.parallel, team)
-    passes = make_passes(cast(Any, SimpleNamespace(config=config, model=model, team=team, shards=shards, teacher=None)), MACHINE)
+    state = SimpleNamespace(config=config, model=model, team=team, shards=shards, teacher=None, sampler=None)
+    passes = make_passes(cast(Any, state), MACHINE)
     generator = torch.Generator().manual_seed(2)
     length = config.sequence_length + 1 + config.model.num_nextn_predict_layers
     batch = torch.randint(config.model.vocab_size, (config.batch_size, length), generator=generator)

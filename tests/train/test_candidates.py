@@ -181,3 +181,9 @@ def test_what_cannot_be_sampled_is_refused(config: TrainConfig, settings: dict[s
     model = replace(config.model, logit_softcap=settings.pop("cap", None))
     with pytest.raises(UserError, match=message):
         replace(config, model=model, sampled_softmax=SampledSoftmaxConfig(**settings)).validate()
+
+
+def test_a_tokenizer_that_came_out_smaller_is_noticed(config: TrainConfig) -> None:
+    model = replace(config.model, vocab_size=4096)
+    with pytest.raises(UserError, match="there are only"):
+        train(replace(sampled(config, "teacher"), model=model, sampled_softmax=SampledSoftmaxConfig(4000, 4)))

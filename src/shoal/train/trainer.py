@@ -75,6 +75,7 @@ def train(requested: TrainConfig) -> Trained:
     tokenizer = Tokenizer.load(known) if known else None
     data = team.first_then_others(lambda: prepare(corpus, tokenizer, requested.model.vocab_size, requested.corpus))
     config = requested if started is not None else replace(requested, model=fit_tokenizer(requested.model, data.tokenizer))
+    config.validate_sampled_softmax()  # a small text has fewer tokens than were asked for
     lookahead = 1 + config.model.num_nextn_predict_layers
     place = {"rank": team.data_rank, "world": team.layout.data, "lookahead": lookahead, "lookback": config.model.looks_back}
     counting = Counting(config, data.train) if counts_while_training(config) else None

@@ -2,10 +2,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from shoal.config import TrainConfig
+from shoal.config.recipes import load_recipe
 from shoal.train import trainer
+
+
+@pytest.fixture
+def config(workshop: Path, tmp_path: Path) -> TrainConfig:
+    """The workshop's recipe on its text, without multi-token prediction."""
+    recipe = load_recipe(str(workshop / "recipe.toml"))
+    model = replace(recipe.model, num_nextn_predict_layers=0)
+    corpus = replace(recipe.corpus, cache=str(workshop / "cache"))
+    return replace(recipe, data=(str(workshop / "text.txt"),), out=str(tmp_path / "run"), corpus=corpus, model=model)
 
 
 @pytest.fixture

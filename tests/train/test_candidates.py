@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ import pytest
 import torch
 
 from shoal.config import ModelConfig, SampledSoftmaxConfig, TrainConfig, UserError
-from shoal.config.recipes import load_recipe
 from shoal.data import TokenShards
 from shoal.formats import complete_checkpoints, load_model
 from shoal.model import Transformer, init_weights
@@ -124,14 +122,6 @@ def test_candidates_have_the_logits_that_the_model_gives_them() -> None:
     plain = torch.einsum("nd,ncd->nc", network, model.lm_head.weight[found.tokens])
     counts = found.log_weights > -torch.inf
     torch.testing.assert_close((plain + added)[counts], logits[counts], atol=1e-4, rtol=1e-4)
-
-
-@pytest.fixture
-def config(workshop: Path, tmp_path: Path) -> TrainConfig:
-    recipe = load_recipe(str(workshop / "recipe.toml"))
-    model = replace(recipe.model, num_nextn_predict_layers=0)
-    corpus = replace(recipe.corpus, cache=str(workshop / "cache"))
-    return replace(recipe, data=(str(workshop / "text.txt"),), out=str(tmp_path / "run"), corpus=corpus, model=model)
 
 
 def sampled(config: TrainConfig, kind: str) -> TrainConfig:

@@ -16,7 +16,6 @@ import torch
 
 from shoal.cli import main
 from shoal.config import TeacherConfig, TrainConfig, UserError
-from shoal.config.recipes import load_recipe
 from shoal.data import Batches, Tokenizer, TokenShards
 from shoal.formats import complete_checkpoints, load_model
 from shoal.train import train
@@ -31,14 +30,6 @@ def shards(*lengths: int) -> TokenShards:
     return TokenShards(
         np.repeat(np.arange(len(lengths), dtype=np.uint16), lengths), np.cumsum([0, *lengths]), np.array(lengths, dtype=np.int64)
     )
-
-
-@pytest.fixture
-def config(workshop: Path, tmp_path: Path) -> TrainConfig:
-    recipe = load_recipe(str(workshop / "recipe.toml"))
-    model = replace(recipe.model, num_nextn_predict_layers=0)
-    corpus = replace(recipe.corpus, cache=str(workshop / "cache"))
-    return replace(recipe, data=(str(workshop / "text.txt"),), out=str(tmp_path / "run"), corpus=corpus, model=model)
 
 
 def with_counts(config: TrainConfig, **changes: Any) -> TrainConfig:

@@ -77,5 +77,4 @@ def counted_candidates(tables: CountTables, keys: Tensor, certain: Tensor, likel
     """
     if cpu.looks_up(tables.entries):
         return cpu.counted_candidates(tables, keys, certain, likeliest, drawn)
-    prior = reference.counted_prior(tables.entries, tables.counts, tables.token_bits, tables.discounts, tables.base, keys)
-    return reference.candidates_of(*prior, certain, likeliest, drawn)
+    return reference.candidates_of(*counted_prior(tables, keys), certain, likeliest, drawn)

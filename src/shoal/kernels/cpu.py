@@ -266,13 +266,15 @@ def newton_schulz(x: Tensor, steps: int) -> Tensor:
     return y
 
 
+def _parts(tables: CountTables) -> tuple[Any, ...]:
+    """What both of the next two read."""
+    return tables.entries, tables.counts, tables.index, tables.index_shift, tables.token_bits, tables.discounts, tables.base
+
+
 def counted_prior(tables: CountTables, keys: Tensor) -> tuple[Tensor, Tensor]:
     probabilities = torch.empty(len(keys), tables.base.numel())
     lengths = torch.empty(len(keys), dtype=torch.int64)
-    _cpu.counted_prior(
-        tables.entries, tables.counts, tables.index, tables.index_shift, tables.token_bits, tables.discounts, tables.base,
-        keys.contiguous(), probabilities, lengths, torch.get_num_threads(),
-    )  # fmt: skip
+    _cpu.counted_prior(*_parts(tables), keys.contiguous(), probabilities, lengths, torch.get_num_threads())
     return probabilities, lengths
 
 
@@ -280,10 +282,8 @@ def counted_candidates(tables: CountTables, keys: Tensor, certain: Tensor, likel
     tokens = torch.cat([certain, certain.new_zeros(len(keys), likeliest), drawn], dim=1)
     probabilities = torch.empty(tokens.shape)
     lengths = torch.empty(len(keys), dtype=torch.int64)
-    _cpu.counted_candidates(
-        tables.entries, tables.counts, tables.index, tables.index_shift, tables.token_bits, tables.discounts, tables.base,
-        keys.contiguous(), tables.frequent, certain.shape[1], likeliest, tokens, probabilities, lengths, torch.get_num_threads(),
-    )  # fmt: skip
+    choice = tables.frequent, certain.shape[1], likeliest
+    _cpu.counted_candidates(*_parts(tables), keys.contiguous(), *choice, tokens, probabilities, lengths, torch.get_num_threads())
     return tokens, probabilities, lengths
 
 

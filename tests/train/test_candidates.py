@@ -33,6 +33,7 @@ class OneTeacher:
     """Says what a model's counts say."""
 
     share = 0.7
+    repetitions = None
 
     def __init__(self, model: Transformer) -> None:
         self.model = model

@@ -13,7 +13,7 @@ from .errors import UserError
 ModelType = Literal["deepseek_v3", "deepseek_v2", "llama"]
 TopkMethod = Literal["greedy", "group_limited_greedy", "noaux_tc"]
 ScoringFunction = Literal["softmax", "sigmoid"]
-Initialisation = Literal["normal", "fan_in", "anchored"]
+Initialisation = Literal["normal", "fan_in", "anchored", "copying"]
 CHOICES: dict[str, Any] = {"model_type": ModelType, "topk_method": TopkMethod, "scoring_func": ScoringFunction, "init": Initialisation}
 
 SCALING_NEEDS: dict[str | None, tuple[str, ...]] = {
@@ -105,7 +105,8 @@ class ModelConfig:
     """Logits become cap * tanh(logits / cap). Not exportable."""
     init: Initialisation = "normal"
     """`normal`: every matrix with std `initializer_range`; `fan_in`: hidden matrices with std 1/sqrt(fan_in); `anchored`: the same, but
-    with a constant channel in the embedding, and heads that begin by looking at the tokens before."""
+    with a constant channel in the embedding, and heads that begin by looking at the tokens before; `copying`: besides, with a head of MLA's
+    second layer that finds repetitions."""
     zero_init_output: bool = False
     """Start `o_proj` and `down_proj` at zero, so that every block starts as the identity."""
     ngram_order: int = 0
@@ -257,11 +258,22 @@ class ModelConfig:
             self._validate_gqa()
         elif self.n_routed_experts:
             self._validate_moe(self.n_routed_experts)
+        if self.init == "copying":
+            self._validate_copying()
         if self.num_nextn_predict_layers < 0:
             raise UserError("model.num_nextn_predict_layers is negative: use 0 for no multi-token prediction")
         if self.num_nextn_predict_layers and not self.uses_mla:
             raise UserError("multi-token prediction needs a DeepSeek model: set model.num_nextn_predict_layers to 0 for llama")
         self._validate_scaling(self.rope_scaling or {})
+
+    def _validate_copying(self) -> None:
+        if not self.uses_mla or self.q_lora_rank is not None or self.tie_word_embeddings or not self.zero_init_output:
+            raise UserError(
+                "model.init copying is for MLA without q_lora_rank, an output head of its own (tie_word_embeddings false) and blocks that "
+                "start as the identity (zero_init_output true): change these, or set model.init anchored"
+            )
+        if min(self.num_hidden_layers, self.num_attention_heads) < 2 or self.hidden_size < 4:
+            raise UserError("model.init copying needs two layers, two heads and a width of 4: set model.init anchored")
 
     def _validate_types(self) -> None:
         """Files may hold anything: every setting must be of its kind before it is compared with numbers."""

@@ -127,6 +127,8 @@ class TeacherConfig:
     """Weight of the counted distribution in the target, at most; the token that did follow has the rest."""
     fade: float = 0.08
     """Times the tokens of the text: so many are read before the weight falls, then as 1 / tokens read."""
+    repetitions: bool = False
+    """Teach also what followed the last tokens when the row had them before. For models that can look there (`model.init` copying)."""
 
 
 @dataclass
@@ -285,6 +287,11 @@ class TrainConfig:
             raise UserError(f"teacher.order is {self.teacher.order}: it must be 0 for no teacher, or 1 to {LONGEST_NGRAM}")
         if not self.teacher.fade > 0:
             raise UserError(f"teacher.fade is {self.teacher.fade:g}: it must be more than 0")
+        if self.teacher.repetitions and (not self.teacher.order or self.model.repeat_window):
+            raise UserError(
+                "teacher.repetitions is for a teacher that counts (teacher.order) and a model that is not told of repetitions "
+                "(model.repeat_window 0): change these, or set teacher.repetitions false"
+            )
         if self.teacher.order and (self.model.count_order or self.model.logit_softcap):
             raise UserError("a teacher that counts is for models without counts and without logit_softcap: set teacher.order 0")
         self.validate_sampled_softmax()

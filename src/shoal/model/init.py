@@ -7,6 +7,7 @@ from torch import nn
 
 from .attention import GQA
 from .convolution import ShortConvolution
+from .copying import begin_copying
 from .counted import CountedNgrams
 from .embedding_skip import EmbeddingSkip
 from .layers import RMSNorm, TokenTable
@@ -24,8 +25,9 @@ def init_weights(model: Transformer, seed: int) -> None:
     """Fill every parameter from `seed`, as `config.init`, `initializer_range` and `zero_init_output` say.
 
     `fan_in` draws hidden matrices with std 1/sqrt(fan in) and embeddings with std 1; `normal` draws everything with std
-    `initializer_range`, as the official models do. `anchored` is `fan_in` with anchors (`anchor`). The head always has std
-    `initializer_range`, and is 0 where counted n-grams predict.
+    `initializer_range`, as the official models do. `anchored` is `fan_in` with anchors (`anchor`), and `copying` is `anchored` with a head
+    that finds repetitions (`copying.begin_copying`). The output head always has std `initializer_range`, and is 0 where counted n-grams
+    predict.
     """
     config = model.config
     generator = torch.Generator(device="cpu").manual_seed(seed)
@@ -65,8 +67,10 @@ def init_weights(model: Transformer, seed: int) -> None:
             matrix(name, module.weight)
             if getattr(module, "bias", None) is not None:
                 module.bias.zero_()
-    if config.init == "anchored":
+    if config.init in ("anchored", "copying"):
         anchor(model)
+    if config.init == "copying":
+        begin_copying(model, generator)
 
 
 ENERGY = 0.75

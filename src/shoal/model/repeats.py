@@ -42,20 +42,25 @@ class Repeats(nn.Module):
 
     @torch.no_grad()
     def find(self, ids: Tensor, before: Tensor | None, begins: Tensor | None = None) -> Tensor:
-        """For each of `ids [B, T]` the token that followed the repetition, and of what kind that was: 0 for none, then by length
-        (`REPEAT_LENGTHS`), and for every length whether what followed was the same the time before (`ONCE`, `OTHERWISE`, `AGAIN`).
-
-        `before [B, S - T]` stands in front of `ids`, `NOTHING` where there is no token. Returns `[B, T, 2]` int64. Only the same
-        text is searched: one ends with its end-of-text token, and without `before`, texts begin where `begins [B, T]` says so.
-        """
-        text = ids if before is None else torch.cat([before, ids], dim=1)
-        ends = ((text == self._end) | (text == NOTHING)).long()
-        number = ends.cumsum(1) - ends
-        if begins is not None:
-            number = number + begins.cumsum(1)
-        return kernels.find_repeats(text, number, ids.shape[1], self._window, REPEAT_LENGTHS)
+        """See `find_repetitions`."""
+        return find_repetitions(ids, before, self._end, self._window, begins)
 
     def bonus(self, trusted: Tensor, kinds: Tensor) -> Tensor:
         """What is added to the logit of the token that was found, `[...]` fp32, for hidden states times `trust` and `kinds` of `find`."""
         by_kind = nn.functional.pad(self.trust_in_kind.float().flatten(), (1, 0))
         return by_kind[kinds] + (kinds > 0) * trusted
+
+
+def find_repetitions(ids: Tensor, before: Tensor | None, end: int, window: int, begins: Tensor | None = None) -> Tensor:
+    """For each of `ids [B, T]` the token that followed the repetition, and of what kind that was: 0 for none, then by length
+    (`REPEAT_LENGTHS`), and for every length whether what followed was the same the time before (`ONCE`, `OTHERWISE`, `AGAIN`).
+
+    `before [B, S - T]` stands in front of `ids`, `NOTHING` where there is no token. Returns `[B, T, 2]` int64. Only the last `window`
+    tokens of the same text are searched: one ends with the token `end`, and without `before`, texts begin where `begins [B, T]` says so.
+    """
+    text = ids if before is None else torch.cat([before, ids], dim=1)
+    ends = ((text == end) | (text == NOTHING)).long()
+    number = ends.cumsum(1) - ends
+    if begins is not None:
+        number = number + begins.cumsum(1)
+    return kernels.find_repeats(text, number, ids.shape[1], window, REPEAT_LENGTHS)

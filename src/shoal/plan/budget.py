@@ -14,7 +14,7 @@ def training_flops_per_token(config: TrainConfig) -> Flops:
     sampled = config.sampled_softmax
     if not sampled.drawn:
         return flops
-    hinted = 1 if config.model.repeat_window else 0
+    hinted = 1 if config.model.repeat_window or config.teacher.repetitions else 0
     return replace(flops, head=flops.head / config.model.vocab_size * (1 + hinted + sampled.likeliest + sampled.drawn))
 
 

@@ -1,18 +1,19 @@
 """From a budget of FLOPs to the settings of a run.
 
-`recipes/rules/NAME.toml` holds `[settings]` of `shoal train` and a `[rule]` for width, layers, batch and rate (and `experts`, where
-there are some, and `count_order`, where a model counts n-grams): `at_1e12` times (FLOPs / 1e12) to the `power`. Width is
-rounded to heads (with experts to blocks, two of which have two heads, as values of two fill a block), layers, batch and order to whole
-numbers; an expert is about a third as wide as the model, and those of a token together are half as wide again as it; `rate` multiplies
-the learning rates that `[settings.optimizer]` names. The evidence behind the numbers is in docs/experiments.md; all rules were tuned by
-the same steps (`bench/efficiency/search.py`) and, beyond 1e12 FLOPs and with sampled softmax, by a few runs of each side up to 3e13.
+`recipes/rules/NAME.toml` holds `[settings]` of `shoal train` and a `[rule]` for width, layers, batch and rate (and `experts`, where there
+are some, and `count_order`, where a model counts n-grams): `at_1e12` times (FLOPs / 1e12) to the `power`. What `[several_layers]` says
+goes before `[settings]` where there are more layers than one. Width is rounded to heads (with experts to blocks, two of which have two
+heads, as values of two fill a block), layers, batch and order to whole numbers; an expert is about a third as wide as the model, and
+those of a token together, shared ones included and two routed ones at least, are about as wide as it; `rate` multiplies the learning
+rates that `[settings.optimizer]` names. The evidence behind the numbers is in docs/experiments.md; all rules were tuned by the same steps
+(`bench/efficiency/search.py`) and, beyond 1e12 FLOPs and with sampled softmax, by a few runs of each side up to 3e13.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any
 
@@ -57,6 +58,8 @@ class Rules:
     name: str
     settings: dict[str, Any]
     rules: dict[str, dict[str, float]]
+    several_layers: dict[str, Any] = field(default_factory=dict)
+    """What networks of more than one layer have in place of `settings`."""
 
     @classmethod
     def load(cls, name: str) -> Rules:
@@ -64,7 +67,7 @@ class Rules:
         if name not in NAMES:
             raise UserError(f"there are no rules {name!r}: use one of {', '.join(NAMES)}")
         common, own = _table("common"), _table(name)
-        return cls(name, merged(common, own["settings"]), own["rule"])
+        return cls(name, merged(common, own["settings"]), own["rule"], own.get("several_layers", {}))
 
     def point(self, flops: float) -> Point:
         """Where the rules put a budget."""
@@ -79,15 +82,15 @@ class Rules:
             raise UserError(f"a budget of {flops:g} FLOPs: it must be more than 0")
         point = point or self.point(flops)
         mixes = "experts" in self.rules
-        width = _multiple(point.width, BLOCK if mixes else HEAD)
+        width, layers = _multiple(point.width, BLOCK if mixes else HEAD), max(1, round(point.layers))
         table = merged(
-            self.settings,
+            merged(self.settings, self.several_layers if layers > 1 else {}),
             {
                 "batch_size": max(1, round(point.batch)),
                 "steps": 1,
                 "model": {
                     "hidden_size": width,
-                    "num_hidden_layers": max(1, round(point.layers)),
+                    "num_hidden_layers": layers,
                     "num_attention_heads": 2 * max(1, width // (2 * BLOCK)) if mixes else width // HEAD,
                     "intermediate_size": round(width / 3) * 8,
                 },
@@ -96,8 +99,12 @@ class Rules:
         if mixes:
             inner = _multiple(width / 3, BLOCK)
             number = _multiple(_at(self.rules["experts"], flops), EXPERTS)
-            experts = {"moe_intermediate_size": inner, "n_routed_experts": min(max(number, LEAST_EXPERTS), MOST_EXPERTS)}
-            table["model"].update(experts, num_experts_per_tok=round(1.5 * width / inner) - table["model"]["n_shared_experts"])
+            table["model"].update(
+                intermediate_size=inner,
+                moe_intermediate_size=inner,
+                n_routed_experts=min(max(number, LEAST_EXPERTS), MOST_EXPERTS),
+                num_experts_per_tok=max(2, round(width / inner) - table["model"]["n_shared_experts"]),
+            )
         if (order := self.rules.get("count_order")) is not None:
             table["model"]["count_order"] = min(max(1, round(_at(order, flops))), LONGEST_NGRAM)
         optimizer = table["optimizer"]

@@ -52,10 +52,13 @@ class Sampler:
         device, N = target_N1.device, len(target_N1)
         draws = torch.randint(len(self._table), (N, self._config.drawn), generator=self._random)
         drawn_NM = self._table[draws].to(device)
-        first = target_N1
+        first, trust = target_N1, None
         if self._hinted:
             assert keys is not None
             first = torch.cat([target_N1, keys[..., -2].reshape(-1, 1)], dim=1)
+        elif self._teacher is not None and self._teacher.repetitions is not None:
+            hints, trust = (found.flatten() for found in self._teacher.repetitions(ids))
+            first = torch.cat([target_N1, hints.unsqueeze(1)], dim=1)
         probabilities = lengths = None
         if self._counted is None:
             certain = first.shape[1]
@@ -80,5 +83,9 @@ class Sampler:
         else:
             assert probabilities is not None
             shares = self._teacher.share * probabilities * log_weights.exp()
+            if trust is not None:
+                shares *= (1 - trust).unsqueeze(1)
+                hinted = torch.where(first[:, 0] == first[:, 1], 0, 1)  # a hint that is the target counts in its place
+                shares.scatter_add_(1, hinted.unsqueeze(1), (self._teacher.share * trust).unsqueeze(1))
             shares[:, 0] += 1 - self._teacher.share
         return Candidates(tokens, log_weights, shares, probabilities, lengths)

@@ -22,6 +22,7 @@ from ..kernels import CountTables
 from ..model import Transformer
 from ..model.counted import CountedNgrams, Counts, count_ngrams
 from ..runtime import require_memory
+from .repetitions import Repetitions
 
 LONG, PIECE = 1 << 16, 1 << 12
 """Tokens of a document that is counted in pieces, and of a piece."""
@@ -128,11 +129,21 @@ class Teacher:
     What it knows comes from all of the text, which the model has yet to read: the more it has read, the less there is to be learnt.
     """
 
-    def __init__(self, config: TeacherConfig, counting: Counting) -> None:
-        self._config, self._counting = config, counting
+    def __init__(self, config: TeacherConfig, counting: Counting, repetitions: Repetitions | None = None) -> None:
+        """With `repetitions` it also knows what followed the last tokens in the same row."""
+        self._config, self._counting, self.repetitions = config, counting, repetitions
         self._fades_from = config.fade * sum(text.num_tokens for text in counting.texts)
         self.share = config.share
         """Weight of what it says in the next targets."""
+
+    @classmethod
+    def of(cls, config: TrainConfig, counting: Counting) -> Teacher:
+        """The one that `config.teacher` describes, with `counting` of its text."""
+        repetitions = None
+        if config.teacher.repetitions:
+            counting.study(0)
+            repetitions = Repetitions.fit(counting.module, counting.texts[0], config.sequence_length, config.model.eos_token_id)
+        return cls(config.teacher, counting, repetitions)
 
     def fade(self, tokens: int) -> None:
         """The model has read so many tokens."""
@@ -140,7 +151,11 @@ class Teacher:
 
     def __call__(self, ids: Tensor) -> tuple[Tensor, float]:
         """Probabilities `[B, T, V]` fp32 of what follows each of `ids [B, T]`, and their share in what is learnt."""
-        return self._counting.module.probabilities(self.keys(ids))[0], self.share
+        probabilities = self._counting.module.probabilities(self.keys(ids))[0]
+        if self.repetitions is not None:
+            hints, trust = (found.unsqueeze(-1) for found in self.repetitions(ids))
+            probabilities = (probabilities * (1 - trust)).scatter_add_(-1, hints, trust)
+        return probabilities, self.share
 
     def keys(self, ids: Tensor) -> Tensor:
         """Contexts `[B, T, K]` of what follows each of `ids [B, T]`."""

@@ -100,7 +100,7 @@ class TrainState:
             model.model.ngrams.sparse_gradient = team.is_alone
         offload = folder.path if config.offload else None
         optimizers = Optimizers(model, config.optimizer, shards, offload, one_by_one=config.update_early)
-        teacher = Teacher(config.teacher, counting) if config.teacher.order and counting is not None else None
+        teacher = Teacher.of(config, counting) if config.teacher.order and counting is not None else None
         sampler = None
         if config.sampled_softmax.drawn:
             counted = counting.module if counting is not None else model.model.counted

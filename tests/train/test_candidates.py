@@ -20,6 +20,7 @@ from shoal.plan.budget import step_flops
 from shoal.plan.cost import flops_per_token
 from shoal.train import train
 from shoal.train.candidates import Sampler
+from shoal.train.loss import compute_losses
 
 V = 24
 SHAPE: dict[str, Any] = {
@@ -149,6 +150,42 @@ def test_a_run_learns_about_as_much_and_resumes_to_the_same_bits(
     one, other = (load_model(complete_checkpoints(run.folder)[-1]).state_dict() for run in (whole, again))
     for name, tensor in one.items():
         assert other[name].equal(tensor), name
+
+
+def test_multi_token_prediction_learns_from_the_candidates_of_the_position_it_predicts() -> None:
+    """With all tokens as candidates: the loss of all logits, where there are candidates."""
+    model = Transformer(ModelConfig(**{**SHAPE, "model_type": "deepseek_v3"}, num_nextn_predict_layers=2))
+    init_weights(model, 0)
+    counting = model_that_counts()
+    rows = torch.from_numpy(TEXT.tokens[:240].astype(np.int64)).view(6, 40)
+    sampler = Sampler(SampledSoftmaxConfig(V - 1, 1), TEXT, V, 0, counting.model.counted, None, False)
+    sampler._teacher = OneTeacher(counting)  # type: ignore[assignment]
+    losses = compute_losses(model, rows, 0.3, 0.0, sampler=sampler)
+    length = rows.shape[1] - 3
+    output = model(rows[:, :length], mtp_ids=[rows[:, k : k + length] for k in (1, 2)])
+    assert counting.model.counted is not None
+    soft = counting.model.counted.probabilities(OneTeacher(counting).keys(rows[:, :length]))[0]
+    learnt, nats = [], []
+    for depth, hidden in enumerate(output.mtp_hidden, 1):
+        targets = rows[:, 1 + depth : 1 + length]
+        wanted = model.cross_entropy(hidden[:, : length - depth], targets, None, (soft[:, depth:], OneTeacher.share))
+        learnt.append(wanted.loss / wanted.counted)
+        nats.append(wanted.nats / wanted.counted)
+    torch.testing.assert_close(losses.mtp, torch.stack(nats).mean())
+    main = model.cross_entropy(output.hidden, rows[:, 1 : 1 + length], None, (soft, OneTeacher.share))
+    torch.testing.assert_close(losses.total, main.loss / main.counted + 0.3 * torch.stack(learnt).mean())
+
+
+@pytest.mark.parametrize("begins", [0.0, 0.6])
+def test_a_run_with_multi_token_prediction_spends_what_was_planned(begins: float, config: TrainConfig) -> None:
+    model = replace(config.model, num_nextn_predict_layers=1)
+    config = replace(sampled(config, "teacher"), model=model, mtp=replace(config.mtp, begins=begins), steps=20)
+    run = train(config)
+    assert run.summary["train_flops"] == pytest.approx(20 * step_flops(config), rel=1e-9)
+    wide = replace(config, model=replace(model, vocab_size=512))
+    head = flops_per_token(wide.model, wide.sequence_length, training=True).head
+    saved = step_flops(replace(wide, sampled_softmax=SampledSoftmaxConfig())) - step_flops(wide)
+    assert saved == pytest.approx(config.tokens_per_step * head * (1 - (1 + 8 + 16) / 512) * (2 - begins)), "of both heads"
 
 
 def test_the_head_costs_what_its_candidates_cost(config: TrainConfig) -> None:

@@ -240,6 +240,8 @@ class TrainConfig:
             return
         if 2 + sampled.likeliest > self.model.vocab_size:
             raise UserError(f"sampled_softmax.likeliest is {sampled.likeliest}: there are only {self.model.vocab_size} tokens")
+        if self.sequence_length <= self.model.num_nextn_predict_layers:
+            raise UserError("sampled_softmax needs rows longer than model.num_nextn_predict_layers: raise sequence_length")
         if sampled.likeliest and not (self.teacher.order or self.model.count_order):
             raise UserError("only counts know which tokens are likely: set teacher.order, or sampled_softmax.likeliest 0")
         if self.model.logit_softcap:

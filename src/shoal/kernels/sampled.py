@@ -27,6 +27,10 @@ class Candidates(NamedTuple):
     lengths: Tensor | None = None
     """`[N]` int64: the longest context that was counted."""
 
+    def from_position(self, first: int, length: int) -> Candidates:
+        """Those of the positions from `first` on in every row of `length`."""
+        return Candidates(*(None if part is None else part.unflatten(0, (-1, length))[:, first:].flatten(0, 1) for part in self))
+
 
 def sampled_cross_entropy(
     hidden: Tensor,

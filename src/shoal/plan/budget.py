@@ -15,12 +15,15 @@ def training_flops_per_token(config: TrainConfig) -> Flops:
     if not sampled.drawn:
         return flops
     hinted = 1 if config.model.repeat_window or config.teacher.repetitions else 0
-    return replace(flops, head=flops.head / config.model.vocab_size * (1 + hinted + sampled.likeliest + sampled.drawn))
+    head = flops.head / config.model.vocab_size * (1 + hinted + sampled.likeliest + sampled.drawn)
+    return replace(flops, head=head, mtp=flops.mtp - config.model.num_nextn_predict_layers * (flops.head - head))
 
 
 def step_flops(config: TrainConfig) -> float:
-    """FLOPs of one optimizer step: 3 times the forward pass of all its tokens, with multi-token prediction, and Newton-Schulz."""
-    passes = training_flops_per_token(config).total * config.tokens_per_step
+    """FLOPs of one optimizer step: 3 times the forward pass of all its tokens, and Newton-Schulz; multi-token prediction counts for the
+    share of the steps that learn it."""
+    flops = training_flops_per_token(config)
+    passes = (flops.main + (1 - config.mtp.begins) * flops.mtp) * config.tokens_per_step
     return passes + optimizer_flops(config.model, config.optimizer)
 
 

@@ -23,7 +23,8 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/shoal train demo --out runs/demo --overwrite
+	$(BIN)/shoal train exportable --minutes 5 --model.num-nextn-predict-layers 1 --mtp.begins 0.4 --out runs/demo --overwrite \
+		--prompts 'def read_json(path):' 'class Stack:' 'for i in range('
 
 reasoning: $(STAMP)
 	$(BIN)/shoal recipe reasoning --out runs/reasoning --overwrite

@@ -104,6 +104,19 @@ def test_server_starts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(main(command) == 2 for command in servers)
 
 
+def test_make_demo_trains(folder: Path, workshop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command of the Makefile, on other text and for a second."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    (line,) = re.findall(r"^demo:.*\n\t\$\(BIN\)/(.*)$", makefile, re.MULTILINE)
+    command = shlex.split(line)
+    command[command.index("--minutes") + 1] = "0.02"
+    more = ["--data", str(workshop / "text.txt"), "--corpus.cache", str(workshop / "cache"), "--model.vocab-size", "512"]
+    assert main([*command[1:], *more]) == 0, capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "MTP 1" in printed.err + printed.out
+    assert locate_model(folder / "runs" / "demo").exists()
+
+
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert {command[1] for command in COMMANDS if command[0] == "make"} <= targets

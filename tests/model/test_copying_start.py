@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shoal.config import ModelConfig, UserError
 from shoal.kernels import reference
@@ -115,11 +117,21 @@ def test_it_begins_the_same_for_the_same_seed_and_anchored_otherwise() -> None:
         {"zero_init_output": False},
         {"num_hidden_layers": 1},
         {"num_attention_heads": 1},
+        {"kv_lora_rank": 1},
+        {"hidden_size": 7},
     ],
 )
 def test_where_it_cannot_be_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"model\.init anchored"):
         make(**changes)
+
+
+@given(width=st.integers(8, 80), latent=st.integers(2, 40), nope=st.integers(1, 20), value=st.integers(1, 20), heads=st.integers(2, 4))
+@settings(max_examples=25, deadline=None)
+def test_any_other_shape_begins_with_finite_weights(width: int, latent: int, nope: int, value: int, heads: int) -> None:
+    shape = {"hidden_size": width, "kv_lora_rank": latent, "qk_nope_head_dim": nope, "v_head_dim": value, "num_attention_heads": heads}
+    model = make(**shape)
+    assert model.logits(model(said_twice()).hidden).isfinite().all()
 
 
 def test_the_reference_knows_the_same_repetitions() -> None:

@@ -272,8 +272,8 @@ class ModelConfig:
                 "model.init copying is for MLA without q_lora_rank, an output head of its own (tie_word_embeddings false) and blocks that "
                 "start as the identity (zero_init_output true): change these, or set model.init anchored"
             )
-        if min(self.num_hidden_layers, self.num_attention_heads) < 2 or self.hidden_size < 4:
-            raise UserError("model.init copying needs two layers, two heads and a width of 4: set model.init anchored")
+        if min(self.num_hidden_layers, self.num_attention_heads, self.kv_lora_rank) < 2 or self.hidden_size < 8:
+            raise UserError("model.init copying needs two layers, two heads, a latent of 2 and a width of 8: set model.init anchored")
 
     def _validate_types(self) -> None:
         """Files may hold anything: every setting must be of its kind before it is compared with numbers."""

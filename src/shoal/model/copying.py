@@ -28,7 +28,7 @@ MATCH = 12.0
 SECOND = 0.7
 """Weight of the token before in key and query, that of the token itself being 1."""
 WRITTEN, NAMED = 3.0, 0.3
-"""Size of what is written for the output head, and of the head's weights for it: together they raise the logit by a few nats."""
+"""Size of what is written for the output head, and of the head's weights for it: together they raise its logit by about a nat."""
 
 
 def begin_copying(model: Transformer, generator: torch.Generator) -> None:

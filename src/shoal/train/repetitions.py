@@ -14,6 +14,8 @@ from ..model.repeats import find_repetitions
 KINDS = 1 + len(REPEAT_LENGTHS) * REPEAT_STATES
 FITTED = 1 << 16
 """Tokens of text that trust is fitted to."""
+ROWS = 16
+"""Looked up at a time: without kernels that takes memory for the whole vocabulary of every token."""
 ROUNDS = 20
 
 
@@ -27,18 +29,27 @@ class Repetitions:
     def fit(cls, counted: CountedNgrams, text: TokenShards, length: int, end: int) -> Repetitions:
         """With the trust that makes rows of `length` tokens of `text` likeliest; `counted` knows other text. Texts end with `end`."""
         length = min(length, text.num_tokens - 1)
-        rows = torch.from_numpy(text.tokens[: max(1, min(text.num_tokens - 1, FITTED) // length) * length + 1].astype("int64"))
-        ids, targets = rows[:-1].view(-1, length), rows[1:]
-        hints, kinds = find_repetitions(ids, None, end, length).flatten(0, 1).unbind(1)
-        keys = counted.keys(ids, torch.arange(length)[None], None).flatten(0, 1)
-        nothing = torch.empty(len(targets), 0, dtype=torch.int64)
-        _, probabilities, _ = kernels.counted_candidates(counted.filled, keys, targets.unsqueeze(1), 0, nothing)
-        return cls(fit_trust(kinds, hints == targets, probabilities[:, 0]), end)
+        number = max(1, min(text.num_tokens - 1, FITTED) // length)
+        tokens = torch.from_numpy(text.tokens[: number * length + 1].astype("int64")).to(counted.entries.device)
+        found = [
+            _hints(counted, ids, targets, end)
+            for ids, targets in zip(tokens[:-1].view(number, length).split(ROWS), tokens[1:].view(number, length).split(ROWS), strict=True)
+        ]
+        return cls(fit_trust(*map(torch.cat, zip(*found, strict=True))), end)
 
     def __call__(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """For each of `ids [B, T]`: the token that followed the longest repetition, and how far to trust it (0 where there is none)."""
         hints, kinds = find_repetitions(ids, None, self._end, ids.shape[1]).unbind(-1)
         return hints, self.trust.to(ids.device)[kinds]
+
+
+def _hints(counted: CountedNgrams, ids: Tensor, targets: Tensor, end: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For every position of `ids [B, T]`, `[B * T]`: the kind of its hint, whether it is the target, and the target by what is counted."""
+    hints, kinds = find_repetitions(ids, None, end, ids.shape[1]).flatten(0, 1).unbind(1)
+    keys = counted.keys(ids, torch.arange(ids.shape[1], device=ids.device)[None], None).flatten(0, 1)
+    wanted = targets.reshape(-1, 1)
+    _, probabilities, _ = kernels.counted_candidates(counted.filled, keys, wanted, 0, wanted[:, :0])
+    return kinds.cpu(), (hints == wanted[:, 0]).cpu(), probabilities[:, 0].cpu()
 
 
 def fit_trust(kinds: Tensor, right: Tensor, otherwise: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class Counting:
             self.module.fill(_count(shape, half))
             self._filled.append(self.module.filled)
         self.seconds = time.perf_counter() - began
-        """Taken by counting."""
+        """Taken by counting, and by what was found out with the counts."""
 
     def serve(self, module: CountedNgrams) -> None:
         """From now on `module` has the counts."""
@@ -141,8 +141,10 @@ class Teacher:
         """The one that `config.teacher` describes, with `counting` of its text."""
         repetitions = None
         if config.teacher.repetitions:
+            began = time.perf_counter()
             counting.study(0)
             repetitions = Repetitions.fit(counting.module, counting.texts[0], config.sequence_length, config.model.eos_token_id)
+            counting.seconds += time.perf_counter() - began
         return cls(config.teacher, counting, repetitions)
 
     def fade(self, tokens: int) -> None:

@@ -29,7 +29,12 @@ class Candidates(NamedTuple):
 
     def from_position(self, first: int, length: int) -> Candidates:
         """Those of the positions from `first` on in every row of `length`."""
-        return Candidates(*(None if part is None else part.unflatten(0, (-1, length))[:, first:].flatten(0, 1) for part in self))
+
+        def later(part: Tensor) -> Tensor:
+            return part.unflatten(0, (-1, length))[:, first:].flatten(0, 1)
+
+        beside = (None if part is None else later(part) for part in (self.probabilities, self.lengths))
+        return Candidates(later(self.tokens), later(self.log_weights), later(self.shares), *beside)
 
 
 def sampled_cross_entropy(

@@ -9,7 +9,8 @@ import pytest
 
 from shoal.config import TrainConfig
 from shoal.config.recipes import load_recipe
-from shoal.train import trainer
+from shoal.formats import complete_checkpoints, load_model
+from shoal.train import Trained, train, trainer
 
 
 @pytest.fixture
@@ -44,3 +45,21 @@ def stopped_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractCo
             yield
 
     return stop
+
+
+@pytest.fixture
+def resumed(stopped_after: Callable[[int], AbstractContextManager[None]]) -> Callable[[TrainConfig], tuple[Trained, Trained]]:
+    """`resumed(config)`: a run that was never stopped, and one that was after five steps and went on; their weights are the same bits."""
+
+    def both(config: TrainConfig) -> tuple[Trained, Trained]:
+        whole = train(replace(config, out=f"{config.out}-whole"))
+        with stopped_after(5):
+            assert not train(config).finished
+        again = train(replace(config, resume=True))
+        assert again.finished
+        one, other = (load_model(complete_checkpoints(run.folder)[-1]).state_dict() for run in (whole, again))
+        for name, tensor in one.items():
+            assert other[name].equal(tensor), name
+        return whole, again
+
+    return both

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +14,10 @@ from hypothesis import strategies as st
 
 from shoal.config import SampledSoftmaxConfig, TrainConfig, UserError
 from shoal.data import TokenShards
-from shoal.formats import complete_checkpoints, load_model
 from shoal.kernels import Candidates
 from shoal.model import Transformer, init_weights
 from shoal.plan.budget import step_flops
-from shoal.train import train
+from shoal.train import Trained
 from shoal.train.candidates import Sampler
 from shoal.train.counting import Counting, Teacher
 from shoal.train.repetitions import KINDS, Repetitions, fit_trust
@@ -139,17 +137,11 @@ def test_with_all_tokens_as_candidates_it_is_the_loss_of_all_logits(taught: Trai
 
 @pytest.mark.parametrize("drawn", [0, 16])
 def test_resumed_it_is_the_run_that_was_never_stopped(
-    drawn: int, config: TrainConfig, stopped_after: Callable[[int], AbstractContextManager[None]]
+    drawn: int, config: TrainConfig, resumed: Callable[[TrainConfig], tuple[Trained, Trained]]
 ) -> None:
     candidates = SampledSoftmaxConfig(8 if drawn else 0, drawn)
     config = replace(config, teacher=replace(config.teacher, order=3, repetitions=True), sampled_softmax=candidates)
-    whole = train(replace(config, out=f"{config.out}-whole"))
-    with stopped_after(5):
-        assert not train(config).finished
-    again = train(replace(config, resume=True))
-    one, other = (load_model(complete_checkpoints(run.folder)[-1]).state_dict() for run in (whole, again))
-    for name, tensor in one.items():
-        assert other[name].equal(tensor), name
+    resumed(config)
 
 
 def test_a_hint_is_one_candidate_more(config: TrainConfig) -> None:

@@ -64,10 +64,12 @@ def test_the_training_curve_is_that_of_transformers(changes: dict[str, Any], wor
     save_model(start, tmp_path / "start")
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "start", dtype=torch.float32)
     assert type(peer).__name__ == "LlamaForCausalLM"
-    ends = {id(peer.model.embed_tokens.weight), id(peer.lm_head.weight)}
-    decayed = [p for p in peer.parameters() if p.ndim == 2 and id(p) not in ends]
-    others = [p for p in peer.parameters() if p.ndim < 2 or id(p) in ends]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    embedding = peer.model.embed_tokens.weight
+    groups = [
+        {"params": [embedding], "weight_decay": 0.01},
+        {"params": [p for p in peer.parameters() if p.ndim == 2 and p is not embedding], "weight_decay": 0.1},
+        {"params": [p for p in peer.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), eps=1e-8)
     theirs = []
     for step in range(STEPS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from shoal.config import ModelConfig, OptimizerConfig
 from shoal.model import Transformer, init_weights
 from shoal.parallel import Shards
 from shoal.train.muon import Muon
-from shoal.train.optimizer import Optimizers, clip_gradients
+from shoal.train.optimizer import Optimizers, clip_gradients, decay_of
 
 LR, MOMENTUM, STEPS, DECAY = 0.03, 0.9, 5, 0.1
 SHAPES = [(6, 4), (4, 6), (6, 4), (3, 5, 4), (2, 4, 5), (1, 7)]
@@ -223,6 +224,26 @@ def test_optimizers_go_on_from_their_state_to_the_bit(name: Any) -> None:
         step(model, optimizers, seed)
         step(twin, restored, seed)
     assert all(torch.equal(p, other) for p, other in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_decays_grow_with_every_reading_after_the_first() -> None:
+    config = OptimizerConfig(weight_decay=0.3, embed_decay=0.2, head_decay=0.1)
+    assert [decay_of(config, readings) for readings in (0.0, 0.7, 1.0, 2.5, 1e6)] == [1.0, 1.0, 1.0, 2.5, 30.0]
+    assert decay_of(replace(config, decay_by_readings=False), 2.5) == 1.0
+    model = make("v3")
+    optimizers = Optimizers(model, config)
+    for times in (2.0, 4.0, 1.0):
+        optimizers.set_rates(0.5, times)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizers.step()
+        for name, p in model.named_parameters():
+            kind = "embed" if "embed_tokens" in name else "head" if name == "lm_head.weight" else "small" if p.ndim == 1 or ".gate." in name else "hidden"
+            lr, decay = {
+                "embed": (config.embed_lr, 0.2), "head": (config.head_lr, 0.1), "small": (config.adam_lr, 0.0), "hidden": (config.muon_lr, 0.3),
+            }[kind]  # fmt: skip
+            torch.testing.assert_close(p.detach(), before[name] * (1 - 0.5 * lr * decay * times), msg=name)
 
 
 def test_share_scales_the_peak_rates_and_zero_changes_nothing() -> None:

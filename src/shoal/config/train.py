@@ -16,8 +16,9 @@ Recomputed = Literal["swiglu", "feed_forward", "attention"]
 
 NOT_NEGATIVE = (
     "eval_every_minutes", "threads", "optimizer.muon_lr", "optimizer.adam_lr", "optimizer.embed_lr", "optimizer.head_lr",
-    "optimizer.adam_eps", "optimizer.weight_decay", "optimizer.clip", "balance.bias_update_speed", "balance.sequence_loss",
-    "mtp.weight", "mtp.final_weight", "checkpoint.every_steps", "checkpoint.every_minutes",
+    "optimizer.adam_eps", "optimizer.weight_decay", "optimizer.embed_decay", "optimizer.head_decay", "optimizer.clip",
+    "balance.bias_update_speed", "balance.sequence_loss", "mtp.weight", "mtp.final_weight", "checkpoint.every_steps",
+    "checkpoint.every_minutes",
 )  # fmt: skip
 SHARES = ("schedule.warmup", "schedule.decay", "schedule.final", "schedule.extension", "mtp.begins", "teacher.share")
 
@@ -63,7 +64,13 @@ class OptimizerConfig:
     adam_betas: tuple[float, float] = (0.9, 0.95)
     adam_eps: float = 1e-10
     weight_decay: float = 0.1
-    """Decoupled, on matrices only (embedding and norms have none)."""
+    """Decoupled: every step takes rate times decay off hidden matrices. Norms have none."""
+    embed_decay: float = 0.01
+    """The same for the embedding, and for other tables with a row for every token."""
+    head_decay: float = 0.1
+    """The same for the output head."""
+    decay_by_readings: bool = True
+    """Multiply all decays by how often the text has been read, once that is more than once: what is learnt by heart is to fade."""
     moments: Literal["fp32", "bf16"] = "fp32"
     """How both optimizers' moments are kept between steps; updates are computed in fp32."""
     clip: float = 1.0

@@ -44,8 +44,8 @@ class Optimizers:
         muon = [piece.local for piece in pieces[0] if piece.local.numel() or piece.is_split_matrix]
         hidden, embed, head, small, tables = ([piece.local for piece in part if piece.local.numel()] for part in pieces)
         groups = [
-            {"params": embed, "lr": config.embed_lr, "weight_decay": 0.0},
-            {"params": head, "lr": config.head_lr, "weight_decay": 0.0},
+            {"params": embed, "lr": config.embed_lr, "weight_decay": config.embed_decay},
+            {"params": head, "lr": config.head_lr, "weight_decay": config.head_decay},
             {"params": small, "lr": config.adam_lr, "weight_decay": 0.0},
         ]
         experts = [p for p in hidden if p.ndim == 3] if offload else []
@@ -68,12 +68,13 @@ class Optimizers:
         for optimizer in self.all:
             for group in optimizer.param_groups:
                 group["peak_lr"] = group["lr"]
+        self._decays = [[group.get("weight_decay", 0.0) for group in optimizer.param_groups] for optimizer in self.all]
 
-    def set_rates(self, share: float) -> None:
-        """`share` of every peak learning rate, from now on."""
-        for optimizer in self.all:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * share
+    def set_rates(self, share: float, decay: float = 1.0) -> None:
+        """`share` of every peak learning rate and `decay` times every weight decay, from now on."""
+        for optimizer, decays in zip(self.all, self._decays, strict=True):
+            for group, own in zip(optimizer.param_groups, decays, strict=True):
+                group["lr"], group["weight_decay"] = group["peak_lr"] * share, own * decay
 
     def step(self) -> None:
         """One update at the present rates."""
@@ -109,6 +110,17 @@ def _partition(model: Transformer) -> tuple[list[nn.Parameter], ...]:
     hidden = [p for p in rest if id(p) not in routers and p.ndim >= 2]
     small = [p for p in rest if id(p) in routers or p.ndim < 2]
     return hidden, embed, head, small, tables
+
+
+MOST_READINGS = 30.0
+
+
+def decay_of(config: OptimizerConfig, readings: float) -> float:
+    """What weight decays are multiplied with when the text has been read `readings` times.
+
+    A text that is read often calls for up to 30 times the usual decay (Kim et al., 2509.14786).
+    """
+    return min(max(1.0, readings), MOST_READINGS) if config.decay_by_readings else 1.0
 
 
 def clip_gradients(shards: Shards, limit: float) -> Tensor:

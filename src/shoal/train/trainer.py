@@ -29,7 +29,7 @@ from .display import Display
 from .early import EarlyUpdates
 from .likelihood import BATCH_TOKENS, Document, Likelihood, held_out, likelihood
 from .metrics import MetricsLog
-from .optimizer import clip_gradients
+from .optimizer import clip_gradients, decay_of
 from .passes import Passes, make_passes
 from .run_folder import RunFolder, find_run, holds_run, new_run, refuse_changes, refuse_taken, run_facts
 from .schedule import extends_context, learning_rate_share, mtp_weight
@@ -155,7 +155,7 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
                 state.teacher.fade(at.tokens)
             if state.sampler is not None:
                 state.sampler.begin(at.step)
-            state.optimizers.set_rates(lr_share)
+            state.optimizers.set_rates(lr_share, decay_of(config.optimizer, at.tokens / state.data.train.num_tokens))
             figures, routing = passes(state.batches.next(), weight)
             figures = team.sum(figures) / team.layout.data
             routing.share(team)

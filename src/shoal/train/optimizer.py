@@ -21,6 +21,9 @@ from .one_by_one import OneByOne
 from .table_adam import TableAdam
 from .uncompiled import AdamW
 
+MOST_READINGS = 30.0
+"""So many times the usual decay is the most that a text calls for that is read again and again (Kim et al., 2509.14786)."""
+
 
 class Optimizers:
     """Muon for hidden matrices, AdamW for embedding, head, router and norms, `TableAdam` for n-grams, driven as one."""
@@ -68,6 +71,7 @@ class Optimizers:
         for optimizer in self.all:
             for group in optimizer.param_groups:
                 group["peak_lr"] = group["lr"]
+        # Beside the groups, which a checkpoint replaces by its own: older ones do not say what decays began with.
         self._decays = [[group.get("weight_decay", 0.0) for group in optimizer.param_groups] for optimizer in self.all]
 
     def set_rates(self, share: float, decay: float = 1.0) -> None:
@@ -112,14 +116,8 @@ def _partition(model: Transformer) -> tuple[list[nn.Parameter], ...]:
     return hidden, embed, head, small, tables
 
 
-MOST_READINGS = 30.0
-
-
 def decay_of(config: OptimizerConfig, readings: float) -> float:
-    """What weight decays are multiplied with when the text has been read `readings` times.
-
-    A text that is read often calls for up to 30 times the usual decay (Kim et al., 2509.14786).
-    """
+    """What weight decays are multiplied with when the text has been read `readings` times."""
     return min(max(1.0, readings), MOST_READINGS) if config.decay_by_readings else 1.0
 
 

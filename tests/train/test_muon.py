@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from shoal.config import ModelConfig, OptimizerConfig
+from shoal.config import ModelConfig, OptimizerConfig, TrainConfig
+from shoal.data import open_corpus, prepare
 from shoal.model import Transformer, init_weights
 from shoal.parallel import Shards
+from shoal.train import train
 from shoal.train.muon import Muon
 from shoal.train.optimizer import Optimizers, clip_gradients, decay_of
 
@@ -274,3 +276,19 @@ def test_clipping_equals_that_of_torch(scale: float, limit: float) -> None:
     torch.testing.assert_close(norm, expected)
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_a_run_decays_by_how_often_it_has_read_its_text(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    set_rates = Optimizers.set_rates
+
+    def watch(optimizers: Optimizers, share: float, decay: float) -> None:
+        asked.append(decay)
+        set_rates(optimizers, share, decay)
+
+    monkeypatch.setattr(Optimizers, "set_rates", watch)
+    text = prepare(open_corpus(config.data, config.corpus), None, config.model.vocab_size, config.corpus, progress=False).train
+    config = replace(config, steps=3 * text.num_tokens // config.tokens_per_step)
+    train(config)
+    assert asked == [max(1.0, step * config.tokens_per_step / text.num_tokens) for step in range(len(asked))]
+    assert asked[-1] > 2

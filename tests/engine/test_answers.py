@@ -174,6 +174,23 @@ def test_the_experts_of_every_token_are_those_that_the_router_chose(v3: Transfor
     assert load.sum() >= wanted.size
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("speculate", ["off", "on"])
+def test_a_prompt_is_reported_as_it_is_whatever_is_guessed(v3: Transformer, make_runner: Any, speculate: Any) -> None:
+    """Its last piece is one token long, and guesses are checked in the same step."""
+    engine = Engine(make_runner(v3), None, EngineOptions(step_tokens=len(PROMPT) - 1, max_running=2, speculate=speculate))
+    sampling = SamplingOptions(max_tokens=4, temperature=0, ignore_eos=True, prompt_logprobs=1)
+    report = engine.run([Request(PROMPT, sampling, experts=True, embed=True)])[0].prompt
+    output = v3(torch.tensor([PROMPT]))
+    wanted = torch.stack([stats.indices[0] for stats in output.routing]).sort(-1).values.numpy()
+    assert report.experts is not None
+    np.testing.assert_array_equal(np.sort(report.experts), wanted)
+    assert report.embedding is not None
+    np.testing.assert_allclose(report.embedding, output.hidden[0].mean(0).numpy(), atol=1e-4)
+    assert report.logprobs is not None
+    assert [token.id for token in report.logprobs] == PROMPT
+
+
 BAD: list[tuple[list[int], dict[str, Any], str]] = [
     ([], {}, "empty"),
     ([1, 97], {}, "not in the vocabulary"),

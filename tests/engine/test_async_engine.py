@@ -181,6 +181,25 @@ def test_a_breakdown_reaches_everybody() -> None:
     run(test)
 
 
+def test_who_reads_late_learns_of_a_breakdown_too() -> None:
+    async def test() -> None:
+        async with serving() as server:
+            ticket = await server.submit(Request([1], greedy(390)))
+            await asyncio.sleep(0.02)
+            engine_of(server).runner.broken = True  # type: ignore[attr-defined]
+            while server.is_accepting:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.01)
+            assert (await ticket.take()).tokens
+            with pytest.raises(EngineFailed):
+                await ticket.take()
+            engine_of(server).runner.broken = False  # type: ignore[attr-defined]
+            for number in list(engine_of(server)._answers):
+                engine_of(server).abort(number)
+
+    run(test)
+
+
 def test_an_event_loop_that_has_gone_leaves_nothing_behind() -> None:
     engine = AsyncEngine(Engine(Slow(), None, EngineOptions()))  # type: ignore[arg-type]
 

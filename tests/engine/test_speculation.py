@@ -104,6 +104,31 @@ def test_deeper_guesses_save_more_steps() -> None:
     assert steps[1] < 0.75 * steps[0]
 
 
+class BreaksOff:
+    """A mask that fails after some tokens, as a grammar does that has become too large."""
+
+    def __init__(self, after: int) -> None:
+        self._left = after
+
+    def allowed(self) -> None:
+        if not self._left:
+            raise RuntimeError("the grammar failed")
+
+    def accept(self, token: int) -> None:
+        self._left -= 1
+
+
+@pytest.mark.parametrize("after", range(1, 6))
+def test_a_mask_that_fails_ends_its_own_answer_alone(after: int) -> None:
+    engine = Engine(FakeRunner(wrong_every=3), None, EngineOptions(speculate="on", draft_tokens=3))  # type: ignore[arg-type]
+    sampling = SamplingOptions(max_tokens=30, temperature=0, ignore_eos=True)
+    broken, other = engine.run([Request([5, 6], sampling, mask=BreaksOff(after)), Request([7, 8], sampling)])
+    assert broken.finish_reason == "error"
+    assert "the grammar failed" in (broken.error or "")
+    assert broken.ids == continuation([5, 6], after, 97)
+    assert other.ids == continuation([7, 8], 30, 97)
+
+
 @pytest.mark.parametrize(("cost", "pays"), [(0.0, True), (1.0, False)])
 def test_guessing_goes_on_only_where_it_saves_time(cost: float, pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = FakeRunner(context=2000, wrong_every=5)

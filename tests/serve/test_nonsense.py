@@ -72,6 +72,22 @@ def test_bodies_that_break_parsers(served: Served, path: str, body: bytes) -> No
 
 
 @pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("messages", {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x", "content": 5}]}]}),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": "x"}], "tools": [{"name": "f", "input_schema": {}}], "tool_choice": {"type": ["a"]}},
+        ),
+        ("completions", {"prompt": "x", "guided_regex": "\ud800"}),
+        ("completions", {"prompt": "x", "guided_choice": ["\ud800"]}),
+    ],
+)
+def test_values_of_odd_types_within_known_fields(served: Served, path: str, body: dict[str, Any]) -> None:
+    refused(served, f"/v1/{path}", json.dumps(body | {"max_tokens": 4}).encode())
+
+
+@pytest.mark.parametrize(
     ("path", "field", "part"),
     [
         ("chat/completions", "messages", {"type": "image_url", "image_url": {"url": PICTURE}}),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import openai
 import pytest
 from served import Served
+from test_conduct import ask
 
 from shoal.config import SamplingOptions
 from shoal.data import Tokenizer
@@ -82,6 +85,43 @@ def test_echo_and_logprobs_score_a_text(base: Served, client: openai.OpenAI, tok
     only_read = client.completions.create(model="tiny", prompt=ids, max_tokens=0, echo=True, logprobs=1)
     assert only_read.choices[0].logprobs is not None
     assert only_read.choices[0].logprobs.token_logprobs == pytest.approx([None, *scores], abs=1e-4)
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_offsets_say_where_tokens_begin_in_the_text(client: openai.OpenAI, echo: bool) -> None:
+    asked: dict[str, Any] = {
+        "model": "tiny",
+        "prompt": "été 漢 red",
+        "max_tokens": 40,
+        "temperature": 1.5,
+        "seed": 3,
+        "logprobs": 0,
+        "echo": echo,
+    }
+    choice = client.completions.create(**asked).choices[0]
+    assert choice.logprobs is not None
+    tokens, offsets = choice.logprobs.tokens, choice.logprobs.text_offset
+    assert tokens is not None
+    assert offsets is not None
+    assert offsets[0] == 0
+    assert offsets == sorted(offsets)
+    whole = [(token, at) for token, at in zip(tokens, offsets, strict=True) if not token.startswith(("bytes:", "<｜"))]
+    assert whole
+    for token, at in whole:
+        # Bytes that turn out to be no character are shown as one by the token behind them.
+        assert choice.text[at:].removeprefix("\ufffd").startswith(token)
+    streamed = [chunk.choices[0].logprobs for chunk in client.completions.create(**asked, stream=True)]
+    assert [at for part in streamed if part is not None for at in part.text_offset or ()] == offsets
+
+
+def test_null_is_a_field_left_away(base: Served) -> None:
+    plain: dict[str, Any] = {"prompt": "the red", "max_tokens": 5, "temperature": 0}
+    nulls = dict.fromkeys(("stream", "echo", "n", "stop", "ignore_eos", "logprobs", "suffix", "experts", "model"))
+    wanted, found = (
+        ask(f"{base.url}/v1/completions", body) for body in (plain, plain | nulls | {"stream_options": {"include_usage": None}})
+    )
+    assert found[0] == wanted[0] == 200
+    assert found[1]["choices"] == wanted[1]["choices"]
 
 
 def test_prompt_logprobs(client: openai.OpenAI, tokenizer: Tokenizer) -> None:

@@ -70,3 +70,10 @@ def test_the_first_part_of_a_call_names_it() -> None:
     reader = AnswerReader(calls=True)
     piece = reader.push('<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a"')
     assert piece == Piece(calls=(CallPart(0, piece.calls[0].id, "f", '{"a"'),))
+
+
+@pytest.mark.parametrize("cuts", [[], [70], [60, 75, 80]])
+def test_a_tool_may_be_called_function(cuts: list[int]) -> None:
+    text = '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜> {"a": 1}<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
+    calls = [(call.name, call.arguments) for call in read(text, cuts, calls=True).calls]
+    assert [(name, json.loads(arguments)) for name, arguments in calls] == [("function", {"a": 1})]

@@ -48,9 +48,9 @@ class BenchAblationCommand:
     """What one ingredient is worth: small models of one shape whose arms differ in one thing, up to 6e13 FLOPs.
 
     experts: a mixture against a dense layer of as many active parameters. attention: MLA against multi-head attention; anchored: the same
-    two, as models of the rules begin. granularity: few wide experts against many narrow ones. balance: the routing bias against a balance
-    loss, and against neither. Every run has a complete schedule of its own; the ratio of FLOPs and of seconds is taken at equal bits
-    per byte, as in `shoal bench efficiency`.
+    two, as models of the rules begin, and MLA that begins copying. granularity: few wide experts against many narrow ones. balance: the
+    routing bias against a balance loss, and against neither. Every run has a complete schedule of its own; the ratio of FLOPs and of
+    seconds is taken at equal bits per byte, as in `shoal bench efficiency`.
     """
 
     study: StudyName = "experts"

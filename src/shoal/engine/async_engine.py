@@ -60,7 +60,8 @@ class Ticket:
     async def take(self) -> Increment:
         """All that has arrived. Raises `EngineFailed` or `EngineClosed` where nothing more will come."""
         await self._arrived.wait()
-        self._arrived.clear()
+        if self._failure is None:  # else the next call is to find it
+            self._arrived.clear()
         increments, self._increments = self._increments, []
         if not increments:
             assert self._failure is not None

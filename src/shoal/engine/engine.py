@@ -250,7 +250,8 @@ class Engine:
 
     def _read_prompts(self, work: list[Work], starts: list[int], forward: Forward) -> None:
         """Collect what requests want to know about their prompts."""
-        for (sequence, length, _), start in zip(work, starts, strict=False):
+        for (sequence, length, drafts), start in zip(work, starts, strict=False):
+            length -= drafts  # guesses of what follows the prompt are none of it
             builder = self._answers[sequence.number].prompt
             if builder is None:
                 continue

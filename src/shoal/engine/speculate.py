@@ -19,7 +19,7 @@ import torch
 from .batch import PAGE, Batch
 from .race import Races
 from .runner import Runner, on_host
-from .sampling import Sampler, SamplingError
+from .sampling import Sampler
 from .scheduler import Sequence
 
 MOST_BEHIND = 512
@@ -91,7 +91,7 @@ def _chosen(sampler: Sampler, logits: torch.Tensor, position: int) -> list[int]:
     """One guess for a request with penalties, a mask or the like, whose draws are no plain races; none where it may choose nothing."""
     try:
         return [sampler.choose(on_host(logits), position)]
-    except SamplingError:
+    except Exception:  # nothing is allowed, or a grammar failed: the request is told when the token itself is chosen
         return []
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,10 +39,12 @@ def blocks_of(answer: Answer) -> list[Block]:
     return blocks + [Block("tool", call.arguments, call.id, call.name) for call in answer.calls]
 
 
-def texts(parts: Iterable[Any], kinds: tuple[str, ...], param: str) -> str:
-    """The text of content parts. Raises `APIError` 400 for parts of other kinds, such as images."""
+def texts(content: Any, kinds: tuple[str, ...], param: str) -> str:
+    """The text of content: a text, a part, or a list of parts. Raises `APIError` 400 for parts of other kinds, such as images."""
+    if isinstance(content, str):
+        return content
     result = []
-    for part in parts:
+    for part in content if isinstance(content, list) else [content]:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in kinds:
             raise bad(f"this model reads text only: it cannot use parts of type {str(kind)[:40]!r}", param)

@@ -22,7 +22,7 @@ from .options import sampling_of
 from .protocol import CompletionBody
 from .reader import AnswerReader
 from .sse import DONE, JSON, EventStream, event, unless_gone
-from .tokens import completion_logprobs, expert_report, prompt_logprobs
+from .tokens import Offsets, completion_logprobs, expert_report, prompt_logprobs
 from .turn import Turn
 
 DEFAULT_TOKENS = 16
@@ -37,9 +37,7 @@ async def create(host: Host, body: CompletionBody, http: HTTPRequest) -> Respons
     if body.stream:
         return EventStream(_stream(turn, body, head), failed)
     answers = await unless_gone(http, turn.answers())
-    choices = []
-    for index, answer in enumerate(answers):
-        choices.append(_choice(turn, body, index, answer.content, answer.tokens, answer.finish_reason))
+    choices = [_Choice(turn, body, index).part(answer.content, answer.tokens, answer.finish_reason) for index, answer in enumerate(answers)]
     return JSON(head | {"choices": choices, "usage": turn.usage()})
 
 
@@ -72,34 +70,46 @@ def prepare(host: Host, body: CompletionBody) -> Turn:
 
 async def _stream(turn: Turn, body: CompletionBody, head: dict[str, Any]) -> AsyncGenerator[bytes, None]:
     wants_usage = body.stream_options is not None and body.stream_options.include_usage
-    begun = [False] * len(turn.requests)
+    choices = [_Choice(turn, body, index) for index in range(len(turn.requests))]
     async with turn.host.serving(turn.requests) as tickets:
         yield b""
         async for step in turn.steps(tickets):
-            first, begun[step.index] = not begun[step.index], True
-            choice = _choice(turn, body, step.index, step.piece.content, step.tokens, step.finish_reason, first)
+            choice = choices[step.index].part(step.piece.content, step.tokens, step.finish_reason)
             yield event(head | {"choices": [choice]} | ({"usage": None} if wants_usage else {}))
     if wants_usage:
         yield event(head | {"choices": [], "usage": turn.usage()})
     yield DONE
 
 
-def _choice(
-    turn: Turn, body: CompletionBody, index: int, text: str, tokens: Sequence[Token], finish: str | None, first: bool = True
-) -> dict[str, Any]:
-    """One choice, or a part of it; the `first` part has the prompt in front where that shall be echoed."""
-    tokenizer, report = turn.host.tokenizer, turn.reports[index] if first else None
-    known = report.logprobs if report is not None else None
-    before = tokenizer.decode(list(turn.requests[index].prompt)) if body.echo and first else ""
-    choice: dict[str, Any] = {"index": index, "text": before + text, "finish_reason": finish, "logprobs": None}
-    if body.logprobs is not None:
-        echoed = known if body.echo and known is not None else ()
-        choice["logprobs"] = completion_logprobs(tokenizer, [*echoed, *tokens], body.logprobs)
-    if body.prompt_logprobs is not None and known is not None:
-        choice["prompt_logprobs"] = prompt_logprobs(tokenizer, known)
-    if body.experts:
-        choice["shoal"] = expert_report(tokenizer, tokens)
-    return choice
+class _Choice:
+    """One choice, whole or in parts, of which the first has the prompt in front where that shall be echoed."""
+
+    def __init__(self, turn: Turn, body: CompletionBody, index: int) -> None:
+        self._turn, self._body, self._index = turn, body, index
+        self._tokenizer = turn.host.tokenizer
+        self._offsets: Offsets | None = None
+        """Of the answer's tokens; None before the first part."""
+
+    def part(self, text: str, tokens: Sequence[Token], finish: str | None) -> dict[str, Any]:
+        """`text` and `tokens` that follow those before."""
+        body, tokenizer = self._body, self._tokenizer
+        known: tuple[Token, ...] = ()
+        before = ""
+        if self._offsets is None:
+            report = self._turn.reports[self._index]
+            known = report.logprobs or () if report is not None else ()
+            before = tokenizer.decode(list(self._turn.requests[self._index].prompt)) if body.echo else ""
+            self._offsets = Offsets(tokenizer, len(before))
+        choice: dict[str, Any] = {"index": self._index, "text": before + text, "finish_reason": finish, "logprobs": None}
+        if body.logprobs is not None:
+            echoed, prompt = known if body.echo else (), Offsets(tokenizer)
+            places = [prompt.next(token.id) for token in echoed] + [self._offsets.next(token.id) for token in tokens]
+            choice["logprobs"] = completion_logprobs(tokenizer, [*echoed, *tokens], body.logprobs, places)
+        if body.prompt_logprobs is not None and known:
+            choice["prompt_logprobs"] = prompt_logprobs(tokenizer, known)
+        if body.experts:
+            choice["shoal"] = expert_report(tokenizer, tokens)
+        return choice
 
 
 def prompts_of(prompt: str | list[str] | list[int] | list[list[int]], tokenizer: Tokenizer) -> list[list[int]]:

@@ -39,6 +39,10 @@ class Grammars:
 
     def regex(self, pattern: str, param: str) -> str:
         """Text that matches a regular expression as a whole."""
+        try:
+            pattern.encode()
+        except UnicodeEncodeError:
+            raise bad("the regular expression holds half a character, which is not valid Unicode", param) from None
         return self._checked(llguidance.LLMatcher.grammar_from_regex(pattern), "the regular expression", param)
 
     def choice(self, options: Sequence[str], param: str) -> str:
@@ -84,9 +88,9 @@ class Matcher:
         """Bool `[V]` of the tokens that may follow; end-of-text among them where the grammar may end."""
         if self._mask is None:
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-            self._mask = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
             if self._matcher.is_error():
                 raise RuntimeError(f"the grammar failed: {self._matcher.get_error().splitlines()[0]}")
+            self._mask = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
         return self._mask
 
     def accept(self, token: int) -> None:

@@ -189,7 +189,10 @@ def read_template(path: str) -> str:
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"there is no chat template at {file}: give a Jinja file or one of {', '.join(BUILT_IN)}")
-    return file.read_text(encoding="utf-8")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"the chat template {file} is not valid UTF-8 (byte {error.start}): check its encoding") from None
 
 
 def numbered(request: Request, index: int) -> Request:

@@ -83,7 +83,7 @@ def as_chat(body: CountBody) -> ChatBody:
     """The same request as OpenAI's chat API has it."""
     messages: list[dict[str, Any]] = []
     if body.system:
-        system = body.system if isinstance(body.system, str) else texts(body.system, ("text",), "system")
+        system = texts(body.system, ("text",), "system")
         messages.append({"role": "system", "content": system})
     for index, message in enumerate(body.messages):
         messages += _as_messages(message, f"messages[{index}]")
@@ -109,7 +109,7 @@ def _choice(choice: dict[str, Any]) -> dict[str, Any]:
     parallel = {"parallel_tool_calls": not choice.get("disable_parallel_tool_use", False)}
     if kind == "tool":
         return parallel | {"tool_choice": {"type": "function", "function": {"name": choice.get("name")}}}
-    if kind not in CHOICES:
+    if not isinstance(kind, str) or kind not in CHOICES:
         raise bad("tool_choice is of type auto, any, tool or none", "tool_choice")
     return parallel | {"tool_choice": CHOICES[kind]}
 
@@ -124,8 +124,7 @@ def _as_messages(message: AnthropicMessage, param: str) -> list[dict[str, Any]]:
     for part in message.content:
         kind = part.get("type")
         if kind == "tool_result" and message.role == "user":
-            content = part.get("content") or ""
-            text = content if isinstance(content, str) else texts(content, ("text",), param)
+            text = texts(part.get("content") or "", ("text",), param)
             results.append({"role": "tool", "tool_call_id": str(part.get("tool_use_id", "")), "content": text})
         elif kind == "tool_use" and message.role == "assistant":
             function = {"name": part.get("name"), "arguments": json.dumps(part.get("input") or {}, ensure_ascii=False)}

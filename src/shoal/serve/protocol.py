@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..config.engine import MOST_LOGPROBS
 
@@ -20,6 +20,12 @@ class Body(BaseModel):
     """One request's JSON."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: Any) -> Any:
+        """Null says that a field is left away: so it is in OpenAI's description, and some clients write all of them."""
+        return {name: value for name, value in fields.items() if value is not None} if isinstance(fields, dict) else fields
 
 
 class StreamOptions(Body):

@@ -140,7 +140,7 @@ class AnswerReader:
         if not found:
             return False
         name = before.strip()
-        if name == "function":
+        if name == "function" and not after.lstrip().startswith("{"):  # R1's form, and no tool of that name
             line, end, rest = after.partition("\n")
             if not end:
                 return False

@@ -96,9 +96,7 @@ def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], param: str) 
     if kind == "reasoning":
         return
     if kind == "message":
-        content = item.get("content") or ""
-        text = content if isinstance(content, str) else texts(content if isinstance(content, list) else [content], TEXTS, param)
-        messages.append({"role": item.get("role"), "content": text})
+        messages.append({"role": item.get("role"), "content": texts(item.get("content") or "", TEXTS, param)})
     elif kind == "function_call":
         function = {"name": item.get("name"), "arguments": item.get("arguments")}
         call = {"id": str(item.get("call_id", "")), "type": "function", "function": function}
@@ -107,8 +105,7 @@ def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], param: str) 
         else:
             messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
     elif kind == "function_call_output":
-        output = item.get("output") or ""
-        text = output if isinstance(output, str) else texts(output if isinstance(output, list) else [output], TEXTS, param)
+        text = texts(item.get("output") or "", TEXTS, param)
         messages.append({"role": "tool", "tool_call_id": str(item.get("call_id", "")), "content": text})
     else:
         raise bad(f"input of type {str(kind)[:40]!r} is not supported", param)

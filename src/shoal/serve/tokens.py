@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..data import Tokenizer
-from ..engine import Token
+from ..engine import TextStream, Token
 
 LEAST = -9999.0
 """In place of minus infinity, which JSON cannot hold."""
@@ -35,20 +35,28 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict[str, An
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token], count: int) -> dict[str, Any]:
-    """`logprobs` of a completion, with `count` alternatives."""
-    texts, offsets, offset = [], [], 0
-    for token in tokens:
-        texts.append(token_text(tokenizer, token.id))
-        offsets.append(offset)
-        offset += len(tokenizer.decode([token.id], skip_special=False))
+class Offsets:
+    """Where the tokens of a text begin in it, in characters from `start` on; tokens within a character begin where it does."""
+
+    def __init__(self, tokenizer: Tokenizer, start: int = 0) -> None:
+        self._stream, self._at = TextStream(tokenizer), start
+
+    def next(self, token: int) -> int:
+        """Where `token` begins, which follows those before."""
+        at = self._at
+        self._at += len(self._stream.push(token))
+        return at
+
+
+def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token], count: int, offsets: Sequence[int]) -> dict[str, Any]:
+    """`logprobs` of a completion, with `count` alternatives; `offsets`: where each of the tokens begins in the text."""
     known = [token.logprob is not None for token in tokens]
     tops = [{token_text(tokenizer, id): max(value, LEAST) for id, value in token.top[:count]} for token in tokens]
     return {
-        "tokens": texts,
+        "tokens": [token_text(tokenizer, token.id) for token in tokens],
         "token_logprobs": [None if token.logprob is None else max(token.logprob, LEAST) for token in tokens],
         "top_logprobs": [top if there else None for top, there in zip(tops, known, strict=True)],
-        "text_offset": offsets,
+        "text_offset": list(offsets),
     }
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-TEMPORARY = ".tmp"
-"""Suffix of a folder or file that is being written or deleted: never read, free to remove when nobody writes."""
+TEMPORARY = ".shoal-tmp"
+"""Suffix that nobody else uses, of a folder or file that is being written or deleted: never read, free to remove when nobody writes."""
 
 
 def sync(path: Path) -> None:

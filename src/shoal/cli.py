@@ -119,6 +119,8 @@ def _derived(args: list[str]) -> TrainConfig | None:
     dialled = flops is not None or size is not None
     if not dialled and not (args[0] in NAMES if named else _asked(args, "--minutes") and not _asked(args, "--start", "--resume")):
         return None
+    if not named and _asked(args, "--resume"):
+        raise UserError("--flops and --params are for new runs, a run that goes on has its shape: give --minutes, --tokens or --steps")
     rules = Rules.load(args.pop(0) if named else "full")
     if flops is not None and size is not None:
         raise UserError("--flops and --params both say how large the model is: give one of them")
@@ -365,6 +367,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[0] in ("-V", "--version"):
         print(f"shoal {__version__}")
         return 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # models write characters that not every terminal's encoding has
     try:
         _refuse_broken_text(args)
         if args[0] not in VERBS:

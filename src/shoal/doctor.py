@@ -17,7 +17,14 @@ OPTIONAL = {
     "pyarrow": ("Parquet files", "data"),
     "zstandard": (".zst files", "data"),
     "datasets": ("Hugging Face datasets by name", "data"),
-    "transformers": ("shoal bench train --vs transformers", "dev"),
+    "fastapi": ("shoal serve", "serve"),
+    "uvicorn": ("shoal serve", "serve"),
+    "llguidance": ("answers of a given form", "serve"),
+    "prometheus_client": ("figures of shoal serve", "serve"),
+    "gguf": ("shoal export --format gguf", "export"),
+    "transformers": ("shoal bench train --vs transformers", "peers"),
+    "llama_cpp": ("shoal bench engine --vs llama.cpp", "peers"),
+    "triton": ("FP8 on GPUs", "gpu"),
 }
 """Package -> (what needs it, extra that installs it)."""
 

@@ -82,6 +82,8 @@ def names_in(folder: Path) -> set[str]:
         (["export", "model"], "OUT"),
         (["doctor", "--loud"], "--loud"),
         (["bench"], "name of a benchmark"),
+        (["bench", "train", "--rounds", "0"], "--rounds is 0"),
+        (["bench", "train", "--steps", "-1"], "--steps is -1"),
         (["bench", "everything"], "name of a benchmark"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -127,7 +129,7 @@ def test_data_that_cannot_be_trained_on(kind: str, refuse: Refuse, workshop: Pat
     recipe = [str(workshop / "recipe.toml"), "--batch-size", "100", "--sequence-length", "64"]
     assert hint in refuse("train", *recipe, *places, progress=True)
     assert not (tmp_path / "run").exists()
-    assert not [path for path in names_in(tmp_path) if path.endswith(".tmp")]
+    assert not [path for path in names_in(tmp_path) if path.endswith("tmp")]
 
 
 def test_places_that_cannot_be_written(refuse: Refuse, train_args: Any, trained: Path, tmp_path: Path) -> None:

@@ -128,6 +128,16 @@ def test_generate_reads_its_prompt_from_standard_input(
     assert capsys.readouterr().out.startswith("été\n")
 
 
+def test_generate_writes_what_it_can_where_a_terminal_knows_few_characters(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert main(["generate", str(trained), "été", *FAST, "--max-tokens", "3"]) == 0
+    sys.stdout.flush()
+    assert written.getvalue().startswith(b"?t?")
+
+
 def test_a_run_a_checkpoint_and_its_parent_folder_are_one_model(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     best = json.loads((trained / "best.json").read_text())["step"]
     texts = set()

@@ -81,6 +81,7 @@ def test_minutes_are_kept_and_give_a_shape(rules: list[str], workshop: Path, tmp
         (["--params", "nan"], "nan parameters"),
         (["--params", "9000B"], "9e+12 parameters"),
         (["--params", "5M", "--flops", "1e12"], "give one of them"),
+        (["--resume", "--flops", "1e12"], "are for new runs"),
     ],
 )
 def test_a_bad_budget_is_one_line(args: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:

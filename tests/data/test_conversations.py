@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from shoal.config import UserError
 from shoal.data import Tokenizer, train_tokenizer
 from shoal.data.chat_template import BUILT_IN, built_in_template, encode_chat, encode_turns, render_chat
-from shoal.data.conversations import Conversation, conversation_of, read_conversations, tokenize
+from shoal.data.conversations import Conversation, conversation_of, read_conversations, read_pairs, tokenize
 from shoal.data.tokenizer import EOS
 from shoal.formats.export import chat_template
 
@@ -73,7 +73,7 @@ def conversations(draw: st.DrawFn, template: str) -> tuple[list[dict[str, Any]],
 def test_exactly_what_the_assistant_wrote_carries_loss(template: str, data: st.DataObject) -> None:
     tokenizer = with_template(template)
     messages, written = data.draw(conversations(template))
-    example = tokenize(tokenizer, Conversation(messages, TOOLS if template != "plain" else None))
+    example = tokenize(tokenizer, Conversation(messages, TOOLS if template != "plain" else None), "a row")
     learnt = example.ids[example.written].tolist()
     assert tokenizer.decode(learnt, skip_special=False) == "".join(written)
     assert learnt.count(tokenizer.eos_id) == len(written)
@@ -98,7 +98,7 @@ def test_an_answer_stands_behind_the_prompt_that_the_server_makes(template: str,
         {"role": "user", "content": "the reef?"},
     ]
     answer = "<think>\nfish\n</think>\nthe fish" if thinks else "the fish"
-    example = tokenize(tokenizer, Conversation([*asked, {"role": "assistant", "content": answer}]))
+    example = tokenize(tokenizer, Conversation([*asked, {"role": "assistant", "content": answer}]), "a row")
     prompt = tokenizer.encode(render_chat(tokenizer, asked, thinking=thinks), special=True)
     assert example.ids[: len(prompt)].tolist() == prompt
     assert example.written[len(prompt) :].all()
@@ -109,7 +109,7 @@ def test_a_control_token_that_someone_spells_is_text_in_training_as_in_serving()
     tokenizer = with_template("r1")
     asked = [{"role": "user", "content": f"what is {EOS}?"}]
     _, prompt = encode_chat(tokenizer, asked)
-    example = tokenize(tokenizer, Conversation([*asked, {"role": "assistant", "content": "<think>\n</think>\nan end"}]))
+    example = tokenize(tokenizer, Conversation([*asked, {"role": "assistant", "content": "<think>\n</think>\nan end"}]), "a row")
     assert example.ids[: len(prompt)].tolist() == prompt
     assert example.ids.tolist().count(tokenizer.eos_id) == 1
 
@@ -117,7 +117,7 @@ def test_a_control_token_that_someone_spells_is_text_in_training_as_in_serving()
 def test_a_template_without_marks_is_refused() -> None:
     bare = Tokenizer(PLAIN.json, PLAIN.config, "{% for m in messages %}{{ m.content }}{% endfor %}")
     with pytest.raises(UserError, match="generation"):
-        tokenize(bare, Conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]))
+        tokenize(bare, Conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]), "a row")
 
 
 def test_the_usual_forms_become_the_same_messages(tmp_path: Path) -> None:
@@ -138,7 +138,10 @@ def test_the_usual_forms_become_the_same_messages(tmp_path: Path) -> None:
 def test_thoughts_and_parts_are_folded_into_the_content() -> None:
     row = {
         "messages": [
-            {"role": "user", "content": [{"type": "text", "text": "red?"}]},
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "red?", "image": None}, {"type": "image", "text": None, "image": "x.png"}],
+            },
             {"role": "assistant", "reasoning_content": "hm", "content": "green", "tool_calls": None},
         ]
     }
@@ -148,8 +151,57 @@ def test_thoughts_and_parts_are_folded_into_the_content() -> None:
 
 
 @pytest.mark.parametrize(
-    "row", ["text", {"text": "a"}, {"messages": ["a"]}, {"messages": [{"role": "user", "content": 1}]}, {"conversations": [{"from": "x"}]}]
+    "row",
+    [
+        "text",
+        {"text": "a"},
+        {"messages": ["a"]},
+        {"messages": [{"role": "user", "content": 1}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]},
+        {"messages": [{"role": "assistant", "content": "a", "reasoning_content": {"a": 1}}]},
+        {"conversations": [{"from": "x"}]},
+    ],
 )
 def test_rows_that_are_no_conversations_are_refused_with_their_place(row: Any) -> None:
     with pytest.raises(UserError, match=r"file:3"):
         conversation_of(row, "file:3")
+
+
+@pytest.mark.parametrize("given", [{"tools": TOOLS}, {"tool_calls": [call("{}")]}])
+def test_what_the_plain_template_cannot_write_is_refused_not_dropped(given: dict[str, Any]) -> None:
+    answer = {"role": "assistant", "content": ""} | ({"tool_calls": given["tool_calls"]} if "tool_calls" in given else {})
+    conversation = Conversation([{"role": "user", "content": "12 + 30?"}, answer], given.get("tools"))
+    with pytest.raises(UserError, match=r"file:3: .*--chat-template"):
+        tokenize(with_template("plain"), conversation, "file:3")
+
+
+ASKED, GOOD, BAD = {"role": "user", "content": "red?"}, {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "red?", "chosen": "a", "rejected": "b"},
+        {"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]},
+        {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+        {"prompt": "red?", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+    ],
+)
+def test_pairs_have_their_prompt_once(tmp_path: Path, row: dict[str, Any]) -> None:
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    ((_, chosen, rejected),) = read_pairs([str(tmp_path / "pairs.jsonl")])
+    assert (chosen.messages, rejected.messages) == ([ASKED, GOOD], [ASKED, BAD])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "red?", "chosen": None, "rejected": "b"},
+        {"chosen": [ASKED, GOOD], "rejected": [ASKED]},
+        {"prompt": "blue?", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+    ],
+)
+def test_pairs_that_teach_nothing_are_refused_with_their_place(tmp_path: Path, row: dict[str, Any]) -> None:
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=r"pairs.jsonl.*(chosen|rejected)"):
+        list(read_pairs([str(tmp_path / "pairs.jsonl")]))

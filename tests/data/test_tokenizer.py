@@ -127,6 +127,19 @@ def test_foreign_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("U")
     assert Tokenizer.load(tmp_path).chat_template == "U"
 
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"chat_template\.jinja is not valid UTF-8"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    for templates in ([{"name": "default"}, "T"], [{"template": "T"}]):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"id": 1}, "chat_template": templates}))
+        assert Tokenizer.load(tmp_path).chat_template is None
+    with pytest.raises(UserError, match="eos_token"):
+        _ = Tokenizer.load(tmp_path).eos_id
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": {"default": "T"}}))
+    with pytest.raises(UserError, match="chat template"):
+        Tokenizer.load(tmp_path)
+
     (tmp_path / "tokenizer_config.json").write_text("{}{")
     with pytest.raises(UserError, match=r"tokenizer_config\.json is not JSON"):
         Tokenizer.load(tmp_path)

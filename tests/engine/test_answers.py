@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,15 @@ def test_stop_tokens_and_least_lengths(tokenizer: Tokenizer) -> None:
     assert len(result.ids) >= 8
     assert say(tokenizer, "the", ignore_eos=True, max_tokens=9)[1].finish_reason == "length"
     assert "the" in say(tokenizer, "the fish swims the", min_tokens=3, stop=("the",))[1].text
+
+
+def test_a_text_ends_with_any_token_that_the_model_names_as_an_end(tokenizer: Tokenizer) -> None:
+    text = "the fish swims over the reef"
+    ids = tokenizer.encode(text)
+    runner = Speaker(tokenizer, text)
+    runner.config = replace(runner.config, extra={"eos_token_id": [tokenizer.eos_id, ids[2]]})
+    result = Engine(runner, tokenizer).generate([[5]], SamplingOptions(temperature=0, max_tokens=20))[0]  # type: ignore[arg-type]
+    assert (result.ids, result.finish_reason) == (ids[:3], "stop")
 
 
 pieces = st.lists(st.text(alphabet="abc", max_size=4), max_size=8)

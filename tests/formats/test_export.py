@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from shoal.cli import main
 from shoal.config import UserError
 from shoal.data.tokenizer import Tokenizer, train_tokenizer
 from shoal.formats.export import chat_template, export_model
@@ -114,11 +116,47 @@ def test_only_an_earlier_export_is_replaced(make_model: Make, tokenizer: Any, tm
             export_model(make_model(seed=3), tokenizer, folder, torch.float32)
     assert torch.equal(load_model(folder).lm_head.weight, second)
     assert list(tmp_path.iterdir()) == [folder]
-    (folder / "thesis.txt").write_text("my only copy")
-    with pytest.raises(UserError, match="not an earlier export"):
-        export_model(make_model(), tokenizer, folder, torch.float32)
-    (folder / "thesis.txt").rename(tmp_path / "file")
+    for name in ("thesis.txt", "conversations.json", "mine.jinja", "model-notes.safetensors"):
+        (folder / name).write_text("my only copy")
+        with pytest.raises(UserError, match="not an earlier export"):
+            export_model(make_model(), tokenizer, folder, torch.float32)
+        (folder / name).rename(tmp_path / "file")
     (folder / "README.md").write_text("# Someone else's model")
     for path in (folder, tmp_path / "file"):
         with pytest.raises(UserError, match="not an earlier export"):
             export_model(make_model(), tokenizer, path, torch.float32)
+
+
+def test_everybody_may_read_an_export_who_may_read_its_folder(make_model: Make, tokenizer: Any, tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        export_model(make_model(), tokenizer, tmp_path / "out", torch.float32)
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o644}
+
+
+def test_numbers_that_a_format_does_not_have_are_refused(make_model: Make, tokenizer: Any, tmp_path: Path) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] = 1e5
+    with pytest.raises(UserError, match=r"lm_head\.weight holds numbers beyond 65504"):
+        export_model(model, tokenizer, tmp_path / "out", torch.float16)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_said_of_sampling_stays_and_what_is_said_of_files_goes(make_model: Make, bpe: Tokenizer, tmp_path: Path) -> None:
+    """`generation_config.json` may know more ends of a text; Python files beside the source are not beside the copy."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    export_model(make_model(vocab_size=400), bpe, source, torch.float32)
+    config = json.loads((source / "config.json").read_text())
+    config |= {"eos_token_id": [config["eos_token_id"], 7], "auto_map": {"AutoConfig": "mine.Config"}, "rope_note": "kept"}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.6, "eos_token_id": [1, 7, 9]}))
+    assert main(["export", str(source), str(out)]) == 0
+    written, generation = (json.loads((out / name).read_text()) for name in ("config.json", "generation_config.json"))
+    assert "auto_map" not in written
+    assert (written["eos_token_id"], written["rope_note"]) == (config["eos_token_id"], "kept")
+    assert (generation["do_sample"], generation["temperature"], generation["eos_token_id"]) == (True, 0.6, [1, 7, 9])
+    assert main(["quantize", str(source), str(tmp_path / "q"), "--threads", "1"]) == 0
+    assert json.loads((tmp_path / "q" / "generation_config.json").read_text()) == generation

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from shoal import atomic
+from shoal.atomic import TEMPORARY
 from shoal.config import UserError
 from shoal.formats import checkpoints
 from shoal.formats.checkpoints import (
@@ -131,7 +132,7 @@ def test_a_killed_process_leaves_only_whole_checkpoints(make_model: Make, tokeni
 
 def test_unmarked_temporary_and_foreign_folders_do_not_count(make_model: Make, tokenizer: Any, tmp_path: Path) -> None:
     good = save_checkpoint(tmp_path, 5, make_model(), tokenizer, {})
-    for name in ("step_0000009", "step_0000009.tmp", "step_0000008.old.tmp", "step_final"):
+    for name in ("step_0000009", f"step_0000009{TEMPORARY}", f"step_0000008.old{TEMPORARY}", "step_final"):
         shutil.copytree(good, good.with_name(name))
     (good.with_name("step_0000009") / "COMPLETE").unlink()
     assert steps(tmp_path) == [5]

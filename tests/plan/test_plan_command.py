@@ -108,6 +108,15 @@ def test_bad_requests_say_what_to_do(command: PlanCommand, hint: str) -> None:
         run(command)
 
 
+def test_files_that_are_something_else_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "machine").write_bytes(b"\x7fELF\xff\xfe")
+    with pytest.raises(UserError, match="not readable JSON"):
+        run(PlanCommand(model=str(tmp_path / "deep.json")))
+    with pytest.raises(UserError, match="not valid TOML"):
+        run(PlanCommand(model="deepseek-v3", machine=str(tmp_path / "machine")))
+
+
 def test_a_named_machine_that_cannot_train_still_gets_its_serving_plan() -> None:
     figures = run(PlanCommand(model="deepseek-v2-lite", machine="rtx4090"))
     assert "Nearest plan that works" in figures["training"]["impossible"]

@@ -14,6 +14,7 @@ from shoal.cli import main
 from shoal.config import EngineOptions, GRPOCommand, MachineOptions, TuneOptions, UserError
 from shoal.data import Tokenizer
 from shoal.engine import load_plain
+from shoal.formats import complete_checkpoints, load_model
 from shoal.kernels.selection import BACKEND
 from shoal.post.grpo import Run
 from shoal.post.losses import row_logprobs
@@ -124,6 +125,18 @@ def test_the_command_trains_evaluates_and_saves(chat_model: Path, tmp_path: Path
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["tasks"]["sorting:3"]["problems"] == 3
     assert "2" in result["tasks"]["strings"]["pass_at"]
+
+
+def test_checkpoints_on_the_way_have_adapters_merged(chat_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    args = ["--steps", "2", "--prompts", "2", "--group", "2", "--max-tokens", "8", "--eval-problems", "2", "--save-every", "1"]
+    assert main(["grpo", str(chat_model), "--tasks", "strings", "--out", str(out), *args, "--lora-rank", "2"]) == 0
+    first, last = complete_checkpoints(out)
+    assert load_model(first).state_dict().keys() == load_model(last).state_dict().keys()
+
+
+def test_every_task_gets_a_problem(chat_model: Path) -> None:
+    assert main(["grpo", str(chat_model), "--tasks", "strings", "sorting", "--prompts", "1"]) == 2
 
 
 def test_users_problems_and_rewards(chat_model: Path, tmp_path: Path) -> None:

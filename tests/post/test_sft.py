@@ -58,6 +58,14 @@ def test_esft_trains_experts_alone(trained: Path, conversations_file: Path, tmp_
     assert all(".mlp.experts." in name for name in names)
 
 
+def test_a_model_that_would_be_discarded_is_refused(chat_model: Path, conversations_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(chat_model.rglob("*"))
+    for model in (chat_model, next((chat_model / "checkpoints").iterdir())):
+        assert main(["sft", str(model), "--data", str(conversations_file), "--out", str(chat_model), "--overwrite", "--steps", "1"]) == 2
+        assert "choose another --out" in capsys.readouterr().err
+    assert sorted(chat_model.rglob("*")) == before
+
+
 def test_preview_marks_what_is_learnt(trained: Path, conversations_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sft", str(trained), "--data", str(conversations_file), "--preview", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -74,6 +82,7 @@ def test_preview_marks_what_is_learnt(trained: Path, conversations_file: Path, c
         (["--data", "DATA", "--max-length", "2"], "no conversation fits"),
         (["--data", "DATA", "--esft-share", "0.5", "--lora-rank", "2"], "contradict"),
         (["--data", "DATA", "--chat-template", "nowhere.jinja"], "no file"),
+        (["--data", "DATA", "--lora-rank", "100000"], "more than the width of the model"),
     ],
 )
 def test_bad_input_is_one_line(

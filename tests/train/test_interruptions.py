@@ -137,7 +137,7 @@ def kill_until_done(start: Any, args_of: Args, uninterrupted: Path, run: Path, k
 def test_killed_runs_go_on_to_the_same_bits(start: Any, args_of: Args, uninterrupted: Path, tmp_path: Path) -> None:
     assert kill_until_done(start, args_of, uninterrupted, tmp_path / "run", kills=3, seed=0) > 0
     assert_equal_to_the_bit(tmp_path / "run", uninterrupted)
-    assert not [path.name for path in (tmp_path / "run").rglob("*.tmp")]
+    assert not [path.name for path in (tmp_path / "run").rglob("*tmp")]
 
 
 @pytest.mark.slow

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from shoal.atomic import TEMPORARY
 from shoal.cli import main
 from shoal.config import TrainConfig, UserError
 from shoal.config.recipes import load_recipe
@@ -225,6 +228,52 @@ def test_overwrite_starts_from_nothing(config: TrainConfig) -> None:
     assert [path.name for path in result.folder.parent.iterdir()] == ["run"]
 
 
+@pytest.mark.parametrize("inside", ["", "checkpoints/step_0000003"])
+def test_the_model_to_start_from_is_not_overwritten(config: TrainConfig, inside: str) -> None:
+    first = train(replace(config, steps=3)).folder
+    before = files_of(first)
+    with pytest.raises(UserError, match="choose another --out"):
+        train(replace(config, steps=3, start=str(first / inside), overwrite=True))
+    assert files_of(first) == before
+
+
+def test_a_start_needs_nothing_of_the_recipes_shape(config: TrainConfig, tmp_path: Path) -> None:
+    """Weights that are there are not initialised, so it does not matter that a recipe's way to do so is not for this model."""
+    first = train(replace(config, steps=2)).folder
+    other = load_recipe("default")
+    second = train(replace(config, steps=1, start=str(first), out=str(tmp_path / "second"), model=other.model))
+    assert second.summary["steps"] == 1
+
+
+def test_counting_that_takes_all_the_time_is_refused(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = replace(
+        config, steps=None, minutes=1.0, model=replace(config.model, count_order=2, num_nextn_predict_layers=0, logit_softcap=None)
+    )
+    ticks = itertools.count()
+    monkeypatch.setattr("shoal.train.counting.time.perf_counter", lambda: 61.0 * next(ticks))
+    with pytest.raises(UserError, match="counting n-grams took 61 s, all of --minutes 1"):
+        train(counted)
+    assert not Path(config.out or "").exists()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "trainer.pt"])
+def test_a_full_disk_is_one_line(
+    train_args: Args, trained: Path, tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files may not become as large as this one is: all that can be had of a full disk without being root."""
+    size = next(trained.rglob(file)).stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, before[1]))
+    try:
+        assert main(train_args(tmp_path / "run")) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert file in error
+    assert error.endswith("check the path, its permissions and the free space")
+    assert not complete_checkpoints(tmp_path / "run")
+
+
 # Resuming
 
 
@@ -293,7 +342,7 @@ def test_resume_of_a_finished_run_sums_up_again(copy: Path, trained: Path) -> No
 
 def test_resume_clears_what_a_killed_save_left(copy: Path) -> None:
     checkpoints = copy / "checkpoints"
-    shutil.copytree(checkpoints / "step_0000012", checkpoints / "step_0000099.tmp")
+    shutil.copytree(checkpoints / "step_0000012", checkpoints / f"step_0000099{TEMPORARY}")
     shutil.copytree(checkpoints / "step_0000012", checkpoints / "step_0000098")
     (checkpoints / "step_0000098" / "COMPLETE").unlink()
     with (copy / "metrics.jsonl").open("a") as file:

@@ -95,6 +95,7 @@ class Transformers(Contestant):
 
 def run_bench(command: BenchTrainCommand) -> dict[str, Any]:
     """Run all contestants in turns, print the table, return the JSON object."""
+    command.validate()
     machine = start("cpu", threads=command.threads)
     generator = torch.Generator().manual_seed(0)
     shape = (command.batch_size, command.sequence_length + 1)

@@ -111,7 +111,7 @@ class ExportCommand:
     format: Literal["hf", "gguf"] = "hf"
     """`hf`: a Hugging Face folder for transformers, vLLM and SGLang; `gguf`: one file for llama.cpp."""
     dtype: Literal["fp32", "bf16", "fp16", "fp8", "f32", "f16", "q8_0", "q4_0"] | None = None
-    """Number format of the weights: fp32, bf16, fp16 or fp8 (the official block-scaled layout) for `hf` (None: as they are);
+    """Number format of the weights: fp32, bf16, fp16 or fp8 (the official block-scaled layout) for `hf` (None: as they are, FP8 as bf16);
     f32, f16 (also None), q8_0 or q4_0 for `gguf`."""
     json: bool = False
 
@@ -177,3 +177,7 @@ class BenchTrainCommand:
     """CPU threads; 0: one per core."""
     json: bool = False
     """A benchmark always ends with its JSON object; accepted for the sake of scripts."""
+
+    def validate(self) -> None:
+        """Raise `UserError` on the first option that cannot work."""
+        require_at_least_one(self, "batch_size", "sequence_length", "rounds", "steps")

@@ -36,6 +36,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _SUPPORTED = (*_DEFAULTS, "qwen2")
 _UNDERSTOOD = ("rope_parameters", "architectures", "hidden_act", "base_model_type")
+_OF_ITS_FOLDER = ("auto_map", "transformers_version")
+"""Names Python files that lie beside the file, and who wrote it: not true of another folder."""
 _OWN = (
     *("qk_norm", "logit_softcap", "init", "zero_init_output"),
     *("ngram_order", "ngram_rows", "count_order", "count_entries", "repeat_window", "embedding_skip", "value_embedding", "convolution"),
@@ -84,7 +86,7 @@ def model_config_from_dict(d: dict[str, Any]) -> ModelConfig:
 
     known = {field.name for field in fields(ModelConfig)} - {"extra"}
     values = {key: value for key, value in d.items() if key in known and (value is not None or key in _NULLABLE)}
-    extra = {key: value for key, value in d.items() if key not in known and key not in _UNDERSTOOD}
+    extra = {key: value for key, value in d.items() if key not in {*known, *_UNDERSTOOD, *_OF_ITS_FOLDER}}
     values["model_type"] = model_type
     if written == "qwen2":
         values["attention_bias"] = True

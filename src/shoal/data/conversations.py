@@ -15,6 +15,7 @@ from .chat_template import encode_turns
 from .readers import JSON_SUFFIXES, data_suffix, read_rows
 from .tokenizer import Tokenizer
 
+SIDES = ("chosen", "rejected")
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "tool": "tool"}
 """`from` of ShareGPT -> role."""
 
@@ -52,7 +53,8 @@ def read_conversations(paths: Sequence[str]) -> Iterator[tuple[str, Conversation
 def read_pairs(paths: Sequence[str]) -> Iterator[tuple[str, Conversation, Conversation]]:
     """Pairs of conversations of which the first was preferred, each with its place.
 
-    Rows hold `chosen` and `rejected`: whole conversations, or answers (text or messages) to `prompt` (text or messages).
+    Rows hold `chosen` and `rejected`: answers (text or messages) to `prompt` (text or messages), or whole conversations, beside which a
+    `prompt` says what is in them already.
     """
     for path in paths:
         for file in _files(Path(path).expanduser()):
@@ -60,8 +62,20 @@ def read_pairs(paths: Sequence[str]) -> Iterator[tuple[str, Conversation, Conver
                 if not isinstance(row, dict) or "chosen" not in row or "rejected" not in row:
                     raise UserError(f"{place} is no pair: prompt, chosen and rejected are expected")
                 opening = _messages(row.get("prompt"), "user", place)
-                chosen, rejected = (opening + _messages(row[name], "assistant", place) for name in ("chosen", "rejected"))
+                chosen, rejected = (_answered(opening, _messages(row[name], "assistant", place), f"{place}: {name}") for name in SIDES)
                 yield place, Conversation(chosen, row.get("tools") or None), Conversation(rejected, row.get("tools") or None)
+
+
+def _answered(opening: list[dict[str, Any]], answer: list[dict[str, Any]], place: str) -> list[dict[str, Any]]:
+    """The conversation that `answer` ends; it goes on from `opening`, or holds it."""
+    if not answer or answer[-1]["role"] != "assistant":
+        raise UserError(f"{place} does not end with an answer: a text, or messages of which the last is the assistant's, are expected")
+    if answer[0]["role"] == "assistant":
+        return opening + answer
+    said = [(message["role"], message["content"]) for message in answer]
+    if any((message["role"], message["content"]) not in said for message in opening):
+        raise UserError(f"{place} is a whole conversation, but not to the prompt beside it: give one of the two")
+    return answer
 
 
 def _messages(value: Any, role: str, place: str) -> list[dict[str, Any]]:
@@ -113,11 +127,14 @@ def _openai(message: Any, place: str) -> dict[str, Any]:
     kept = {key: value for key, value in message.items() if value is not None}
     content = kept.get("content", "")
     if isinstance(content, list):
-        content = "".join(part.get("text", "") for part in content if isinstance(part, dict))
+        parts = [part.get("text") or "" for part in content if isinstance(part, dict)]
+        content = "".join(parts) if all(isinstance(part, str) for part in parts) else parts
     if not isinstance(content, str):
         raise UserError(f"{place}: the content of a message is {type(content).__name__}: text is expected")
     thought = kept.pop("reasoning_content", None)
     if thought and kept["role"] == "assistant":
+        if not isinstance(thought, str):
+            raise UserError(f"{place}: the reasoning_content of a message is {type(thought).__name__}: text is expected")
         content = f"<think>\n{thought.strip()}\n</think>\n{content}"
     return kept | {"content": content}
 
@@ -146,14 +163,17 @@ def _parsed(text: str, place: str) -> Any:
         raise UserError(f"{place} is not JSON: {error}") from None
 
 
-def tokenize(tokenizer: Tokenizer, conversation: Conversation, **variables: Any) -> Example:
+def tokenize(tokenizer: Tokenizer, conversation: Conversation, place: str, **variables: Any) -> Example:
     """The tokens of a conversation, in which the prompt before every answer is the one that the server would make.
 
-    `variables` are what the chat template knows besides. Raises `UserError` as `encode_turns` does.
+    `variables` are what the chat template knows besides. Raises `UserError` as `encode_turns` does, with `place` in front.
     """
     ids: list[int] = []
     written: list[bool] = []
-    for piece, is_written in encode_turns(tokenizer, conversation.messages, conversation.tools, **variables):
-        ids += piece
-        written += [is_written] * len(piece)
+    try:
+        for piece, is_written in encode_turns(tokenizer, conversation.messages, conversation.tools, **variables):
+            ids += piece
+            written += [is_written] * len(piece)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
     return Example(np.array(ids, np.int32), np.array(written, bool))

@@ -217,7 +217,7 @@ class Tokenizer:
 
     def _special_id(self, key: str) -> int | None:
         token = self.config.get(key)
-        token = token["content"] if isinstance(token, dict) else token
+        token = token.get("content") if isinstance(token, dict) else token
         return self._with_special.token_to_id(token) if token else None
 
 
@@ -309,10 +309,15 @@ def _config(bos: str | None, eos: str | None) -> dict[str, Any]:
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is not valid UTF-8 (byte {error.start}): copy or download it again") from None
     template = config.get("chat_template")
     if isinstance(template, list):  # several, each {name, template}
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        template = next((entry.get("template") for entry in template if isinstance(entry, dict) and entry.get("name") == "default"), None)
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"the chat template in {folder / 'tokenizer_config.json'} is not text: copy or download it again")
     return template
 
 

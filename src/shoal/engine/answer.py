@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 import numpy as np
 
+from ..config import ModelConfig
 from ..data import Tokenizer
 from .requests import DraftFate, FinishReason, Increment, PromptReport, Request, Token
 from .sampling import Rows, Sampler, log_probabilities, most_likely
@@ -141,8 +142,10 @@ class PromptBuilder:
         )
 
 
-def stop_set(tokenizer: Tokenizer | None, eos: int | None) -> Collection[int]:
-    """Tokens that end a text: the tokenizer's, or the model's where there is no tokenizer."""
+def stop_set(tokenizer: Tokenizer | None, config: ModelConfig) -> Collection[int]:
+    """Tokens that end a text: the tokenizer's, or the model's where there is no tokenizer, and all that the model names as such."""
+    several = config.extra.get("eos_token_id")
+    ends = set(several) if isinstance(several, list) else set()
     if tokenizer is not None:
-        return {tokenizer.eos_id}
-    return set() if eos is None else {eos}
+        return ends | {tokenizer.eos_id}
+    return ends if config.eos_token_id is None else ends | {config.eos_token_id}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
@@ -14,6 +15,7 @@ from .places import EngineThread, Place
 from .requests import Increment, Request, Result, join
 from .worker import Add, Cancel, News, Stop
 
+LOG = logging.getLogger("shoal.engine")
 POLL_SECONDS = 0.01
 """How often draining looks whether the last request has ended."""
 
@@ -211,6 +213,8 @@ class AsyncEngine:
             self._ended, self._failure = True, failure
             tickets = list(self._tickets.values())
             self._tickets.clear()
+        if failure is not None:
+            LOG.error("the engine broke down", exc_info=failure)
         for ticket in tickets:
             _call(ticket.loop, [partial(ticket.fail, self._refusal())])
 

@@ -106,7 +106,7 @@ class Engine:
         self._answers: dict[int, Answer] = {}
         self._numbers = 0
         self._make_mask = make_mask
-        self._eos = stop_set(tokenizer, runner.config.eos_token_id)
+        self._eos = stop_set(tokenizer, runner.config)
         self._stats = EngineStats(pages=pages)
         config = runner.config
         layers, experts = sum(map(config.is_moe_layer, range(config.num_hidden_layers))), config.n_routed_experts or 0

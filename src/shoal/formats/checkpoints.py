@@ -45,7 +45,10 @@ def save_checkpoint(run: Path, step: int, model: Transformer, tokenizer: SavesFi
         # Without the MTP layers' copies of embedding and head: only exports need those.
         save_model(model, folder, dtype=torch.float32, mtp_copies=False)
         tokenizer.save(folder, model.config.max_position_embeddings)
-        torch.save(state, folder / STATE)
+        try:
+            torch.save(state, folder / STATE)
+        except RuntimeError as error:  # all that torch says of a full disk
+            raise OSError(f"{folder / STATE} cannot be written ({error})") from error
     marker = final / MARKER
     marker.write_text(f"{step}\n", encoding="utf-8")
     sync(marker)

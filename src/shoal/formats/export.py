@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,10 @@ from .huggingface import save_model
 
 CHAT_TEMPLATE = "chat_template.jinja"
 CARD = "README.md"
-_FILES = re.compile(r"README\.md|.*\.json|.*\.jinja|model.*\.safetensors|model\.safetensors\.index\.json")
+_FILES = re.compile(
+    r"README\.md|(config|generation_config|tokenizer|tokenizer_config|model\.safetensors\.index)\.json|chat_template\.jinja"
+    r"|model(-\d+-of-\d+)?\.safetensors"
+)
 
 
 def export_model(
@@ -30,10 +34,12 @@ def export_model(
     training_tokens: int | None = None,
     license: str = "apache-2.0",
     fp8: Quantizer | None = None,
+    generation: dict[str, Any] | None = None,
 ) -> None:
     """Write a complete folder that transformers, vLLM and SGLang open without Shoal; it appears under its name when it is whole.
 
-    With `fp8`, matrices are stored as it quantizes them, and everything else in `dtype`. An earlier export at `folder` is replaced.
+    With `fp8`, matrices are stored as it quantizes them, and everything else in `dtype`. `generation`: what `generation_config.json` says
+    besides. An earlier export at `folder` is replaced.
 
     Raises `UserError` when something else is there, or when the model uses settings that the official architecture does not have.
     """
@@ -45,7 +51,7 @@ def export_model(
     weights = "float8_e4m3fn in blocks of 128x128" if fp8 else str(dtype).removeprefix("torch.")
     card = model_card(folder.resolve().name, model, weights, training_tokens, license)
     with new_folder(folder.resolve()) as temporary:
-        save_model(model, temporary, dtype=dtype, fp8=fp8)
+        save_model(model, temporary, dtype=dtype, fp8=fp8, generation=generation)
         tokenizer.save(temporary, model.config.max_position_embeddings)
         if not (temporary / CHAT_TEMPLATE).exists():  # the one the model was tuned with comes with its tokenizer
             (temporary / CHAT_TEMPLATE).write_text(chat_template(), encoding="utf-8")

@@ -103,5 +103,5 @@ def _regex(step: dict[str, Any]) -> str:
 
 
 def _id_of(token: Any, texts: list[str]) -> int | None:
-    text = token["content"] if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
     return texts.index(text) if text in texts else None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from ..config.huggingface import model_config_from_dict, model_config_to_dict
 from ..model import Transformer
 from ..runtime import require_memory
 from .fp8 import SCALE, Quantizer, is_fp8_matrix
-from .weight_files import CONFIG, INDEX, WeightFiles, plan_shards, read_json, shard_names, write_json
+from .weight_files import CONFIG, INDEX, WeightFiles, plan_shards, read_json, shard_names, write_generation, write_json
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _STACKED = re.compile(r"(.+\.mlp\.experts)\.(gate_proj|up_proj|down_proj)")
@@ -37,11 +38,13 @@ def save_model(
     max_shard_bytes: int = 5 * 10**9,
     mtp_copies: bool = True,
     fp8: Quantizer | None = None,
+    generation: dict[str, Any] | None = None,
 ) -> None:
     """Write `config.json`, `generation_config.json` and the weights, in one file or in shards of at most `max_shard_bytes`.
 
     `dtype` None keeps every tensor's own; the routing bias stays fp32 always. With `mtp_copies` every MTP layer repeats
-    embedding and output head as the official files do, which vLLM and SGLang look for. With `fp8` matrices are stored as it quantizes them.
+    embedding and output head as the official files do, which vLLM and SGLang look for. With `fp8` matrices are stored as it quantizes
+    them. `generation` is what `generation_config.json` says besides.
 
     Raises `UserError` when the folder already holds weights.
     """
@@ -61,7 +64,10 @@ def save_model(
             quantized = fp8(name, tensors[name].cpu())
             return {name: quantized.data, name + SCALE: quantized.scales}
         # A copy of each: safetensors refuses tensors that share memory, as experts of one stack do.
-        return {name: tensors[name].to("cpu", stored_dtype(name), copy=True).contiguous()}
+        copied = tensors[name].to("cpu", stored_dtype(name), copy=True).contiguous()
+        if copied.dtype == torch.float16 and not copied.isfinite().all():
+            raise UserError(f"{name} holds numbers beyond 65504, which fp16 cannot: use bf16 or fp32")
+        return {name: copied}
 
     def size(name: str) -> int:
         return tensors[name].numel() * (1 if fp8 is not None and is_fp8_matrix(name) else stored_dtype(name).itemsize)
@@ -74,7 +80,11 @@ def save_model(
         shard = {key: tensor for name in names for key, tensor in stored(name).items()}
         weight_map |= dict.fromkeys(shard, file)
         total += sum(tensor.nbytes for tensor in shard.values())
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(shard, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(f"{folder / file} cannot be written ({error})") from error
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # some versions of safetensors write for the owner alone
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     config = model.config if model.model.counted is None else replace(model.config, count_entries=len(model.model.counted.entries))
@@ -82,7 +92,7 @@ def save_model(
     if fp8 is not None:
         written["quantization_config"] = fp8.settings
     write_json(folder / CONFIG, written)
-    write_json(folder / "generation_config.json", {key: written[key] for key in ("bos_token_id", "eos_token_id")})
+    write_generation(folder, written, generation)
 
 
 @contextmanager

@@ -25,7 +25,19 @@ from ..model import Transformer
 from .checkpoints import SavesFiles
 from .huggingface import fill_model
 from .parts import EMBEDDING, HEAD, Part, Scheme, arrays_of, join_kv_up, parts_of
-from .weight_files import CONFIG, INDEX, open_shard, plan_shards, read_json, shard_names, shard_paths, some, write_json
+from .weight_files import (
+    CONFIG,
+    GENERATION,
+    INDEX,
+    open_shard,
+    plan_shards,
+    read_json,
+    shard_names,
+    shard_paths,
+    some,
+    write_generation,
+    write_json,
+)
 
 METHOD = "shoal"
 VERSION = 1
@@ -34,7 +46,7 @@ LARGEST_SHARD = 5 * 10**9
 
 _PAD = "padding."
 _NAMES = {torch.int64: "I64", torch.int16: "I16", torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
-_PLAIN_FILES = {CONFIG, INDEX, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+_PLAIN_FILES = {CONFIG, INDEX, GENERATION, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 
 
 @dataclass(frozen=True)
@@ -71,8 +83,11 @@ def write_quantized(
     tokenizer: SavesFiles,
     *,
     max_shard_bytes: int = LARGEST_SHARD,
+    generation: dict[str, Any] | None = None,
 ) -> None:
     """Write a whole folder; `parts` comes in the order of `parts_of` and is written as it comes, one part in memory at a time.
+
+    `generation`: what `generation_config.json` says besides the tokens that texts begin and end with.
 
     What was at `folder` is replaced when the new one is whole. Raises `UserError` where that is something else than an earlier such folder.
     """
@@ -99,7 +114,7 @@ def write_quantized(
         written = model_config_to_dict(config)
         written["quantization_config"] = {"quant_method": METHOD, "version": VERSION, **asdict(scheme)}
         write_json(temporary / CONFIG, written)
-        write_json(temporary / "generation_config.json", {key: written[key] for key in ("bos_token_id", "eos_token_id")})
+        write_generation(temporary, written, generation)
         tokenizer.save(temporary, config.max_position_embeddings)
 
 

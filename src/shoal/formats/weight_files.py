@@ -20,6 +20,7 @@ from ..numerics.fp8 import Quantized, dequantize_blocks
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 
 FORGET_AFTER = 1 << 28
 """Bytes read through a mapping before it is made anew: until then they count as this process's memory."""
@@ -199,6 +200,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} does not hold a JSON object: copy or download it again")
     return content
+
+
+def read_generation(folder: Path) -> dict[str, Any]:
+    """`generation_config.json` of a folder: how whoever made the model would have it sampled; nothing where there is none."""
+    path = folder / GENERATION
+    return read_json(path) if path.is_file() else {}
+
+
+def write_generation(folder: Path, config: dict[str, Any], generation: dict[str, Any] | None) -> None:
+    """Write `generation_config.json` beside `config.json`, whose content `config` is: `generation` and the tokens that texts begin and end
+    with, of which it may know more."""
+    ends = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
+    write_json(folder / GENERATION, ends | {key: value for key, value in (generation or {}).items() if key != "transformers_version"})
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -125,7 +125,7 @@ def load_machine(name: str) -> Machine:
 
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"machine {name} is not valid TOML: {error}") from None
     machine = from_table(Machine, {"name": path.stem, "source": str(path), **table}, name)
     for field, value in asdict(machine).items():

@@ -30,7 +30,7 @@ def load_model(name: str) -> ModelConfig:
         return config
     try:
         dictionary = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON ({error}): give a Hugging Face config.json") from None
     if not isinstance(dictionary, dict):
         raise UserError(f"{path} does not hold a JSON object: give a Hugging Face config.json")

@@ -70,6 +70,11 @@ def _pair(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[nn.Par
     return nn.Parameter(a.to(weight)), nn.Parameter(weight.new_zeros(*leading, rows, rank))
 
 
+def is_adapted(model: nn.Module) -> bool:
+    """Whether there are adapters that are not merged."""
+    return any(isinstance(module, AdaptedLinear | AdaptedExperts) for module in model.modules())
+
+
 def merged_weight(module: nn.Module, name: str) -> Tensor:
     """A weight of a module with its adapter added, if it has one; without gradient."""
     weight = getattr(module, name).detach()

@@ -52,7 +52,7 @@ def run_dpo(command: DPOCommand) -> dict[str, Any]:
     if tokenizer.chat_template is None:
         raise UserError(f"{command.model} is a base model without a chat template: fine-tune it with shoal sft first")
     pairs = read(tokenizer, command, model.config.max_position_embeddings)
-    folder = open_run(command.folder, "dpo")
+    folder = open_run(command.folder, "dpo", command.model)
     folder.write_json("run.json", {"requested": dataclasses.asdict(command), "precision": machine.precision})
     began = time.perf_counter()
     refer(model, machine, pairs, command)
@@ -84,10 +84,7 @@ def read(tokenizer: Tokenizer, command: DPOCommand, longest: int) -> list[Pair]:
     """All pairs that fit; those that do not are counted on stderr."""
     limit, found, left_out = min(command.max_length or longest, longest), [], 0
     for place, chosen, rejected in read_pairs(command.data):
-        try:
-            pair = Pair(last_answer(tokenizer, chosen), last_answer(tokenizer, rejected))
-        except UserError as error:
-            raise UserError(f"{place}: {error}") from None
+        pair = Pair(last_answer(tokenizer, chosen, place), last_answer(tokenizer, rejected, place))
         if max(len(pair.chosen.ids), len(pair.rejected.ids)) > limit:
             left_out += 1
         else:
@@ -99,9 +96,9 @@ def read(tokenizer: Tokenizer, command: DPOCommand, longest: int) -> list[Pair]:
     return found
 
 
-def last_answer(tokenizer: Tokenizer, conversation: Conversation) -> Text:
+def last_answer(tokenizer: Tokenizer, conversation: Conversation, place: str) -> Text:
     """Only the last answer is judged: what was said before is the same in both."""
-    example = tokenize(tokenizer, conversation)
+    example = tokenize(tokenizer, conversation, place)
     ends = np.flatnonzero(~example.written)
     learnt = example.written & (np.arange(len(example.ids)) > (ends[-1] if len(ends) else -1))
     return Text(example.ids, learnt)

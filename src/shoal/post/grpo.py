@@ -55,10 +55,12 @@ def run_grpo(command: GRPOCommand) -> dict[str, Any]:
     judge = Judge(command.rewards)
     if command.data is not None:
         tasks.append(Rewarded(Path(command.data).name, command.data, judge))
+    if command.prompts < len(tasks):
+        raise UserError(f"--prompts is {command.prompts}: with {len(tasks)} tasks it must be at least that many")
     plain = load_trainable(command.model, command.machine, command.tune)
     if plain.tokenizer.chat_template is None:
         raise UserError(f"{command.model} is a base model without a chat template: fine-tune it with shoal sft first")
-    folder = open_run(command.folder, "grpo")
+    folder = open_run(command.folder, "grpo", command.model)
     folder.write_json("run.json", {"requested": dataclasses.asdict(command), "precision": plain.machine.precision})
     with judge:
         summary = Run(command, tasks, plain.model, plain.tokenizer, plain.machine).train(folder)

@@ -19,7 +19,7 @@ def show(tokenizer: Tokenizer, data: Sequence[str], count: int) -> dict[str, Any
     colours = sys.stdout.isatty()
     learnt = read = 0
     for place, conversation in islice(read_conversations(data), count):
-        example = tokenize(tokenizer, conversation)
+        example = tokenize(tokenizer, conversation, place)
         print(f"--- {place}: {len(example.ids)} tokens, {int(example.written.sum())} learnt")
         for token, written in zip(example.ids.tolist(), example.written.tolist(), strict=True):
             text = tokenizer.token_bytes(token).decode("utf-8", "backslashreplace")

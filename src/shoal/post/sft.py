@@ -32,11 +32,13 @@ def run_sft(command: SFTCommand) -> dict[str, Any]:
     command.validate()
     plain = load_trainable(command.model, command.machine, command.tune)
     tokenizer = with_chat_template(plain.tokenizer, command.chat_template)
+    if command.esft_share and not plain.model.moe_layers:
+        raise UserError(f"--esft-share chooses among experts, and {command.model} has none: leave it away")
     if command.preview:
         return show(tokenizer, command.data, command.preview)
     texts = read_texts(tokenizer, command, plain.model.config.max_position_embeddings)
     training, held_out = split(texts, command)
-    folder = open_run(command.folder, "sft")
+    folder = open_run(command.folder, "sft", command.model)
     folder.write_json("run.json", {"requested": dataclasses.asdict(command), "precision": plain.machine.precision})
     model, machine = plain.model, plain.machine
     if command.esft_share:
@@ -72,10 +74,7 @@ def read_texts(tokenizer: Tokenizer, command: SFTCommand, longest: int) -> list[
     limit = min(command.max_length or longest, longest)
     texts, left_out = [], 0
     for place, conversation in read_conversations(command.data):
-        try:
-            example = tokenize(tokenizer, conversation)
-        except UserError as error:
-            raise UserError(f"{place}: {error}") from None
+        example = tokenize(tokenizer, conversation, place)
         if len(example.ids) > limit:
             left_out += 1
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -13,15 +14,20 @@ from ..data.chat_template import BUILT_IN, built_in_template
 from ..engine import Plain, load_plain
 from ..formats import save_checkpoint
 from ..formats.export import chat_template
+from ..formats.locate import locate_model
 from ..model import Transformer
 from ..train.run_folder import RunFolder, new_run
 from ..train.uncompiled import AdamW
-from .adapters import adapt, merge
+from .adapters import adapt, is_adapted, merge
 
 
 def load_trainable(path: str, machine: MachineOptions, options: TuneOptions) -> Plain:
     """The model in fp32, ready to be trained, with adapters where they are asked for."""
     loaded = load_plain(path, machine)
+    if options.lora_rank > loaded.model.config.hidden_size:
+        raise UserError(
+            f"--lora-rank {options.lora_rank} is more than the width of the model, {loaded.model.config.hidden_size}: take a smaller one"
+        )
     if options.lora_rank:
         adapt(loaded.model, options.lora_rank, options.lora_alpha or 2 * options.lora_rank, options.seed)
     return loaded
@@ -76,13 +82,16 @@ class Tuner:
         return float(norm)
 
 
-def open_run(options: RunFolderOptions, name: str) -> RunFolder:
-    """The folder of a new run; see `train.run_folder.new_run`."""
-    return new_run(options, name)
+def open_run(options: RunFolderOptions, name: str, model: str) -> RunFolder:
+    """The folder of a new run that begins with `model`; see `train.run_folder.new_run`."""
+    return new_run(options, name, locate_model(model))
 
 
 def save(folder: RunFolder, step: int, model: Transformer, tokenizer: Tokenizer) -> None:
-    """Write the model as a checkpoint of the run."""
+    """Write the model as a checkpoint of the run, adapters merged into a copy of it where there are any."""
+    if is_adapted(model):
+        model = copy.deepcopy(model)
+        merge(model)
     save_checkpoint(folder.path, step, model, tokenizer, {"step": step})
 
 

@@ -24,7 +24,7 @@ from ..formats.locate import locate_model
 from ..formats.packing import BITS, RoundingCost, pack_files
 from ..formats.parts import Part, Scheme, parts_of
 from ..formats.quantized import is_quantized, may_replace, write_quantized
-from ..formats.weight_files import WeightFiles
+from ..formats.weight_files import WeightFiles, read_generation
 from ..kernels.packed import PackedMatrix
 from ..model import Transformer
 from ..runtime import Machine, peak_memory, require_memory, start
@@ -66,7 +66,7 @@ def run_quantize(command: QuantizeCommand) -> dict[str, Any]:
         matrices: list[Settled] = []
         with _Progress(plan) as progress:
             parts = _parts(empty, files, plan, ids, matrices)
-            write_quantized(out, empty.config, scheme, progress.watch(parts), tokenizer)
+            write_quantized(out, empty.config, scheme, progress.watch(parts), tokenizer, generation=read_generation(folder))
     seconds = time.perf_counter() - began
     weights = sum(matrix.weights for matrix in matrices)
     result = {
@@ -123,7 +123,7 @@ def _summary(result: dict[str, Any], scheme: Scheme) -> str:
     size = f"{result['bytes_before'] / 1e6:,.1f} -> {result['bytes'] / 1e6:,.1f} MB, {result['bits_per_weight']:.2f} bits per weight"
     text = f"{result['out']}: {scheme.matrices} in groups of {scheme.group}, {how}; {size}, in {result['seconds']:.1f} s"
     if result["bpb_increase"] is not None:
-        text += f"\n{result['bpb_before']:.4f} -> {result['bpb_after']:.4f} bits per byte (+{result['bpb_increase']:.4f})"
+        text += f"\n{result['bpb_before']:.4f} -> {result['bpb_after']:.4f} bits per byte ({result['bpb_increase']:+.4f})"
     return text
 
 

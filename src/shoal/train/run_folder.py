@@ -90,11 +90,13 @@ class RunFolder:
         (self.path / "config.toml").write_text(to_toml(config), encoding="utf-8")
 
 
-def refuse_taken(config: Destination) -> None:
-    """Raise `UserError` where --out holds what must not be written over."""
+def refuse_taken(config: Destination, source: Path | None = None) -> None:
+    """Raise `UserError` where --out holds what must not be written over. `source` is the model that the run begins with, if any."""
     if config.out is None:
         return
     path = Path(config.out)
+    if source is not None and config.overwrite and source.resolve().is_relative_to(path.resolve()):
+        raise UserError(f"{source} lies in {path}, which --overwrite would discard before the run has a model: choose another --out")
     if (path / "run.json").exists():
         if not config.overwrite:
             raise UserError(f"{path} already holds a run: --resume goes on with it, --overwrite discards it; or choose another --out")
@@ -102,9 +104,9 @@ def refuse_taken(config: Destination) -> None:
         raise UserError(f"{path} exists and is not the folder of a run: choose another --out")
 
 
-def new_run(config: Destination, name: str) -> RunFolder:
-    """Create the folder of a new run: --out, or the next free runs/NAME. Refuses to write into an earlier run."""
-    refuse_taken(config)
+def new_run(config: Destination, name: str, source: Path | None = None) -> RunFolder:
+    """Create the folder of a new run: --out, or the next free runs/NAME. Refuses what `refuse_taken` does."""
+    refuse_taken(config, source)
     if config.out is not None:
         path = Path(config.out)
         if (path / "run.json").exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import math
 from typing import Any
 
 from ..config import ModelConfig
@@ -41,7 +42,8 @@ def summarize(state: TrainState, machine: Machine, scored: list[Document], final
     last = steps[-max(1, round(MAX_VIO_SHARE * len(steps))) :]
     violations = [row["max_vio"] for row in last if "max_vio" in row]
     texts = [state.data.tokenizer.decode(tokens.tolist()) for tokens, _ in scored]
-    training_seconds = sum(state.config.tokens_per_step / row["tokens_per_second"] for row in steps)
+    # A run that its budget leaves no time for a step takes none, in no time.
+    training_seconds = sum(state.config.tokens_per_step / row["tokens_per_second"] for row in steps) or math.inf
     return {
         "val_bpb": final.bits_per_byte,
         "xz_bpb": xz_bits_per_byte(texts),

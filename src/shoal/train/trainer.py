@@ -61,13 +61,13 @@ def train(requested: TrainConfig) -> Trained:
     requested.validate()
     started = locate_model(requested.start) if requested.start else None
     if started is not None:
-        requested = replace(requested, model=replace(read_config(started), init=requested.model.init))
+        requested = replace(requested, model=read_config(started))
         requested.validate()
     team = join(requested)
     refuse_teams(requested, team)
     folder = team.agree(find_run(requested.out) if requested.resume or (was_restarted() and holds_run(requested.out)) else None)
     if folder is None:
-        team.decide(lambda: refuse_taken(requested))  # before the data is prepared, which takes its time
+        team.decide(lambda: refuse_taken(requested, started))  # before the data is prepared, which takes its time
     precision = folder.facts()["precision"] if folder else requested.precision
     machine = team.same_precision(start(requested.device, precision, requested.threads or team.cores, requested.return_memory))
     corpus = open_corpus(requested.data, requested.corpus)
@@ -84,6 +84,11 @@ def train(requested: TrainConfig) -> Trained:
         for text in (counting.texts if counting is not None else (data.train,))
     ]
     batches = each[0] if counting is None else AlternatingBatches(each[0], each[1], counting.study)
+    if counting is not None and folder is None and config.minutes and counting.seconds >= 60 * config.minutes:
+        raise UserError(
+            f"counting n-grams took {counting.seconds:.0f} s, all of --minutes {config.minutes:g}: give more minutes or less data, "
+            "or set model.count_order and teacher.order to 0"
+        )
     if folder is None:
         folder = team.decide(lambda: begin_run(requested, corpus.name, data.fingerprint, machine))
     else:

@@ -9,8 +9,10 @@ import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
@@ -78,7 +80,8 @@ def train(args: list[str]) -> None:
 
     given = list(args)
     named = bool(args) and not args[0].startswith("-")
-    default = _derived(args) or load_recipe(args.pop(0) if named else "default")
+    derived = _derived(args)
+    default = derived or load_recipe(args.pop(0) if named else "default")
     if "--help" in args or "-h" in args:
         print(f"shoal train [RECIPE] [OPTIONS]; RECIPE is a TOML file or one of: {', '.join(recipe_names())}")
         print(
@@ -96,7 +99,7 @@ def train(args: list[str]) -> None:
         config = parse(TrainConfig, args, "train", default)
     config = with_one_budget(config, default)
     if config.nproc > 1 and "RANK" not in os.environ:
-        _start_processes(config, ["train", *given])
+        _start_processes(config, None if derived is not None else given)
         return
     if config.memory_limit and not config.resume:
         from .memory_limit import fit
@@ -130,6 +133,10 @@ def _derived(args: list[str]) -> TrainConfig | None:
         return rules.config(rules.flops_for(_number("--params", size, "5M")))
     if not _asked(args, "--minutes"):
         raise UserError(f"{rules.name} are rules, which need a budget: give --minutes, --flops or --params")
+    if "RANK" in os.environ:
+        raise UserError(
+            "--minutes measures the machine, and here every process would find another model: give --flops or --params, or --nproc"
+        )
     from .runtime import start
 
     asked = parse(TrainConfig, args, "train", replace(rules.config(1e12), steps=None, minutes=1.0))
@@ -163,14 +170,20 @@ def _take(args: list[str], option: str) -> str | None:
     return value
 
 
-def _start_processes(config: TrainConfig, args: list[str]) -> None:
-    """Refuse what cannot work, then run the same command in `config.nproc` processes."""
+def _start_processes(config: TrainConfig, args: list[str] | None) -> None:
+    """Refuse what cannot work, then run `shoal train ARGS`, or for None what `config` says, in `config.nproc` processes."""
+    from .config.recipes import to_toml
     from .parallel.launch import launch
     from .parallel.layout import layout_of
 
     config.validate()
     layout_of(config, config.nproc)
-    launch(args, config.nproc)
+    with tempfile.TemporaryDirectory() as folder:
+        if args is None:  # rules measure the machine, and another process would find another model
+            settings = Path(folder) / "settings.toml"
+            settings.write_text(to_toml(config), encoding="utf-8")
+            args = [str(settings)]
+        launch(["train", *args], config.nproc)
 
 
 def generate(args: list[str]) -> None:

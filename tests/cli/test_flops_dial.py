@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from shoal.cli import main
+from shoal.config import TrainConfig
 from shoal.config.recipes import load_recipe
 from shoal.plan.cost import count_parameters
 from shoal.plan.rules import NAMES, Rules
@@ -89,3 +90,22 @@ def test_a_bad_budget_is_one_line(args: list[str], complaint: str, capsys: pytes
     error = capsys.readouterr().err
     assert complaint in error
     assert error.count("\n") == 1
+
+
+def test_processes_train_the_model_that_was_found_for_all_of_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each would measure the machine for itself, and find another."""
+    started: list[tuple[TrainConfig, int]] = []
+
+    def launch(args: list[str], count: int) -> None:
+        assert args[0] == "train"
+        started.append((load_recipe(args[1]), count))
+
+    monkeypatch.setattr("shoal.parallel.launch.launch", launch)
+    out = str(tmp_path / "run")
+    assert main(["train", "baseline", "--minutes", "5", "--nproc", "2", "--batch-size", "4", "--out", out]) == 0
+    ((config, count),) = started
+    assert (count, config.batch_size, config.minutes, config.steps, config.out) == (2, 4, 5, None, out)
+    assert config.model.model_type == "llama"
+    assert config.model.hidden_size > 0
+    monkeypatch.setenv("RANK", "0")
+    assert main(["train", "baseline", "--minutes", "5"]) == 2

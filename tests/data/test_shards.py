@@ -128,6 +128,9 @@ def test_damaged_and_unwritable_cache(data: Path) -> None:
     tokens.unlink()
     with pytest.raises(UserError, match="damaged"):
         prepare_folder(data)
+    (tokens.parent / "meta.json").write_text("{}")
+    with pytest.raises(UserError, match="damaged"):
+        prepare_folder(data)
     (data.parent / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"set corpus\.cache"):
         prepare_folder(data, cache="file")

@@ -280,3 +280,15 @@ def test_missing_and_empty_places(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     with pytest.raises(UserError, match="holds no text, JSON Lines or Parquet file"):
         corpus_of(tmp_path)
+
+
+def test_folders_that_are_linked_to_are_read_once(tmp_path: Path) -> None:
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "data"
+    for place in (elsewhere / "deep", folder / ".hidden"):
+        place.mkdir(parents=True)
+    (elsewhere / "deep" / "a.txt").write_text("one\n")
+    (folder / ".hidden" / "b.txt").write_text("two\n")
+    (elsewhere / "deep" / "round").symlink_to(elsewhere)
+    (folder / "link").symlink_to(elsewhere)
+    (folder / "again").symlink_to(elsewhere)
+    assert [source.name for source in corpus_of(folder).sources] == ["again/deep/a.txt"]

@@ -153,6 +153,28 @@ def test_a_process_that_is_killed_ends_the_run_at_once(workshop: Path, tmp_path:
     assert checkpoints.complete_checkpoints(tmp_path / "run")
 
 
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in Linux's /proc")
+def test_nobody_trains_on_when_the_launcher_is_killed(workshop: Path, tmp_path: Path) -> None:
+    config = replace(settings(workshop, tmp_path / "run", steps=100000, checkpoint=EVERY), nproc=2)
+    process = start(["-m", "shoal"], config, tmp_path)
+    wait_for_step(tmp_path / "run", 2, process)
+    members = [member(tmp_path / "run", rank) for rank in range(2)]
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(is_running(number) for number in members):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_running(number: int) -> bool:
+    """Whether a process is there and not only waits to be buried."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in Linux's /proc")
 def test_ten_kills_cost_only_the_steps_since_the_last_checkpoint(workshop: Path, tmp_path: Path) -> None:

@@ -94,6 +94,42 @@ def test_stop_frees_the_engine(page: Any, served: Served) -> None:
     assert served.is_idle()
 
 
+def test_what_comes_leaves_readers_where_they_are(page: Any) -> None:
+    """Whoever reads further up is not taken to the end, neither while an answer comes nor when it ends."""
+    page.set_viewport_size({"width": 1200, "height": 400})
+    say(page, "the red fish\n" * 30)
+    done(page)
+    say(page, "and", 200)
+    page.wait_for_selector(".caret")
+    page.evaluate("document.getElementById('log').scrollTop = 40")
+    done(page)
+    assert page.evaluate("document.getElementById('log').scrollTop") == 40
+
+
+def test_a_conversation_that_is_deleted_stays_deleted(page: Any) -> None:
+    say(page, "the red fish", 400)
+    page.wait_for_selector(".caret")
+    page.click(".entry .drop")
+    done(page)
+    assert page.locator(".entry .name").all_inner_texts() == ["New conversation"]
+    page.reload()
+    page.wait_for_selector("#model option", state="attached")
+    assert page.locator(".entry .name").all_inner_texts() == ["New conversation"]
+
+
+def test_two_tabs_keep_the_conversations_of_both(page: Any) -> None:
+    other = page.context.new_page()
+    other.goto(page.url)
+    other.wait_for_selector("#model option", state="attached")
+    for tab, text in ((page, "the red fish"), (other, "a blue reef")):
+        say(tab, text)
+        done(tab)
+    for tab in (page, other):
+        names = tab.locator(".entry .name")
+        assert set(names.all_inner_texts()) == {"the red fish", "a blue reef"}
+    other.close()
+
+
 def test_experts_are_shown_token_by_token(page: Any) -> None:
     page.keyboard.press("Control+e")
     say(page, "the red fish", 20)
@@ -128,8 +164,11 @@ def test_dark_and_phone(page: Any) -> None:
     assert page.evaluate("document.documentElement.dataset.theme") != theme
     page.set_viewport_size({"width": 390, "height": 780})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    page.click("#menu")
-    assert page.locator("#new").is_visible()
+    for leave in (lambda: page.keyboard.press("Escape"), lambda: page.mouse.click(380, 400)):
+        page.click("#menu")
+        page.wait_for_selector("#new", state="visible")
+        leave()
+        page.wait_for_selector("#new", state="hidden")
 
 
 def test_what_a_model_writes_is_never_html(page: Any) -> None:
@@ -146,6 +185,39 @@ def test_what_a_model_writes_is_never_html(page: Any) -> None:
     assert shown == [0, 1, "<b>", 2, "b"]
 
 
+def test_markdown_as_models_write_it(page: Any) -> None:
+    text = (
+        "1. one\n```\nx\n```\n2. two\n\nA table:\n| a | b |\n|---|---|\n| 1 | 2 |\n\nso a*b + c * d of my__own__name *is* __it__\n"
+        + ">" * 5000
+    )
+    shown = page.evaluate(
+        """async (text) => {
+            const { markdown } = await import('/page/markdown.js');
+            const box = document.createElement('div');
+            box.append(markdown(text));
+            const all = (name) => [...box.querySelectorAll(name)];
+            const texts = all('em, strong').map((one) => one.textContent);
+            return [all('ol').map((one) => one.start), all('td').length, texts, all('blockquote').length];
+        }""",
+        text,
+    )
+    assert shown == [[1, 2], 2, ["is", "it"], 20]
+
+
+def test_a_key_is_asked_for_in_its_own_field(browser: Any, serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("my-very-secret-key\n")
+    with serve(api_key_file=str(tmp_path / "keys")) as served:
+        page = browser.new_page()
+        page.goto(served.url)
+        page.wait_for_selector("#panel", state="visible")
+        page.keyboard.type("my-very-secret-key", delay=250)
+        assert page.input_value("#key") == "my-very-secret-key"
+        assert page.input_value("#system") == ""
+        page.click("#close")
+        page.wait_for_selector("#model option", state="attached")
+        page.close()
+
+
 def test_a_base_model_completes(browser: Any, base: Served, tmp_path: Path) -> None:
     from playwright.sync_api import expect
 
@@ -154,6 +226,7 @@ def test_a_base_model_completes(browser: Any, base: Served, tmp_path: Path) -> N
     area = page.locator(".completion textarea")
     area.fill("the red fish")
     area.press("Control+Enter")
+    expect(page.locator("#go")).to_have_text("Stop (Esc)")
     expect(area).to_have_value(re.compile("^the red fish.+", re.DOTALL))
     page.wait_for_selector("text=Continue")
     assert page.locator(".completion textarea").input_value().startswith("the red fish")

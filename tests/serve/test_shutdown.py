@@ -86,3 +86,16 @@ def test_after_the_time_of_grace_the_rest_is_told_and_the_process_ends(folder: P
             assert reader.failure is None
             assert reader.events[-1] == "[DONE]"
             assert json.loads(reader.events[-2])["error"]["code"] == "shutting_down"
+
+
+def test_a_second_signal_ends_at_once(folder: Path) -> None:
+    with process(folder) as (url, server):
+        readers = start(url, 100_000)
+        server.send_signal(signal.SIGINT)
+        while refusal(url)[0] == 200:
+            pass
+        server.send_signal(signal.SIGINT)
+        server.wait(20)
+        for reader in readers:
+            reader.join(10)
+            assert reader.events[-1] != "[DONE]"

@@ -107,6 +107,22 @@ def test_a_file_holds_moments_as_memory_does(tmp_path: Path, name: Any, moments:
     assert dtypes == {torch.bfloat16 if moments == "bf16" else torch.float32}
 
 
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_one_parameter_at_a_time_is_what_torch_does_with_all(name: Any) -> None:
+    models = make(), make()
+    config = OptimizerConfig(name=name)
+    optimizers = Optimizers(models[0], config), Optimizers(models[1], config, one_by_one=True)
+    assert isinstance(optimizers[0].all[-1], torch.optim.AdamW)
+    for step in range(8):
+        for model, mine in zip(models, optimizers, strict=True):
+            backward(model, step)
+            mine.set_rates(0.5)
+            mine.step()
+            mine.zero_grad()
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=2e-3, atol=2e-5, msg=lambda message, name=name: f"{name}: {message}")
+
+
 def test_bf16_moments_stay_close_to_fp32(tmp_path: Path) -> None:
     models = make(), make()
     before = [p.detach().clone() for p in models[0].parameters()]

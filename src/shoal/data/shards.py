@@ -199,5 +199,5 @@ def _load(folder: Path, tokenizer: Tokenizer) -> PreparedData:
     try:
         meta = json.loads((folder / "meta.json").read_text())
         return PreparedData(tokenizer, load("train", meta["dtype"]), load("val", meta["dtype"]), meta["fingerprint"])
-    except (ValueError, EOFError, FileNotFoundError) as error:
+    except (ValueError, EOFError, FileNotFoundError, KeyError, TypeError) as error:
         raise UserError(f"the tokenized data in {folder} is damaged ({error}): delete that folder and start again") from error

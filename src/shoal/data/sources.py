@@ -216,11 +216,16 @@ def _read_module(file: Path) -> Iterator[readers.Document]:
 
 def _files_below(folder: Path) -> dict[Path, str]:
     """The data files of a folder, each with its name below it."""
-    found: dict[Path, str] = {}
-    for file in sorted(folder.rglob("*")):
-        name = file.relative_to(folder)
-        if file.is_file() and file.stat().st_size and not any(part.startswith(".") for part in name.parts):
-            found[file] = name.as_posix()
+    files: list[Path] = []
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if (real := os.path.realpath(place)) in seen:  # links may lead in circles
+            folders.clear()
+            continue
+        seen.add(real)
+        files += [Path(place, name) for name in names if not name.startswith(".")]
+    found = {file: file.relative_to(folder).as_posix() for file in sorted(files) if file.is_file() and file.stat().st_size}
     for suffixes in (ROW_SUFFIXES, TEXT_SUFFIXES):
         data = {file: name for file, name in found.items() if readers.data_suffix(file) in suffixes}
         if data:

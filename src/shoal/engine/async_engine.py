@@ -213,7 +213,7 @@ class AsyncEngine:
             self._ended, self._failure = True, failure
             tickets = list(self._tickets.values())
             self._tickets.clear()
-        if failure is not None:
+        if failure is not None and self._accepts:
             LOG.error("the engine broke down", exc_info=failure)
         for ticket in tickets:
             _call(ticket.loop, [partial(ticket.fail, self._refusal())])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import queue
 import select
@@ -92,6 +93,8 @@ class EngineProcess:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make), name="shoal-engine", daemon=True)
         self._process.start()
+        # It ignores the signals that multiprocessing would send a daemon at exit, to wait for it then: whoever stops at once kills it.
+        atexit.register(self._process.kill)
         theirs.close()
         first = self._receive()
         if not isinstance(first, _Ready):
@@ -126,6 +129,7 @@ class EngineProcess:
         self._commands.put(None)
         self._sender.join()
         self._process.join()
+        atexit.unregister(self._process.kill)
         self._pipe.close()
         end(news if isinstance(news, Exception) else None if isinstance(news, Stop) else RuntimeError(self._how_it_ended()))
 

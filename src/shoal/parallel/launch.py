@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from types import FrameType
@@ -18,6 +19,10 @@ from ..runtime import available_cores
 POLL_SECONDS = 0.05
 BLAME_SECONDS = 0.5
 """How long to wait after the first death before naming its cause: the others fail too, because it is gone."""
+
+
+LIFELINE = "SHOAL_LIFELINE"
+"""Variable that tells a process which file descriptor ends when its parent does."""
 
 
 @dataclass
@@ -57,13 +62,17 @@ def launch(args: list[str], count: int) -> None:
         "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, available_cores() // count))),
     }  # fmt: skip
+    # Its other end is ours alone: whatever becomes of us, the others see it end (`follow_parent`).
+    lifeline, ours = os.pipe()
+    shared[LIFELINE] = str(lifeline)
     members = []
     for rank in range(count):
         complaints = None if rank == 0 else tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as its process)
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         output = None if rank == 0 else subprocess.DEVNULL
         command = [sys.executable, "-m", "shoal", *args]
-        process = subprocess.Popen(command, env=os.environ | shared | place, stdout=output, stderr=complaints)
+        environment = os.environ | shared | place
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=complaints, pass_fds=(lifeline,))
         members.append(Member(rank, process, complaints))
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -79,8 +88,22 @@ def launch(args: list[str], count: int) -> None:
         for member in members:
             member.process.kill()
             member.process.wait()
+        os.close(lifeline)
+        os.close(ours)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def follow_parent() -> None:
+    """In a process that `launch` started: end with whoever started it, be that killed. It would train on, beside the run that goes on."""
+    if (lifeline := os.environ.pop(LIFELINE, None)) is None:
+        return
+
+    def wait() -> None:
+        os.read(int(lifeline), 1)
+        os._exit(1)
+
+    threading.Thread(target=wait, name="lifeline", daemon=True).start()
 
 
 def _wait(members: list[Member]) -> None:

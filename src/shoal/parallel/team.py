@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..config import TrainConfig, UserError
 from ..runtime import Machine, available_cores
+from .launch import follow_parent
 from .layout import Layout, layout_of
 
 T = TypeVar("T")
@@ -153,6 +154,7 @@ def join(config: TrainConfig) -> Team:
     if not is_member():
         layout_of(config, 1)
         return Team()
+    follow_parent()
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     layout = layout_of(config, world, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
     on_gpu = config.device != "cpu" and torch.cuda.is_available()

@@ -69,13 +69,15 @@ def prepare(host: Host, body: CompletionBody) -> Turn:
 
 
 async def _stream(turn: Turn, body: CompletionBody, head: dict[str, Any]) -> AsyncGenerator[bytes, None]:
-    wants_usage = body.stream_options is not None and body.stream_options.include_usage
+    options = body.stream_options
+    wants_usage = options is not None and options.include_usage
+    each = options is not None and options.continuous_usage_stats
     choices = [_Choice(turn, body, index) for index in range(len(turn.requests))]
     async with turn.host.serving(turn.requests) as tickets:
         yield b""
         async for step in turn.steps(tickets):
             choice = choices[step.index].part(step.piece.content, step.tokens, step.finish_reason)
-            yield event(head | {"choices": [choice]} | ({"usage": None} if wants_usage else {}))
+            yield event(head | {"choices": [choice]} | ({"usage": turn.usage() if each else None} if wants_usage else {}))
     if wants_usage:
         yield event(head | {"choices": [], "usage": turn.usage()})
     yield DONE

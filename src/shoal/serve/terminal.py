@@ -39,7 +39,9 @@ def run_chat(command: ChatCommand) -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # a stray byte in what someone pastes is no reason to leave
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  line editing and history for input()
+        import readline  # line editing and history for input()
+
+        readline.parse_and_bind("set enable-bracketed-paste on")  # several lines that are pasted are one text
     talk = Talk(engine_for_one(loaded, command.run), loaded.tokenizer, command.sampling, command.system)
     while (text := read_text()) is not None:
         try:
@@ -150,20 +152,18 @@ class Talk:
         self._tokens, self._seconds = 0, 0.0
         number = self.engine.add_request(request)
         with _interrupts() as interrupted:
-            while self.engine.has_work:
+            while self.engine.has_work and not interrupted.is_set():
                 for increment in self.engine.step().values():
                     answer += increment.text
                     self._tokens += len(increment.tokens)
                     printer.push(increment.text)
                     if increment.error:
                         raise UserError(increment.error)
-                if interrupted.is_set():
-                    self.engine.abort(number)
-                    printer.finish()
-                    print(" [stopped]", end="")
-                    return answer
+                self._seconds = time.perf_counter() - began
         printer.finish()
-        self._seconds = time.perf_counter() - began
+        if self.engine.has_work:
+            self.engine.abort(number)
+            print(" [stopped]", end="")
         return answer
 
 

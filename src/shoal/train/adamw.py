@@ -42,7 +42,7 @@ class SmallAdamW(OneByOne):
             first.copy_(mean)
             second.copy_(square)
             w.mul_(1 - group["lr"] * group["weight_decay"])
-            w.addcdiv_(mean, square.sqrt_().div_(correction).add_(group["eps"]), value=-rate)
+            w.addcdiv_(mean, square.sqrt().div_(correction).add_(group["eps"]), value=-rate)
         for moment in (state["exp_avg"], state["exp_avg_sq"]):
             self.moments.let_go(moment)
 

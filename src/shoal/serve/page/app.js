@@ -1,7 +1,7 @@
 import { models, stream } from "./api.js";
 import { ALL, describe, drawBars, drawMap, facts, loads, paint, tokenSpan } from "./experts.js";
 import { copyButton, markdown } from "./markdown.js";
-import { fresh, loadConversations, loadSettings, saveConversations, saveSettings } from "./store.js";
+import { dropConversation, fresh, keepConversation, loadConversations, loadSettings, saveSettings } from "./store.js";
 
 const $ = (id) => document.getElementById(id);
 const settings = loadSettings();
@@ -11,6 +11,8 @@ let known = [];      // models of the server
 let running = null;  // AbortController of the answer that is coming
 let showsExperts = false;
 let layer = ALL;
+let shown = null;    // conversation that the log shows
+let again = 0;       // timer of the next attempt to reach the server
 
 const model = () => known.find((one) => one.id === $("model").value) || known[0];
 const about = () => model()?.shoal || {};
@@ -19,24 +21,29 @@ const isChat = () => about().chat !== false;
 // ---- the server
 
 async function connect() {
+  clearTimeout(again);
   try {
     known = await models(settings.key);
   } catch (error) {
-    if (error.status === 401) openPanel(true);
-    show(error.status === 401 ? "This server wants an API key: enter it in the settings." : `${error.message}`);
-    setTimeout(connect, 3000);
+    if (error.status === 401) {  // and there it waits: whoever closes the settings connects again
+      show("This server wants an API key: enter it in the settings.");
+      openPanel("key");
+    } else {
+      show(error.message);
+      again = setTimeout(connect, 3000);
+    }
     return;
   }
   if (about().state === "loading") {
     show("The model is being loaded ...");
-    setTimeout(connect, 1000);
+    again = setTimeout(connect, 1000);
     return;
   }
   const before = $("model").value;
   $("model").replaceChildren(...known.map((one) => new Option(one.id, one.id)));
   if (known.some((one) => one.id === before)) $("model").value = before;
   layerOptions();
-  render();
+  if (!document.querySelector(".edit")) render();
 }
 
 function request() {
@@ -47,21 +54,22 @@ function request() {
   return body;
 }
 
-async function answer(path, body, take) {
+// From here on an answer is coming, and what is drawn shows it.
+function begin() {
   running = new AbortController();
   busy(true);
+  render();
+  toEnd();
+}
+
+async function answer(path, body, take) {
   const began = performance.now();
-  let first = 0, pieces = 0, failure = "";
+  let failure = "";
+  $("speed").textContent = "";
   try {
-    await stream(path, body, settings.key, running.signal, (choice) => {
-      first ||= performance.now();
-      pieces += choice.shoal?.length ?? 1;
-      take(choice);
-      const seconds = (performance.now() - first) / 1000;
-      if (seconds > 0.2) $("speed").textContent = `${(pieces / seconds).toFixed(0)} tokens/s`;
-    }, (usage) => {
+    await stream(path, body, settings.key, running.signal, take, (usage) => {
       const seconds = (performance.now() - began) / 1000;
-      $("speed").textContent = `${usage.completion_tokens} tokens, ${(usage.completion_tokens / seconds).toFixed(0)} tokens/s`;
+      if (seconds > 0.2) $("speed").textContent = `${usage.completion_tokens} tokens, ${(usage.completion_tokens / seconds).toFixed(0)} tokens/s`;
     });
   } catch (error) {
     if (error.name !== "AbortError") failure = error.message;
@@ -86,7 +94,7 @@ async function reply() {
   const sent = at.messages.filter((one) => !one.error).map(({ role, content }) => ({ role, content }));
   if (settings.system.trim()) sent.unshift({ role: "system", content: settings.system });
   at.messages.push(message);
-  render();
+  begin();
   const body = { ...request(), messages: sent };
   if (about().thinking_is_optional) body.chat_template_kwargs = { thinking: settings.thinking, enable_thinking: settings.thinking };
   const update = painter(at, message);
@@ -94,6 +102,7 @@ async function reply() {
     message.reasoning += choice.delta.reasoning_content || "";
     message.content += choice.delta.content || "";
     message.tokens.push(...(choice.shoal || []));
+    if (choice.finish_reason === "length") message.cut = true;
     update();
   });
   if (failure) {
@@ -101,7 +110,11 @@ async function reply() {
     at.messages.push({ role: "assistant", content: failure, error: true });
   }
   keep(at);
-  render();
+  if (at !== current) return;
+  if (failure) render();
+  else fill($("log").lastElementChild, message, false);
+  renderList();
+  inspect();
 }
 
 // Paints an answer that grows, at most once a frame.
@@ -142,6 +155,8 @@ function fill(node, message, grows) {
     text.replaceChildren(markdown(message.content));
   }
   text.classList.toggle("caret", grows);
+  const cut = node.querySelector(".cut");
+  if (cut) cut.hidden = grows || !message.cut;
 }
 
 function messageNode(message, index) {
@@ -155,21 +170,27 @@ function messageNode(message, index) {
     node.append(box, tools([["Retry", () => retry(index)]]));
     return node;
   }
+  const grows = running !== null && index === current.messages.length - 1;
   if (message.role === "assistant") {
     const thought = document.createElement("details");
     thought.className = "thought";
     thought.append(document.createElement("summary"), document.createElement("div"));
-    thought.open = running !== null;
+    thought.open = grows;
     node.append(thought);
   }
   const text = document.createElement("div");
   text.className = "text";
+  text.dir = "auto";
   node.append(text);
   if (message.role === "user") {
     text.textContent = message.content;
     node.append(tools([["Edit", () => edit(node, index)]], () => message.content));
   } else {
-    fill(node, message, running !== null && index === current.messages.length - 1);
+    const cut = document.createElement("p");
+    cut.className = "fine cut";
+    cut.textContent = "Cut off at the longest answer that the settings allow.";
+    node.append(cut);
+    fill(node, message, grows);
     node.append(tools([["Retry", () => retry(index)]], () => message.content));
   }
   return node;
@@ -241,8 +262,11 @@ function fillCompletion(node) {
   const coloured = showsExperts && current.tokens?.length > 0;
   const [area, box] = node.children;
   area.hidden = coloured;
+  area.readOnly = running !== null;
   box.hidden = !coloured;
-  area.value = current.text || "";
+  const end = area.scrollHeight - area.scrollTop - area.clientHeight < 80;
+  if (area.value !== (current.text || "")) area.value = current.text || "";
+  if (end) area.scrollTop = area.scrollHeight;
   if (!coloured) return;
   if (!box.firstChild) box.append(document.createTextNode(current.before || ""));
   for (let i = box.childElementCount; i < current.tokens.length; i++) box.append(tokenSpan(current.tokens[i], layer, pick));
@@ -254,7 +278,7 @@ async function complete() {
   at.before = at.text;
   at.tokens = [];
   at.title ||= at.text.slice(0, 60);
-  render();
+  begin();
   let due = false;
   const failure = await answer("/v1/completions", { ...request(), prompt: at.text }, (choice) => {
     at.text += choice.text;
@@ -265,15 +289,22 @@ async function complete() {
       due = false;
       const node = $("log").querySelector(".completion");
       if (at !== current || !node) return;
+      const follows = nearEnd();
       fillCompletion(node);
-      node.firstChild.scrollTop = node.firstChild.scrollHeight;
       inspect();
+      if (follows) toEnd();
     });
   });
   keep(at);
-  render();
+  if (at !== current) return;
+  fillCompletion($("log").querySelector(".completion"));
+  $("go").textContent = goName();
+  renderList();
+  inspect();
   if (failure) show(failure);
 }
+
+const goName = () => (running ? "Stop (Esc)" : "Continue (Ctrl+Enter)");
 
 // ---- the expert view
 
@@ -328,20 +359,24 @@ function toggleExperts() {
 function render() {
   const log = $("log");
   const chat = isChat();
+  const stays = shown === current && !nearEnd(), top = log.scrollTop;  // whoever reads further up is left there
+  shown = current;
   $("composer").hidden = !chat;
   document.querySelector(".keys").hidden = !chat;
   $("thinking-row").hidden = !about().thinking_is_optional;
   if (!chat) {
-    const send = document.createElement("button");
-    send.textContent = running ? "Stop" : "Continue (Ctrl+Enter)";
-    send.addEventListener("click", () => (running ? running.abort() : complete()));
-    log.replaceChildren(completionNode(), send);
+    const go = document.createElement("button");
+    go.id = "go";
+    go.textContent = goName();
+    go.addEventListener("click", () => (running ? running.abort() : complete()));
+    log.replaceChildren(completionNode(), go);
   } else if (!current.messages.length) {
     log.replaceChildren(hello());
   } else {
     log.replaceChildren(...current.messages.map(messageNode));
-    toEnd();
   }
+  if (stays) log.scrollTop = top;
+  else if (chat) toEnd();
   renderList();
   inspect();
 }
@@ -378,7 +413,8 @@ function renderList() {
     drop.setAttribute("aria-label", `Delete ${name.textContent}`);
     drop.addEventListener("click", () => {
       conversations = conversations.filter((other) => other !== one);
-      saveConversations(conversations);
+      one.dropped = true;
+      dropConversation(one);
       if (one === current) open(conversations[0] || fresh());
       else renderList();
     });
@@ -390,15 +426,16 @@ function renderList() {
 function open(conversation) {
   running?.abort();
   current = conversation;
-  $("side").classList.remove("open");
+  openMenu(false);
   $("speed").textContent = "";
   render();
   $("input").focus();
 }
 
 function keep(conversation) {
+  if (conversation.dropped) return;
   if (!conversations.includes(conversation)) conversations.unshift(conversation);
-  saveConversations(conversations);
+  keepConversation(conversation);
 }
 
 function show(text) {
@@ -424,10 +461,16 @@ function setTheme(theme) {
   document.documentElement.dataset.theme = dark ? "dark" : "light";
 }
 
-function openPanel(is) {
-  $("panel").hidden = !is;
-  $("settings").setAttribute("aria-expanded", is);
-  if (is) $("system").focus();
+// Opens the settings at a field, or closes them.
+function openPanel(field) {
+  $("panel").hidden = !field;
+  $("settings").setAttribute("aria-expanded", Boolean(field));
+  if (field) $(field).focus();
+}
+
+function openMenu(is) {
+  $("side").classList.toggle("open", is);
+  $("menu").setAttribute("aria-expanded", is);
 }
 
 function grow() {
@@ -462,9 +505,10 @@ $("input").addEventListener("keydown", (event) => {
 });
 $("stop").addEventListener("click", () => running?.abort());
 $("new").addEventListener("click", () => open(fresh()));
-$("menu").addEventListener("click", () => $("side").classList.toggle("open"));
-$("settings").addEventListener("click", () => openPanel($("panel").hidden));
-$("close").addEventListener("click", () => { openPanel(false); connect(); });
+$("menu").addEventListener("click", () => openMenu(true));
+document.addEventListener("pointerdown", (event) => { if (!$("side").contains(event.target)) openMenu(false); });
+$("settings").addEventListener("click", () => openPanel($("panel").hidden && "system"));
+$("close").addEventListener("click", () => { openPanel(null); connect(); });
 $("theme").addEventListener("click", () => { setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"); saveSettings(settings); });
 $("experts").addEventListener("click", toggleExperts);
 $("model").addEventListener("change", () => { layerOptions(); render(); });
@@ -473,11 +517,20 @@ $("earlier").addEventListener("click", () => moveLayer(-1));
 $("later").addEventListener("click", () => moveLayer(1));
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") {
-    if (!$("panel").hidden) openPanel(false);
+    if ($("side").classList.contains("open")) openMenu(false);
+    else if (!$("panel").hidden) openPanel(null);
     else running?.abort();
   }
   if (event.key.toLowerCase() === "e" && (event.ctrlKey || event.metaKey) && about().moe_layers) { event.preventDefault(); toggleExperts(); }
 });
+
+// Another tab has changed the conversations; the one that is open here stays what it is here.
+addEventListener("storage", () => {
+  const mine = new Map([current, ...conversations].map((one) => [one.id, one]));
+  conversations = loadConversations().map((one) => (one.id === current.id ? current : Object.assign(mine.get(one.id) ?? {}, one)));
+  renderList();
+});
+addEventListener("pagehide", () => { if (running) keep(current); });
 
 setTheme(settings.theme);
 render();

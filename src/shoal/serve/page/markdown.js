@@ -1,6 +1,10 @@
 // Markdown to DOM nodes. Nothing a model writes is ever parsed as HTML.
 
-export function markdown(text) {
+const DELIMITERS = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;  // the row below the head of a table
+const DEEPEST = 20;  // quotes within quotes
+
+export function markdown(text, depth = 0) {
+  const isTable = (i) => lines[i].includes("|") && DELIMITERS.test(lines[i + 1] || "");
   const root = document.createDocumentFragment();
   const lines = text.split("\n");
   let i = 0;
@@ -21,19 +25,19 @@ export function markdown(text) {
     } else if (/^\s*([-*_])(\s*\1){2,}\s*$/.test(line)) {
       root.append(document.createElement("hr"));
       i++;
-    } else if (/^\s*>/.test(line)) {
+    } else if (/^\s*>/.test(line) && depth < DEEPEST) {
       const body = [];
       for (; i < lines.length && /^\s*>/.test(lines[i]); i++) body.push(lines[i].replace(/^\s*> ?/, ""));
       const quote = document.createElement("blockquote");
-      quote.append(markdown(body.join("\n")));
+      quote.append(markdown(body.join("\n"), depth + 1));
       root.append(quote);
     } else if (/^\s*([-*+]|\d+[.)])\s/.test(line)) {
       i = list(root, lines, i);
-    } else if (line.includes("|") && /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/.test(lines[i + 1] || "")) {
+    } else if (isTable(i)) {
       i = table(root, lines, i);
     } else {
       const body = [];
-      for (; i < lines.length && lines[i].trim() && !/^\s*(```|~~~|#{1,6}\s|>|([-*+]|\d+[.)])\s)/.test(lines[i]); i++) body.push(lines[i]);
+      for (; i < lines.length && lines[i].trim() && !/^\s*(```|~~~|#{1,6}\s|>|([-*+]|\d+[.)])\s)/.test(lines[i]) && !isTable(i); i++) body.push(lines[i]);
       if (!body.length) body.push(lines[i++]);
       root.append(element("p", body.join("\n")));
     }
@@ -44,6 +48,7 @@ export function markdown(text) {
 function list(root, lines, i) {
   const ordered = /^\s*\d/.test(lines[i]);
   const node = document.createElement(ordered ? "ol" : "ul");
+  if (ordered) node.start = Number(lines[i].match(/\d+/)[0]);  // steps may have code between them
   const indent = lines[i].match(/^\s*/)[0].length;
   while (i < lines.length && /^\s*([-*+]|\d+[.)])\s/.test(lines[i])) {
     const depth = lines[i].match(/^\s*/)[0].length;
@@ -116,7 +121,7 @@ function element(name, text) {
   return node;
 }
 
-const INLINE = /(`+)([^`]|[^`][\s\S]*?[^`])\1(?!`)|\*\*([^*]+)\*\*|__([^_]+)__|\*([^*\s][^*]*)\*|\[([^\]]+)\]\((https?:\/\/[^\s)]+)\)/;
+const INLINE = /(`+)([^`]|[^`][\s\S]*?[^`])\1(?!`)|\*\*([^*]+)\*\*|(?<!\w)__([^_]+)__(?!\w)|\*([^*\s](?:[^*]*[^*\s])?)\*|\[([^\]]+)\]\((https?:\/\/[^\s)]+)\)/;
 
 function inline(node, text) {
   let match;

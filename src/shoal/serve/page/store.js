@@ -24,16 +24,28 @@ export function loadConversations() {
   return Array.isArray(found) ? found : [];
 }
 
-export function saveConversations(conversations) {
-  const kept = conversations.filter((one) => one.messages.length || one.text).map(({ id, title, messages, text }) => ({
-    id, title, text, messages: messages.map(({ role, content, reasoning, error }) => ({ role, content, reasoning, error })),
-  }));
-  while (kept.length) {
+// Other tabs may have written in between: what is stored is read again, and only this one changed.
+export function keepConversation({ id, title, text, before, messages }) {
+  if (!messages.length && !text) return;
+  const kept = messages.map(({ role, content, reasoning, cut, error }) => ({ role, content, reasoning, cut, error }));
+  const all = loadConversations(), one = { id, title, text, before, messages: kept };
+  const at = all.findIndex((other) => other.id === id);
+  if (at < 0) all.unshift(one);
+  else all[at] = one;
+  write(all);
+}
+
+export function dropConversation({ id }) {
+  write(loadConversations().filter((one) => one.id !== id));
+}
+
+function write(conversations) {
+  while (conversations.length) {
     try {
-      localStorage.setItem(CONVERSATIONS, JSON.stringify(kept));
+      localStorage.setItem(CONVERSATIONS, JSON.stringify(conversations));
       return;
     } catch {
-      kept.pop();  // the store is full: the oldest goes
+      conversations.pop();  // the store is full: the oldest goes
     }
   }
   localStorage.removeItem(CONVERSATIONS);

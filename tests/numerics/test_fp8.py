@@ -113,7 +113,9 @@ def test_groups_of_rows_are_multiplied_as_each_by_itself(sizes: list[int], colum
             torch.testing.assert_close(found[0][rows], alone, rtol=1e-5, atol=1e-5 * float(alone.abs().max()))
             alone = fp8.input_gradient(Quantized(grads.data[rows], grads.scales[rows]), mine)
             torch.testing.assert_close(found[1][rows], alone, rtol=1e-5, atol=1e-5 * float(alone.abs().max()))
-            assert found[2][e].equal(fp8.weight_gradient(grad[rows], x[rows]))
+            # The same operands; how torch adds up a batch of products depends on how many there are.
+            alone = fp8.weight_gradient(grad[rows], x[rows])
+            torch.testing.assert_close(found[2][e], alone, rtol=1e-5, atol=1e-5 * float(alone.abs().max()))
         else:
             assert not found[2][e].any()
 

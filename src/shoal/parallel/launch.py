@@ -64,7 +64,9 @@ def launch(args: list[str], count: int) -> None:
     }  # fmt: skip
     # Its other end is ours alone: whatever becomes of us, the others see it end (`follow_parent`).
     lifeline, ours = os.pipe()
-    shared[LIFELINE] = str(lifeline)
+    inherited = (lifeline,) if os.name == "posix" else ()  # Windows passes none on
+    if inherited:
+        shared[LIFELINE] = str(lifeline)
     members = []
     for rank in range(count):
         complaints = None if rank == 0 else tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as its process)
@@ -72,7 +74,7 @@ def launch(args: list[str], count: int) -> None:
         output = None if rank == 0 else subprocess.DEVNULL
         command = [sys.executable, "-m", "shoal", *args]
         environment = os.environ | shared | place
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=complaints, pass_fds=(lifeline,))
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=complaints, pass_fds=inherited)
         members.append(Member(rank, process, complaints))
 
     def pass_on(number: int, frame: FrameType | None) -> None:

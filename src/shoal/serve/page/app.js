@@ -369,7 +369,9 @@ function render() {
     go.id = "go";
     go.textContent = goName();
     go.addEventListener("click", () => (running ? running.abort() : complete()));
-    log.replaceChildren(completionNode(), go);
+    const node = completionNode();
+    node.append(go);
+    log.replaceChildren(node);
   } else if (!current.messages.length) {
     log.replaceChildren(hello());
   } else {

@@ -64,13 +64,18 @@ function begin() {
 
 async function answer(path, body, take) {
   const began = performance.now();
-  let failure = "";
+  let failure = "", tokens = 0;
+  const tell = () => {
+    const seconds = (performance.now() - began) / 1000;
+    $("speed").textContent = `${tokens} tokens, ${(tokens / seconds).toFixed(0)} tokens/s`;
+  };
   $("speed").textContent = "";
   try {
     await stream(path, body, settings.key, running.signal, take, (usage) => {
-      const seconds = (performance.now() - began) / 1000;
-      if (seconds > 0.2) $("speed").textContent = `${usage.completion_tokens} tokens, ${(usage.completion_tokens / seconds).toFixed(0)} tokens/s`;
+      tokens = usage.completion_tokens;
+      if (performance.now() - began > 200) tell();  // before, it says little
     });
+    tell();
   } catch (error) {
     if (error.name !== "AbortError") failure = error.message;
   }

@@ -113,6 +113,8 @@ class _Stopper:
     def stop(self) -> None:
         if self._task is not None:
             _say("stopping now")
+            for name in ("uvicorn.error", "shoal.engine"):  # what breaks off now is no news
+                logging.getLogger(name).disabled = True
             self._server.should_exit = self._server.force_exit = True
             self._task.cancel()
             return

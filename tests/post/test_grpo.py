@@ -147,6 +147,12 @@ def test_users_problems_and_rewards(chat_model: Path, tmp_path: Path) -> None:
     assert main([*command, *small]) == 0
 
 
+def test_a_single_problem_is_refused_before_anything_is_written(chat_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "red", "answer": "blue"}) + "\n")
+    assert main(["grpo", str(chat_model), "--data", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "run")]) == 2
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_base_model_is_refused(trained: Path) -> None:
     assert main(["grpo", str(trained), "--tasks", "strings"]) == 2
 

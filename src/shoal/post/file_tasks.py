@@ -84,13 +84,13 @@ class Rewarded(FileTask):
 
     def __init__(self, name: str, path: str, judge: Judge) -> None:
         super().__init__(name, path)
+        if len(self.rows) < 2:
+            raise UserError(f"{path} holds a single problem: give at least two, as one is kept for tests")
         self.judge = judge
 
     def problems(self, split: Split, seed: int) -> Iterator[Problem]:
         """One row in `HELD_OUT` is kept for tests, the first among them."""
         rows = [row for index, row in enumerate(self.rows) if (index % HELD_OUT == 0) == (split == "test")]
-        if not rows:
-            raise UserError(f"{self.name} holds a single problem: give at least two")
         if split == "test":
             yield from rows
             return

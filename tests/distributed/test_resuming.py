@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from layouts import Learned, settings, training
 from processes import in_processes
+from tests.alive import wait_for_end
 
 from shoal.config import CheckpointConfig, TrainConfig
 from shoal.config.recipes import to_toml
@@ -161,18 +162,7 @@ def test_nobody_trains_on_when_the_launcher_is_killed(workshop: Path, tmp_path: 
     members = [member(tmp_path / "run", rank) for rank in range(2)]
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 10
-    while any(is_running(number) for number in members):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def is_running(number: int) -> bool:
-    """Whether a process is there and not only waits to be buried."""
-    try:
-        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    wait_for_end(members, 10)
 
 
 @pytest.mark.slow

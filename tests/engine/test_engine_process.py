@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from fake_runner import FakeRunner, continuation
+from tests.alive import wait_for_end
 
 from shoal.config import EngineOptions, SamplingOptions, UserError
 from shoal.engine import AsyncEngine, Batch, Engine, EngineClosed, EngineFailed, EngineProcess, Forward, Request
@@ -165,15 +166,4 @@ if __name__ == "__main__":
     os.kill(os.getpid(), 9)
 """
     asker = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    worker = int(asker.stdout)
-    deadline = time.time() + 20
-    while is_alive(worker):
-        assert time.time() < deadline
-        time.sleep(0.02)
-
-
-def is_alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    wait_for_end([int(asker.stdout)], 20)

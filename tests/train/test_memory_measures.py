@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,15 @@ def test_fp8_keeps_less_than_fp32() -> None:
     assert kept_bytes(small) < 0.8 * kept_bytes(plain)
 
 
+def step_each(models: Sequence[Transformer], optimizers: Sequence[Optimizers], step: int) -> None:
+    """The same step of every model, each by its optimizers."""
+    for model, mine in zip(models, optimizers, strict=True):
+        backward(model, step)
+        mine.set_rates(0.5)
+        mine.step()
+        mine.zero_grad()
+
+
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 @pytest.mark.parametrize("moments", ["fp32", "bf16"])
 def test_a_file_holds_moments_as_memory_does(tmp_path: Path, name: Any, moments: Any) -> None:
@@ -92,11 +102,7 @@ def test_a_file_holds_moments_as_memory_does(tmp_path: Path, name: Any, moments:
     models = make(), make()
     optimizers = Optimizers(models[0], config, one_by_one=True), Optimizers(models[1], config, offload=tmp_path)
     for step in range(3):
-        for model, mine in zip(models, optimizers, strict=True):
-            backward(model, step)
-            mine.set_rates(0.5)
-            mine.step()
-            mine.zero_grad()
+        step_each(models, optimizers, step)
         if step == 1:  # as a checkpoint does
             saved = copy.deepcopy(optimizers[0].state_dict())
             for mine in optimizers:
@@ -114,11 +120,7 @@ def test_one_parameter_at_a_time_is_what_torch_does_with_all(name: Any) -> None:
     optimizers = Optimizers(models[0], config), Optimizers(models[1], config, one_by_one=True)
     assert isinstance(optimizers[0].all[-1], torch.optim.AdamW)
     for step in range(8):
-        for model, mine in zip(models, optimizers, strict=True):
-            backward(model, step)
-            mine.set_rates(0.5)
-            mine.step()
-            mine.zero_grad()
+        step_each(models, optimizers, step)
     for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(q, p, rtol=2e-3, atol=2e-5, msg=lambda message, name=name: f"{name}: {message}")
 

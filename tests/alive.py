@@ -1,0 +1,23 @@
+"""Whether processes that nobody can wait for have ended, as Linux's /proc tells."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def wait_for_end(processes: Sequence[int], seconds: float) -> None:
+    """Returns when all have ended; fails after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while any(map(is_alive, processes)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process is there, and does not only wait to be buried."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -97,6 +97,9 @@ def train(args: list[str]) -> None:
     if config.resume and not named:
         default = find_run(config.out).settings()
         config = parse(TrainConfig, args, "train", default)
+    shape = next((arg for arg in given if arg.startswith("--model.")), None)
+    if config.start and shape:
+        raise UserError(f"{shape.split('=')[0]} has no say over a model that is there already: leave it away, or --start")
     config = with_one_budget(config, default)
     if config.nproc > 1 and "RANK" not in os.environ:
         _start_processes(config, None if derived is not None else given)

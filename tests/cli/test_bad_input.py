@@ -60,6 +60,7 @@ def names_in(folder: Path) -> set[str]:
         (["train", "--optimizer.muon-lr", "nan"], "optimizer.muon_lr"),
         (["train", "--eval-tokens", "0"], "eval_tokens"),
         (["train", "default", "--resume", "--overwrite"], "contradict"),
+        (["train", "--start", "model", "--steps", "3", "--model.hidden-size=64"], "--model.hidden-size has no say"),
         (["generate"], "MODEL"),
         (["generate", "no/such/model", "hi"], "does not exist"),
         (["generate", "model", "hi", "--temperature", "-1"], "--temperature"),

@@ -81,7 +81,7 @@ def test_preview_marks_what_is_learnt(trained: Path, conversations_file: Path, c
         (["--data", "nowhere.jsonl"], "does not exist"),
         (["--data", "DATA", "--max-length", "2"], "no conversation fits"),
         (["--data", "DATA", "--esft-share", "0.5", "--lora-rank", "2"], "contradict"),
-        (["--data", "DATA", "--chat-template", "nowhere.jinja"], "no file"),
+        (["--data", "DATA", "--chat-template", "nowhere.jinja"], "no chat template"),
         (["--data", "DATA", "--lora-rank", "100000"], "more than the width of the model"),
     ],
 )

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -174,10 +175,10 @@ def test_dark_and_phone(page: Any) -> None:
 def test_what_a_model_writes_is_never_html(page: Any) -> None:
     shown = page.evaluate(
         """async () => {
-            const { markdown } = await import('/page/markdown.js');
+            const { showMarkdown } = await import('/page/markdown.js');
             const box = document.createElement('div');
             const links = '[x](javascript:alert(1)) [y](https://e.org)';
-            box.append(markdown(`<img src=x onerror=alert(1)> **b** ${links}\\n~~~py\\n<b>\\n~~~\\n- a\\n- b`));
+            showMarkdown(box, `<img src=x onerror=alert(1)> **b** ${links}\\n~~~py\\n<b>\\n~~~\\n- a\\n- b`);
             const count = (name) => box.querySelectorAll(name).length, text = (name) => box.querySelector(name).textContent;
             return [count('img'), count('a'), text('pre'), count('li'), text('strong')];
         }"""
@@ -192,9 +193,9 @@ def test_markdown_as_models_write_it(page: Any) -> None:
     )
     shown = page.evaluate(
         """async (text) => {
-            const { markdown } = await import('/page/markdown.js');
+            const { showMarkdown } = await import('/page/markdown.js');
             const box = document.createElement('div');
-            box.append(markdown(text));
+            showMarkdown(box, text);
             const all = (name) => [...box.querySelectorAll(name)];
             const texts = all('em, strong').map((one) => one.textContent);
             return [all('ol').map((one) => one.start), all('td').length, texts, all('blockquote').length];
@@ -202,6 +203,39 @@ def test_markdown_as_models_write_it(page: Any) -> None:
         text,
     )
     assert shown == [[1, 2], 2, ["is", "it"], 20]
+
+
+def test_an_answer_that_grows_ends_as_one_that_is_there_at_once(page: Any) -> None:
+    pieces = ["a", "b **c** `d`", " ", "\n", "\n", "\n\n", "# ", "- ", "  - ", "2. ", "> ", "```", "| a | b |", "|", "---", "\n|---|---|\n", "~~~"]
+    random = Random(0)
+    texts = ["".join(random.choices(pieces, k=random.randint(1, 30))) for _ in range(300)]
+    differ = page.evaluate(
+        """async (texts) => {
+            const { showMarkdown } = await import('/page/markdown.js');
+            const [grown, whole] = [document.createElement('div'), document.createElement('div')];
+            return texts.filter((text) => {
+                for (let end = 1; end <= text.length; end++) showMarkdown(grown, text.slice(0, end));
+                showMarkdown(whole, text);
+                return grown.innerHTML !== whole.innerHTML;
+            });
+        }""",
+        texts,
+    )
+    assert differ == []
+
+
+def test_what_has_been_read_of_an_answer_stays_as_it_grows(page: Any) -> None:
+    same = page.evaluate(
+        """async () => {
+            const { showMarkdown } = await import('/page/markdown.js');
+            const box = document.createElement('div');
+            showMarkdown(box, 'one\\n\\n```\\ntwo\\n```\\nthree\\n\\nfour');
+            const first = [...box.children];
+            showMarkdown(box, 'one\\n\\n```\\ntwo\\n```\\nthree\\n\\nfour and five');
+            return [...box.children].map((node, at) => node === first[at]);
+        }"""
+    )
+    assert same == [True, True, False, False]
 
 
 def test_a_key_is_asked_for_in_its_own_field(browser: Any, serve: Serve, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import itertools
 import json
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -57,7 +59,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_folder_of_a_finished_run(trained: Path) -> None:
-    names = {path.name for path in trained.iterdir()}
+    names = {path.name for path in trained.iterdir()} - {".lock"}  # some versions of filelock remove it
     assert names == {"run.json", "config.toml", "metrics.jsonl", "best.json", "checkpoints", "summary.json", "report", "report.html"}
     steps, evaluations = rows_of(trained)
     assert [row["step"] for row in steps] == list(range(1, 13))
@@ -226,6 +228,21 @@ def test_overwrite_starts_from_nothing(config: TrainConfig) -> None:
     assert [row["step"] for row in rows_of(result.folder)[0]] == [1, 2, 3]
     assert [checkpoint_step(path) for path in complete_checkpoints(result.folder)] == [3]
     assert [path.name for path in result.folder.parent.iterdir()] == ["run"]
+
+
+def test_a_run_that_goes_on_is_neither_resumed_nor_discarded_by_another(config: TrainConfig) -> None:
+    folder = train(replace(config, steps=3)).folder
+    before = files_of(folder)
+    program = "import sys; from shoal.train.run_folder import find_run\nwith find_run(sys.argv[1]).held():\n    print(flush=True)\n    input()"
+    command = [sys.executable, "-c", program, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdin and other.stdout and other.stdout.readline()
+        for again in (replace(config, steps=5, resume=True), replace(config, steps=3, overwrite=True)):
+            with pytest.raises(UserError, match="another process is training"):
+                train(again)
+        assert files_of(folder).items() >= before.items()
+        other.kill()  # what a killed process held is free
+    assert train(replace(config, steps=5, resume=True)).summary["steps"] == 5
 
 
 @pytest.mark.parametrize("inside", ["", "checkpoints/step_0000003"])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -191,6 +192,21 @@ def _broken_up(value: Any, controls: Collection[str], mark: str) -> Any:
 def built_in_template(name: str) -> str:
     """Source of one of the templates `BUILT_IN`."""
     return (resources.files(__package__) / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def read_template(name: str) -> str:
+    """Source of one of the templates `BUILT_IN`, by name, or of a Jinja file. Raises `UserError` where it is neither."""
+    if name in BUILT_IN:
+        return built_in_template(name)
+    file = Path(name).expanduser()
+    if not file.is_file():
+        raise UserError(f"there is no chat template at {file}: give a Jinja file or one of {', '.join(BUILT_IN)}")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"the chat template {file} is not valid UTF-8 (byte {error.start}): check its encoding") from None
+    except OSError as error:
+        raise UserError(f"the chat template {file} cannot be read ({error.strerror}): check its permissions") from None
 
 
 @lru_cache(16)

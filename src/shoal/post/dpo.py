@@ -61,7 +61,7 @@ def run_dpo(command: DPOCommand) -> dict[str, Any]:
     tuner = Tuner(model, command.tune, steps)
     batches = endless(pairs, command)
     done, row = 0, {}
-    with MetricsLog(folder.path, False) as log, Progress(steps) as progress, StopRequest() as stop:
+    with folder.held(), MetricsLog(folder.path, False) as log, Progress(steps) as progress, StopRequest() as stop:
         for step in range(1, steps + 1):
             row = train_step(model, machine, next(batches), command) | {"grad_norm": tuner.step(step), "step": step}
             row["seconds"] = round(time.perf_counter() - began, 2)

@@ -88,7 +88,7 @@ class Run:
         scores = before
         began = time.perf_counter()
         done = 0
-        with MetricsLog(folder.path, False) as log, Progress(command.steps) as progress, StopRequest() as stop:
+        with folder.held(), MetricsLog(folder.path, False) as log, Progress(command.steps) as progress, StopRequest() as stop:
             log.write({"step": 0, "scores": [score.row() for score in before]})
             for step in range(1, command.steps + 1):
                 row = {"step": step} | self.step(step) | {"seconds": round(time.perf_counter() - began, 2)}

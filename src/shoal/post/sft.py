@@ -48,7 +48,7 @@ def run_sft(command: SFTCommand) -> dict[str, Any]:
     tuner = Tuner(model, command.tune, plan.steps)
     before = held_out_loss(model, machine, held_out, command)
     began, seen, done = time.perf_counter(), 0, 0
-    with MetricsLog(folder.path, False) as log, Progress(plan.steps) as progress, StopRequest() as stop:
+    with folder.held(), MetricsLog(folder.path, False) as log, Progress(plan.steps) as progress, StopRequest() as stop:
         for step, batch in enumerate(plan.batches(), 1):
             row = train_step(model, machine, tuner, batch, command, step)
             seen += sum(text.length for text in batch)

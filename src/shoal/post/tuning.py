@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..config import MachineOptions, RunFolderOptions, TuneOptions, UserError
 from ..data import Tokenizer
-from ..data.chat_template import BUILT_IN, built_in_template
+from ..data.chat_template import read_template
 from ..engine import Plain, load_plain
 from ..formats import save_checkpoint
 from ..formats.export import chat_template
@@ -35,15 +34,7 @@ def load_trainable(path: str, machine: MachineOptions, options: TuneOptions) -> 
 
 def with_chat_template(tokenizer: Tokenizer, name: str | None) -> Tokenizer:
     """The tokenizer with a built-in template, with one from a file, or with its own; a base model gets the plain one."""
-    if name is None:
-        source = tokenizer.chat_template or chat_template()
-    elif name in BUILT_IN:
-        source = built_in_template(name)
-    else:
-        try:
-            source = Path(name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--chat-template {name} is not one of {', '.join(BUILT_IN)} and no file that can be read: {error}") from None
+    source = read_template(name) if name is not None else tokenizer.chat_template or chat_template()
     return Tokenizer(tokenizer.json, tokenizer.config, source)
 
 

@@ -12,10 +12,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..config import ServeCommand, UserError
+from ..data.chat_template import read_template
 from ..formats.locate import locate_model
 from ..runtime import give_way
 from .backend import engine_process
-from .host import Host, State, with_template
+from .host import Host, State
 
 if TYPE_CHECKING:
     import uvicorn
@@ -40,7 +41,7 @@ def run_serve(command: ServeCommand) -> None:
     folder = locate_model(command.model)
     host = Host(command, command.name or model_name(command.model), partial(engine_process, folder, command.machine, command.engine))
     if command.chat_template is not None:
-        check_template(command)
+        read_template(command.chat_template)  # refused before anything is loaded
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     with listen(command) as sock:
         _run(_serve(host, sock))
@@ -61,13 +62,6 @@ def _run(main: Coroutine[Any, Any, None]) -> None:
 def model_name(path: str) -> str:
     """What clients call the model in a folder: the folder's name."""
     return path.rstrip("/").rpartition("/")[2] or path
-
-
-def check_template(command: ServeCommand) -> None:
-    """Raises `UserError` before anything is loaded if the template cannot be read."""
-    from ..data import Tokenizer
-
-    with_template(Tokenizer("{}", {}), command.chat_template)
 
 
 def listen(command: ServeCommand) -> socket.socket:

@@ -9,11 +9,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from enum import Enum
-from pathlib import Path
 
-from ..config import ServeCommand, UserError
+from ..config import ServeCommand
 from ..data import Tokenizer
-from ..data.chat_template import BUILT_IN, built_in_template
+from ..data.chat_template import read_template
 from ..engine import AsyncEngine, Increment, Place, Request
 from ..engine.async_engine import Ticket
 from .errors import APIError, bad, broken, busy, closing, loading, too_long
@@ -96,7 +95,9 @@ class Host:
         """Load the model; where that fails, `failure` says why."""
         try:
             place, tokenizer = await asyncio.to_thread(self._load)
-            self._tokenizer = with_template(tokenizer, self.command.chat_template)
+            if self.command.chat_template is not None:
+                tokenizer = Tokenizer(tokenizer.json, tokenizer.config, read_template(self.command.chat_template))
+            self._tokenizer = tokenizer
             self._grammars = await asyncio.to_thread(Grammars, tokenizer, place.config.vocab_size)
             self._engine = AsyncEngine(place)
             self.metrics.watch(self._engine.stats)
@@ -174,25 +175,6 @@ class Host:
         finally:
             for task in waiting:
                 task.cancel()
-
-
-def with_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
-    """The tokenizer with another chat template: one of DeepSeek's by name, or a Jinja file. Raises `UserError` if there is none."""
-    if template is None:
-        return tokenizer
-    source = built_in_template(template) if template in BUILT_IN else read_template(template)
-    return Tokenizer(tokenizer.json, tokenizer.config, source)
-
-
-def read_template(path: str) -> str:
-    """Source of a Jinja file."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UserError(f"there is no chat template at {file}: give a Jinja file or one of {', '.join(BUILT_IN)}")
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"the chat template {file} is not valid UTF-8 (byte {error.start}): check its encoding") from None
 
 
 def numbered(request: Request, index: int) -> Request:

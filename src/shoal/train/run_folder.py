@@ -7,18 +7,22 @@ RUN/best.json       the step of the best evaluation
 RUN/checkpoints/    see formats.checkpoints
 RUN/summary.json    figures of the finished run
 RUN/report/         pictures, and report.html beside them
+RUN/.lock           held by the process that trains
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from filelock import FileLock, Timeout
 
 from .. import __version__
 from ..atomic import remove_folder
@@ -46,6 +50,21 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics = path / "metrics.jsonl"
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Only this process writes into the folder. Raises `UserError` where another one does."""
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(f"another process is training in {self.path}: wait until it has ended, or choose another --out") from None
+        except NotImplementedError:
+            pass  # some file systems of clusters have no locks
+        try:
+            yield
+        finally:
+            lock.release()
 
     def write_json(self, name: str, value: Any) -> None:
         """Replace a file at once: a reader sees the old or the new one, never half of one."""
@@ -100,6 +119,8 @@ def refuse_taken(config: Destination, source: Path | None = None) -> None:
     if (path / "run.json").exists():
         if not config.overwrite:
             raise UserError(f"{path} already holds a run: --resume goes on with it, --overwrite discards it; or choose another --out")
+        with RunFolder(path).held():
+            pass  # nobody trains in what is to be discarded
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists and is not the folder of a run: choose another --out")
 
@@ -107,20 +128,28 @@ def refuse_taken(config: Destination, source: Path | None = None) -> None:
 def new_run(config: Destination, name: str, source: Path | None = None) -> RunFolder:
     """Create the folder of a new run: --out, or the next free runs/NAME. Refuses what `refuse_taken` does."""
     refuse_taken(config, source)
-    if config.out is not None:
-        path = Path(config.out)
-        if (path / "run.json").exists():
-            remove_folder(path)
-    else:
-        path, number = Path("runs") / name, 1
-        while path.exists():
-            number += 1
-            path = Path("runs") / f"{name}-{number}"
+    path = Path(config.out or f"runs/{name}")
+    if (path / "run.json").exists() and config.out is not None:
+        remove_folder(path)
     try:
+        if config.out is None:
+            return RunFolder(_next_free(path))
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path} cannot be created ({error.strerror}): choose another --out") from None
     return RunFolder(path)
+
+
+def _next_free(path: Path) -> Path:
+    """Make `path`, or the first of `path`-2, `path`-3, ... that is not there."""
+    free, number = path, 1
+    while True:
+        try:
+            free.mkdir(parents=True)
+            return free
+        except FileExistsError:
+            number += 1
+            free = path.with_name(f"{path.name}-{number}")
 
 
 def holds_run(out: str | None) -> bool:

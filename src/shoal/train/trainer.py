@@ -6,6 +6,7 @@ What one of several processes computes is put together by `state.team` and `stat
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass, replace
@@ -93,10 +94,12 @@ def train(requested: TrainConfig) -> Trained:
         folder = team.decide(lambda: begin_run(requested, corpus.name, data.fingerprint, machine))
     else:
         refuse_changes(folder.facts(), requested, data.fingerprint)
-    if team.is_first:
-        folder.write_config(config)
-    result = run_loop(TrainState.create(config, folder, data, batches, machine, team, counting), machine)
-    team.leave()
+    with contextlib.ExitStack() as held:
+        team.decide(lambda: held.enter_context(folder.held()))
+        if team.is_first:
+            folder.write_config(config)
+        result = run_loop(TrainState.create(config, folder, data, batches, machine, team, counting), machine)
+        team.leave()
     return result
 
 

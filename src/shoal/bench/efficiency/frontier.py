@@ -10,13 +10,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import fmean, variance
 from typing import Any
 
 Curve = list[tuple[float, float]]
 """(cost, loss) of every run of one side and one seed."""
 
 T_97_5 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""97.5% quantiles of Student's distribution with 1, 2, ... degrees of freedom (beyond the last: 1.96 is too small by at most 14%)."""
+"""97.5% quantiles of Student's distribution with 1, 2, ... degrees of freedom; with more the last is taken, up to 15% too large."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,18 @@ def lower_hull(curve: Curve) -> Curve:
 
 
 def cost_at(curve: Curve, loss: float) -> float | None:
-    """Cost at which a curve reaches `loss`; None outside of what its runs span."""
-    hull = lower_hull(curve)
-    for (cheap, high), (dear, low) in pairwise(hull):
-        if low <= loss <= high:
-            share = (high - loss) / (high - low)
-            return math.exp(math.log(cheap) + share * (math.log(dear) - math.log(cheap)))
-    return None
+    """Cost at which a curve reaches `loss`; None where it does not."""
+    around = _around(curve, loss)
+    if around is None:
+        return None
+    (cheap, high), (dear, low) = around
+    share = (high - loss) / (high - low)
+    return math.exp(math.log(cheap) + share * (math.log(dear) - math.log(cheap)))
+
+
+def _around(curve: Curve, loss: float) -> tuple[tuple[float, float], tuple[float, float]] | None:
+    """The neighbours of the frontier between which a curve reaches `loss`; None outside of what its runs span."""
+    return next(((cheap, dear) for cheap, dear in pairwise(lower_hull(curve)) if dear[1] <= loss <= cheap[1]), None)
 
 
 def overlap(curves: Sequence[Curve]) -> tuple[float, float] | None:
@@ -76,12 +82,30 @@ def ratio_at(first: Sequence[Curve], second: Sequence[Curve], loss: float) -> Ra
             return None
         logs.append(math.log(dear / cheap))
     count = len(logs)
-    mean = sum(logs) / count
+    mean = fmean(logs)
     if count == 1:
         return Ratio(math.exp(mean), 0.0, math.inf, loss, 1)
-    spread = math.sqrt(sum((x - mean) ** 2 for x in logs) / (count - 1) / count)
-    reach = spread * (T_97_5[count - 2] if count - 2 < len(T_97_5) else T_97_5[-1])
+    freedom = (count - 1) * min(len(first[0]), len(second[0]))
+    reach = math.sqrt(_variance(first, loss) + _variance(second, loss)) * T_97_5[min(freedom, len(T_97_5)) - 1]
     return Ratio(math.exp(mean), math.exp(mean - reach), math.exp(mean + reach), loss, count)
+
+
+def _variance(curves: Sequence[Curve], loss: float) -> float:
+    """Variance of the logarithm of what `loss` costs, as a mean over the seeds `curves`, which all reach it.
+
+    How far a run's loss and cost lie from those of other seeds is taken from all budgets together: three seeds of a single budget lie
+    close together by chance too often.
+    """
+    budgets = [list(zip(*runs, strict=True)) for runs in zip(*curves, strict=True)]  # (costs, losses) of the seeds
+    of_losses = fmean(variance(losses) for _, losses in budgets)
+    of_costs = fmean(variance(map(math.log, costs)) for costs, _ in budgets)
+    each = []
+    for curve in curves:
+        if (around := _around(curve, loss)) is not None:
+            (cheap, high), (dear, low) = around
+            share, slope = (high - loss) / (high - low), math.log(dear / cheap) / (high - low)
+            each.append(((1 - share) ** 2 + share**2) * (slope**2 * of_losses + of_costs))
+    return fmean(each) / len(curves)
 
 
 def best_ratio(first: Sequence[Curve], second: Sequence[Curve]) -> Ratio | None:

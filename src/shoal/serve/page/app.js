@@ -1,6 +1,6 @@
 import { models, stream } from "./api.js";
 import { ALL, describe, drawBars, drawMap, facts, loads, paint, tokenSpan } from "./experts.js";
-import { copyButton, markdown } from "./markdown.js";
+import { copyButton, showMarkdown } from "./markdown.js";
 import { dropConversation, fresh, keepConversation, loadConversations, loadSettings, saveSettings } from "./store.js";
 
 const $ = (id) => document.getElementById(id);
@@ -157,7 +157,7 @@ function fill(node, message, grows) {
     }
     for (let i = box.childElementCount; i < message.tokens.length; i++) box.append(tokenSpan(message.tokens[i], layer, pick));
   } else {
-    text.replaceChildren(markdown(message.content));
+    showMarkdown(text, message.content);
   }
   text.classList.toggle("caret", grows);
   const cut = node.querySelector(".cut");

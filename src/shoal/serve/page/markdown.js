@@ -3,46 +3,69 @@
 const DELIMITERS = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;  // the row below the head of a table
 const DEEPEST = 20;  // quotes within quotes
 
-export function markdown(text, depth = 0) {
-  const isTable = (i) => lines[i].includes("|") && DELIMITERS.test(lines[i + 1] || "");
-  const root = document.createDocumentFragment();
-  const lines = text.split("\n");
-  let i = 0;
+const shown = new WeakMap();  // nodes, to the text in them and the lines where its blocks begin
+
+// Shows `text` in `node`. Where it is what was there and more, what may have changed is made again: the last block, and the one before
+// it, whose end the last line may move. Selections and buttons in the others stay.
+export function showMarkdown(node, text) {
+  const before = shown.get(node);
+  const grown = before && node.childElementCount === before.starts.length && text.startsWith(before.text);
+  const starts = grown ? before.starts.slice(0, -2) : [];
+  const from = grown ? before.starts.at(-2) ?? 0 : 0;
+  while (node.childNodes.length > starts.length) node.lastChild.remove();
+  starts.push(...blocks(node, text.split("\n"), from, 0));
+  shown.set(node, { text, starts });
+}
+
+// Appends the blocks from line `i` on to `root`, one element each; the lines where they begin.
+function blocks(root, lines, i, depth) {
+  const starts = [];
   while (i < lines.length) {
-    const line = lines[i];
-    const fence = line.match(/^\s*(```+|~~~+)\s*(\S*)/);
-    if (fence) {
-      const body = [];
-      for (i++; i < lines.length && !lines[i].trim().startsWith(fence[1]); i++) body.push(lines[i]);
+    if (!lines[i].trim()) {
       i++;
-      root.append(code(body.join("\n"), fence[2]));
-    } else if (!line.trim()) {
-      i++;
-    } else if (/^#{1,6}\s/.test(line)) {
-      const level = line.match(/^#+/)[0].length;
-      root.append(element(`h${Math.min(level, 4)}`, line.slice(level).trim()));
-      i++;
-    } else if (/^\s*([-*_])(\s*\1){2,}\s*$/.test(line)) {
-      root.append(document.createElement("hr"));
-      i++;
-    } else if (/^\s*>/.test(line) && depth < DEEPEST) {
-      const body = [];
-      for (; i < lines.length && /^\s*>/.test(lines[i]); i++) body.push(lines[i].replace(/^\s*> ?/, ""));
-      const quote = document.createElement("blockquote");
-      quote.append(markdown(body.join("\n"), depth + 1));
-      root.append(quote);
-    } else if (/^\s*([-*+]|\d+[.)])\s/.test(line)) {
-      i = list(root, lines, i);
-    } else if (isTable(i)) {
-      i = table(root, lines, i);
-    } else {
-      const body = [];
-      for (; i < lines.length && lines[i].trim() && !/^\s*(```|~~~|#{1,6}\s|>|([-*+]|\d+[.)])\s)/.test(lines[i]) && !isTable(i); i++) body.push(lines[i]);
-      if (!body.length) body.push(lines[i++]);
-      root.append(element("p", body.join("\n")));
+      continue;
     }
+    starts.push(i);
+    i = block(root, lines, i, depth);
   }
-  return root;
+  return starts;
+}
+
+// Appends the block that begins with line `i`; the line behind it.
+function block(root, lines, i, depth) {
+  const isTable = (i) => lines[i].includes("|") && DELIMITERS.test(lines[i + 1] || "");
+  const line = lines[i];
+  const fence = line.match(/^\s*(```+|~~~+)\s*(\S*)/);
+  if (fence) {
+    const body = [];
+    for (i++; i < lines.length && !lines[i].trim().startsWith(fence[1]); i++) body.push(lines[i]);
+    root.append(code(body.join("\n"), fence[2]));
+    return i + 1;
+  }
+  if (/^#{1,6}\s/.test(line)) {
+    const level = line.match(/^#+/)[0].length;
+    root.append(element(`h${Math.min(level, 4)}`, line.slice(level).trim()));
+    return i + 1;
+  }
+  if (/^\s*([-*_])(\s*\1){2,}\s*$/.test(line)) {
+    root.append(document.createElement("hr"));
+    return i + 1;
+  }
+  if (/^\s*>/.test(line) && depth < DEEPEST) {
+    const body = [];
+    for (; i < lines.length && /^\s*>/.test(lines[i]); i++) body.push(lines[i].replace(/^\s*> ?/, ""));
+    const quote = document.createElement("blockquote");
+    blocks(quote, body, 0, depth + 1);
+    root.append(quote);
+    return i;
+  }
+  if (/^\s*([-*+]|\d+[.)])\s/.test(line)) return list(root, lines, i);
+  if (isTable(i)) return table(root, lines, i);
+  const body = [];
+  for (; i < lines.length && lines[i].trim() && !/^\s*(```|~~~|#{1,6}\s|>|([-*+]|\d+[.)])\s)/.test(lines[i]) && !isTable(i); i++) body.push(lines[i]);
+  if (!body.length) body.push(lines[i++]);
+  root.append(element("p", body.join("\n")));
+  return i;
 }
 
 function list(root, lines, i) {

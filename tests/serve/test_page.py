@@ -206,7 +206,7 @@ def test_markdown_as_models_write_it(page: Any) -> None:
 
 
 def test_an_answer_that_grows_ends_as_one_that_is_there_at_once(page: Any) -> None:
-    pieces = ["a", "b **c** `d`", " ", "\n", "\n", "\n\n", "# ", "- ", "  - ", "2. ", "> ", "```", "| a | b |", "|", "---", "\n|---|---|\n", "~~~"]
+    pieces = ["a", "b **c** `d`", " ", "\n", "\n", "\n\n", "# ", "- ", "  - ", "2. ", "> ", "```", "~~~", "|", "| a | b |", "\n|---|---|\n"]
     random = Random(0)
     texts = ["".join(random.choices(pieces, k=random.randint(1, 30))) for _ in range(300)]
     differ = page.evaluate(

@@ -233,10 +233,17 @@ def test_overwrite_starts_from_nothing(config: TrainConfig) -> None:
 def test_a_run_that_goes_on_is_neither_resumed_nor_discarded_by_another(config: TrainConfig) -> None:
     folder = train(replace(config, steps=3)).folder
     before = files_of(folder)
-    program = "import sys; from shoal.train.run_folder import find_run\nwith find_run(sys.argv[1]).held():\n    print(flush=True)\n    input()"
+    program = """
+import sys
+from shoal.train.run_folder import find_run
+with find_run(sys.argv[1]).held():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
     command = [sys.executable, "-c", program, str(folder)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdin and other.stdout and other.stdout.readline()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
         for again in (replace(config, steps=5, resume=True), replace(config, steps=3, overwrite=True)):
             with pytest.raises(UserError, match="another process is training"):
                 train(again)

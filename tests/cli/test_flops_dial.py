@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,9 @@ def test_a_budget_of_flops_is_spent(order: list[str], workshop: Path, tmp_path: 
 def test_a_size_is_met(name: str, wanted: float) -> None:
     rules = Rules.load(name)
     flops = rules.flops_for(wanted)
-    sizes = [count_parameters(rules.config(some).model).total for some in (flops / 1.01, flops)]
-    assert sizes[0] < wanted <= sizes[1] < 2 * wanted, "the smallest of the rules' models that has so many"
+    found, *others = (count_parameters(rules.config(some).model).total for some in (flops, flops / 1.01, flops * 1.01))
+    assert all(abs(math.log(found / wanted)) <= abs(math.log(other / wanted)) for other in others), "no model of the rules is nearer"
+    assert 0.6 < found / wanted < 1.6
 
 
 def test_a_model_of_a_size_is_trained(workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

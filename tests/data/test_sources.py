@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -220,6 +221,13 @@ def test_fingerprint_follows_content_and_settings_that_matter(tmp_path: Path) ->
     assert corpus_of(file, text_column="id").fingerprint != original.fingerprint
     write(file, jsonl(TEXTS[:-1]))
     assert corpus_of(file).fingerprint != original.fingerprint
+
+
+def test_files_of_the_same_name_size_and_time_are_told_apart_by_their_content(tmp_path: Path) -> None:
+    one, other = write(tmp_path / "one/book.txt", b"apple " * 9999), write(tmp_path / "other/book.txt", b"zebra " * 9999)
+    for file in (one, other):
+        os.utime(file, ns=(0, 0))
+    assert corpus_of(one).fingerprint != corpus_of(other).fingerprint
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from shoal.cli import main
 from shoal.config import TeacherConfig, TrainConfig, UserError
 from shoal.data import Batches, Tokenizer, TokenShards
 from shoal.formats import complete_checkpoints, load_model
+from shoal.model import Transformer
 from shoal.train import Trained, train
 from shoal.train.counting import LONG, PIECE, AlternatingBatches, Counting, Teacher, counts_while_training, halves, in_pieces
+from shoal.train.optimizer import Optimizers
 
 Args = Callable[..., list[str]]
 Resumed = Callable[[TrainConfig], tuple[Trained, Trained]]
@@ -35,11 +40,23 @@ def with_counts(config: TrainConfig, **changes: Any) -> TrainConfig:
     return replace(config, model=replace(config.model, count_order=3), **changes)
 
 
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 40)), min_size=2, max_size=60))
+def test_halves_part_the_documents_evenly_and_leave_equal_ones_together(documents: list[tuple[int, int]]) -> None:
+    assume(len({*documents}) > 1)
+    texts = [np.full(length, token, np.uint16) for token, length in documents]
+    text = TokenShards(np.concatenate(texts), np.cumsum([0, *map(len, texts)]), np.array([length for _, length in documents]))
+    found = [[half.document(i).tolist() for i in range(half.num_documents)] for half in halves(text)]
+    assert sorted(found[0] + found[1]) == sorted(map(np.ndarray.tolist, texts))
+    assert not {*map(tuple, found[0])} & {*map(tuple, found[1])}, "one half would know what the other is asked"
+    together = Counter(map(tuple, found[0] + found[1]))
+    largest = max(len(document) * count for document, count in together.items())
+    assert abs(sum(map(len, found[0])) - sum(map(len, found[1]))) <= largest
+
+
 def test_no_document_is_both_counted_and_studied(config: TrainConfig) -> None:
     one, other = halves(shards(5, 3, 1, 8, 2))
-    assert {*one.tokens.tolist()} == {0, 2, 4}
-    assert {*other.tokens.tolist()} == {1, 3}
-    assert [len(other.document(i)) for i in range(2)] == [3, 8]
+    assert {*one.tokens.tolist()} | {*other.tokens.tolist()} == {0, 1, 2, 3, 4}
+    assert not {*one.tokens.tolist()} & {*other.tokens.tolist()}
     with pytest.raises(UserError, match="two documents"):
         halves(shards(5))
     assert not counts_while_training(config)
@@ -55,8 +72,8 @@ def test_each_half_is_studied_with_the_counts_of_the_other(config: TrainConfig) 
     for turn in range(6):
         studied = {*batches.next().flatten().tolist()}
         known = {*(counting.module.entries & token).tolist()}
-        assert all(number % 2 == turn % 2 for number in studied)
-        assert known == {number for number in range(8) if number % 2 != turn % 2}
+        assert studied <= {*counting.texts[turn % 2].tokens.tolist()}
+        assert known == {*counting.texts[1 - turn % 2].tokens.tolist()}
     state = batches.state_dict()
     following = [batches.next().tolist() for _ in range(3)]
     batches.load_state_dict(state)
@@ -160,3 +177,26 @@ def test_what_cannot_count_refuses(train_args: Args, tmp_path: Path, capsys: pyt
         assert complaint in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(train_args(tmp_path / "run", "--model.num-nextn-predict-layers", "0", "--teacher.order", "2", "--nproc", "2"))
+
+
+def test_a_counted_model_does_not_start_on_the_text_that_it_knows(config: TrainConfig, workshop: Path, tmp_path: Path) -> None:
+    first = train(with_counts(config, steps=2)).folder
+    again = replace(config, steps=2, start=str(first), out=str(tmp_path / "again"))
+    with pytest.raises(UserError, match="has counted this very text"):
+        train(again)
+    assert not (tmp_path / "again").exists()
+    (tmp_path / "other.txt").write_text((workshop / "text.txt").read_text()[:-1000])
+    assert train(replace(again, data=(str(tmp_path / "other.txt"),))).summary["steps"] == 2
+
+
+def test_how_far_repetitions_are_trusted_does_not_decay(config: TrainConfig) -> None:
+    model = Transformer(replace(config.model, repeat_window=32))
+    optimizers = Optimizers(model, config.optimizer)
+    decayed = {
+        name
+        for optimizer, names in zip(optimizers.all, optimizers.parameter_names(), strict=True)
+        for name, decay in zip(names, [g["weight_decay"] for g in optimizer.param_groups for _ in g["params"]], strict=True)
+        if decay
+    }
+    assert "model.layers.0.self_attn.o_proj.weight" in decayed
+    assert not {name for name in decayed if "trust" in name}

@@ -24,6 +24,7 @@ from shoal.config.recipes import load_recipe
 from shoal.data import Tokenizer, train_tokenizer
 from shoal.formats import complete_checkpoints, load_model
 from shoal.formats.checkpoints import checkpoint_step
+from shoal.formats.locate import locate_model
 from shoal.model import Transformer
 from shoal.train import Trained, find_run, passes, train
 
@@ -68,7 +69,21 @@ def test_the_folder_of_a_finished_run(trained: Path) -> None:
     config = load_recipe(str(trained / "config.toml"))
     assert config.model.vocab_size == load_model(complete_checkpoints(trained)[-1]).config.vocab_size
     best = json.loads((trained / "best.json").read_text())
-    assert best["val_bpb"] == min(row["val_bpb"] for row in evaluations)
+    assert best == {"step": min(evaluations, key=lambda row: row["val_bpb"])["step"], "val_bpb": min(row["val_bpb"] for row in evaluations)}
+
+
+def test_a_run_means_its_best_checkpoint(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([2.0, 1.0, 3.0, 4.0])
+    monkeypatch.setattr("shoal.train.trainer.evaluate", lambda *_: next(scores))
+    run = train(replace(config, steps=12, checkpoint=replace(config.checkpoint, every_steps=3, keep_last=1))).folder
+    assert json.loads((run / "best.json").read_text()) == {"step": 6, "val_bpb": 1.0}
+    assert checkpoint_step(locate_model(run)) == 6
+
+
+def test_a_run_that_has_diverged_is_an_error(train_args: Args, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wild = ["--optimizer.muon-lr", "1e38", "--optimizer.embed-lr", "1e38", "--optimizer.clip", "0"]
+    assert main(train_args(tmp_path / "wild", "--steps", "12", *wild)) == 2
+    assert "not finite" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_summary_agrees_with_the_rows(trained: Path) -> None:

@@ -79,7 +79,7 @@ class Rules:
         Raises `UserError` where the budget is less than a step.
         """
         if not 0 < flops < 1e30:
-            raise UserError(f"a budget of {flops:g} FLOPs: it must be more than 0")
+            raise UserError(f"a budget of {flops:g} FLOPs: it must be more than 0 and less than 1e30")
         point = point or self.point(flops)
         mixes = "experts" in self.rules
         width, layers = _multiple(point.width, BLOCK if mixes else HEAD), max(1, round(point.layers))
@@ -115,7 +115,7 @@ class Rules:
         return config
 
     def flops_for(self, parameters: float) -> float:
-        """The least budget whose model has so many parameters, embedding and all experts included.
+        """The budget whose model comes nearest to so many parameters, embedding and all experts included.
 
         Raises `UserError` for fewer than the smallest model has, or more than the largest.
         """
@@ -129,7 +129,7 @@ class Rules:
                 few = middle
             else:
                 many = middle
-        return many
+        return min((few, many), key=lambda flops: abs(math.log(self._parameters(flops) / parameters)))
 
     def _parameters(self, flops: float) -> int:
         return count_parameters(self.config(flops).model).total

@@ -7,6 +7,7 @@ studies one half with the counts of the other, in turns. When training is over, 
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -44,16 +45,29 @@ def in_pieces(text: TokenShards) -> TokenShards:
 
 
 def halves(text: TokenShards) -> tuple[TokenShards, TokenShards]:
-    """Every second document, and the others; copies in memory. Raises `UserError` where there is only one document."""
+    """Two parts of about as many tokens, in which equal documents are together; copies in memory.
+
+    Raises `UserError` where all documents are equal, or there is only one.
+    """
     text = in_pieces(text)
-    if text.num_documents < 2:
-        raise UserError("counting n-grams needs at least two documents: give more data, or set model.count_order and teacher.order to 0")
+    places: dict[int, list[int]] = {}
+    for i in range(text.num_documents):
+        places.setdefault(zlib.crc32(text.document(i).tobytes()), []).append(i)
+    if len(places) < 2:
+        raise UserError("counting n-grams needs two documents that differ: give more data, or set model.count_order and teacher.order to 0")
+    chosen: tuple[list[int], list[int]] = ([], [])
+    sizes = [0, 0]
+    for _, equal in sorted(places.items()):  # in the order of their checksums, which is none
+        smaller = int(sizes[1] < sizes[0])
+        chosen[smaller].extend(equal)
+        sizes[smaller] += len(equal) * len(text.document(equal[0]))
 
-    def half(first: int) -> TokenShards:
-        chosen = [text.document(i) for i in range(first, text.num_documents, 2)]
-        return TokenShards(np.concatenate(chosen), np.cumsum([0, *map(len, chosen)], dtype=np.int64), text.document_bytes[first::2])
+    def half(documents: list[int]) -> TokenShards:
+        documents.sort()
+        found = [text.document(i) for i in documents]
+        return TokenShards(np.concatenate(found), np.cumsum([0, *map(len, found)], dtype=np.int64), text.document_bytes[documents])
 
-    return half(0), half(1)
+    return half(chosen[0]), half(chosen[1])
 
 
 def count_into(model: Transformer, text: TokenShards) -> float:

@@ -12,6 +12,7 @@ from ..model import Transformer
 from ..model.convolution import ShortConvolution
 from ..model.layers import TokenTable
 from ..model.ngrams import Ngrams
+from ..model.repeats import Repeats
 from ..parallel import Piece, Shards, SplitMatrices
 from ..runtime import DTYPES
 from .adamw import SmallAdamW
@@ -102,17 +103,20 @@ class Optimizers:
 
 
 def _partition(model: Transformer) -> tuple[list[nn.Parameter], ...]:
-    """Hidden matrices, embedding, head, the rest (routers, norms, biases, convolutions), and tables of n-grams."""
+    """Hidden matrices, embedding, head, the rest (routers, norms, biases, convolutions, trusts), and tables of n-grams."""
     # A pipeline stage may have neither.
     embed = list(model.model.embed_tokens.parameters())
     embed += [module.weight for module in model.modules() if isinstance(module, TokenTable)]
     tables = [module.weight for module in model.modules() if isinstance(module, Ngrams)]
     head = [] if model.config.tie_word_embeddings else list(model.lm_head.parameters())
-    ends, routers = {id(p) for p in embed + head + tables}, {id(layer.gate.weight) for layer in model.moe_layers}
-    routers |= {id(module.weight) for module in model.modules() if isinstance(module, ShortConvolution)}
+    ends = {id(p) for p in embed + head + tables}
+    # Of two dimensions, but no maps from one hidden vector to another.
+    other = {id(layer.gate.weight) for layer in model.moe_layers}
+    other |= {id(module.weight) for module in model.modules() if isinstance(module, ShortConvolution)}
+    other |= {id(module.trust_in_kind) for module in model.modules() if isinstance(module, Repeats)}
     rest = [p for p in model.parameters() if id(p) not in ends]
-    hidden = [p for p in rest if id(p) not in routers and p.ndim >= 2]
-    small = [p for p in rest if id(p) in routers or p.ndim < 2]
+    hidden = [p for p in rest if id(p) not in other and p.ndim >= 2]
+    small = [p for p in rest if id(p) in other or p.ndim < 2]
     return hidden, embed, head, small, tables
 
 

@@ -170,6 +170,14 @@ def find_run(out: str | None) -> RunFolder:
     return RunFolder(max(runs, key=lambda run: max(file.stat().st_mtime for file in run.iterdir())))
 
 
+def learnt_from(model: Path) -> str | None:
+    """Fingerprint of the data of the run whose checkpoint `model` is; None for other folders."""
+    run = model.parent.parent
+    if model.parent.name != "checkpoints" or not (run / "run.json").is_file():
+        return None
+    return str(RunFolder(run).facts()["data_fingerprint"])
+
+
 def run_facts(config: TrainConfig, data_fingerprint: str, precision: str) -> dict[str, Any]:
     """What `run.json` holds."""
     return {

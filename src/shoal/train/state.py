@@ -159,7 +159,7 @@ class TrainState:
         checkpoints.save_checkpoint(self.folder.path, at.step, model, self.data.tokenizer, saved)
         if at.best_step >= 0:
             # Written every time: a run that was killed before it got here catches up.
-            self.folder.write_json("best.json", {"step": at.step, "val_bpb": at.best_bpb})
+            self.folder.write_json("best.json", {"step": at.best_step, "val_bpb": at.best_bpb})
         checkpoints.prune(self.folder.path, keep.keep_last, {at.best_step} if keep.keep_best else set())
 
     def save_is_due(self) -> bool:

@@ -32,7 +32,7 @@ from .likelihood import BATCH_TOKENS, Document, Likelihood, held_out, likelihood
 from .metrics import MetricsLog
 from .optimizer import clip_gradients, decay_of
 from .passes import Passes, make_passes
-from .run_folder import RunFolder, find_run, holds_run, new_run, refuse_changes, refuse_taken, run_facts
+from .run_folder import RunFolder, find_run, holds_run, learnt_from, new_run, refuse_changes, refuse_taken, run_facts
 from .schedule import extends_context, learning_rate_share, mtp_weight
 from .signals import StopRequest
 from .state import TrainState
@@ -75,6 +75,11 @@ def train(requested: TrainConfig) -> Trained:
     known = started or requested.corpus.tokenizer
     tokenizer = Tokenizer.load(known) if known else None
     data = team.first_then_others(lambda: prepare(corpus, tokenizer, requested.model.vocab_size, requested.corpus))
+    if started is not None and requested.model.count_entries and learnt_from(started) == data.fingerprint:
+        raise UserError(
+            f"{requested.start} has counted this very text, and so would learn to trust answers that it knows: give other data, "
+            "or go on with its run by --resume"
+        )
     config = requested if started is not None else replace(requested, model=fit_tokenizer(requested.model, data.tokenizer))
     config.validate_sampled_softmax()  # a small text has fewer tokens than were asked for
     lookahead = 1 + config.model.num_nextn_predict_layers
@@ -230,6 +235,8 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
         documents = held_out(state.data, 64 * config.eval_tokens)
         final = score(state, passes, machine, documents)
     state.finish_saving()
+    if not math.isfinite(final.nats):
+        raise UserError(f"the trained model gives numbers that are not finite: lower the learning rates; it is kept in {state.folder.path}")
     if not team.is_first:
         return Trained(state.folder.path, {"step": at.step}, finished=True, reports=False)
     summary = summarize(state, machine, documents, final)

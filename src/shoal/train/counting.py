@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -28,6 +29,9 @@ from .repetitions import Repetitions
 LONG, PIECE = 1 << 16, 1 << 12
 """Tokens of a document that is counted in pieces, and of a piece."""
 
+UNEVEN = 0.05
+"""Share of all tokens by which one half may be ahead of the other where documents go to them in turns."""
+
 COUNTING_BYTES = 200
 """Memory that counting takes for every token."""
 
@@ -45,29 +49,32 @@ def in_pieces(text: TokenShards) -> TokenShards:
 
 
 def halves(text: TokenShards) -> tuple[TokenShards, TokenShards]:
-    """Two parts of about as many tokens, in which equal documents are together; copies in memory.
+    """Two parts of about as many tokens; copies in memory. Neighbours, which often speak of the same things, are apart, so that one part
+    knows something of the other; equal documents are together, or it would know it by heart.
 
-    Raises `UserError` where all documents are equal, or there is only one.
+    Raises `UserError` where there are not two documents that differ.
     """
     text = in_pieces(text)
-    places: dict[int, list[int]] = {}
-    for i in range(text.num_documents):
-        places.setdefault(zlib.crc32(text.document(i).tobytes()), []).append(i)
-    if len(places) < 2:
+    sums = [zlib.crc32(text.document(i).tobytes()) for i in range(text.num_documents)]
+    lengths: Counter[int] = Counter()
+    for one, length in zip(sums, np.diff(text.documents).tolist(), strict=True):
+        lengths[one] += length
+    if len(lengths) < 2:
         raise UserError("counting n-grams needs two documents that differ: give more data, or set model.count_order and teacher.order to 0")
-    chosen: tuple[list[int], list[int]] = ([], [])
-    sizes = [0, 0]
-    for _, equal in sorted(places.items()):  # in the order of their checksums, which is none
-        smaller = int(sizes[1] < sizes[0])
-        chosen[smaller].extend(equal)
-        sizes[smaller] += len(equal) * len(text.document(equal[0]))
+    part_of: dict[int, int] = {}
+    sizes, last = [0, 0], 1
+    for one, length in lengths.items():
+        if sizes[1 - last] - sizes[last] <= UNEVEN * text.num_tokens:
+            last = 1 - last
+        part_of[one] = last
+        sizes[last] += length
 
-    def half(documents: list[int]) -> TokenShards:
-        documents.sort()
-        found = [text.document(i) for i in documents]
-        return TokenShards(np.concatenate(found), np.cumsum([0, *map(len, found)], dtype=np.int64), text.document_bytes[documents])
+    def part(number: int) -> TokenShards:
+        chosen = [i for i, one in enumerate(sums) if part_of[one] == number]
+        found = [text.document(i) for i in chosen]
+        return TokenShards(np.concatenate(found), np.cumsum([0, *map(len, found)], dtype=np.int64), text.document_bytes[chosen])
 
-    return half(chosen[0]), half(chosen[1])
+    return part(0), part(1)
 
 
 def count_into(model: Transformer, text: TokenShards) -> float:

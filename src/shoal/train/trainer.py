@@ -231,6 +231,8 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
         if model.model.counted is not None and counts_while_training(config):
             at.counting_seconds += count_into(model, state.data.train)
         state.save(evaluate(state, passes, machine, log, display, config.eval_tokens))
+        if at.best_step != at.step and config.checkpoint.keep_best:
+            display.message(f"step {at.best_step} was better ({at.best_bpb:.4f} bits per byte): it is what {state.folder.path} means")
         display.message("scoring the held-out text")
         documents = held_out(state.data, 64 * config.eval_tokens)
         final = score(state, passes, machine, documents)

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from layouts import Learned, settings, training
+from layouts import SMALL, STYLES, Learned, settings, training
 from processes import in_processes
 from tests.alive import wait_for_end
 
-from shoal.config import CheckpointConfig, TrainConfig
+from shoal.config import CheckpointConfig, ModelConfig, TrainConfig
 from shoal.config.recipes import to_toml
 from shoal.formats import checkpoints
 
@@ -56,6 +56,21 @@ def test_a_checkpoint_of_two_processes_is_resumed_by_one_and_by_two(
     both = as_of_step(alone, 16, tmp_path / "both")  # 16 was written by the one process
     rows = in_processes(2, training, settings(workshop, both, optimizer=optimizer, resume=True, checkpoint=EVERY, pipeline=2))[0]
     assert_same_losses(rows, expected)
+
+
+@pytest.mark.parametrize("dense", ["shard", "replicate"])
+def test_tables_of_ngrams_are_saved_and_resumed_by_two_processes(workshop: Path, tmp_path: Path, dense: str) -> None:
+    """Their optimizer keeps a number for every row beside the moments, which have the tables' shape."""
+    every = CheckpointConfig(every_steps=4, every_minutes=0, keep_last=20)
+    shape = ModelConfig(**SMALL | STYLES["v3"] | {"ngram_order": 3, "ngram_rows": 63})
+    changes: dict[str, Any] = {"model": shape, "steps": 8, "dense": dense, "checkpoint": every}
+    whole = in_processes(2, training, settings(workshop, tmp_path / "run", **changes))[0]
+    half = as_of_step(tmp_path / "run", 4, tmp_path / "half")
+    alone = shutil.copytree(half, tmp_path / "alone")
+    rows = in_processes(2, training, settings(workshop, half, resume=True, **changes))[0]
+    assert learnt(rows) == learnt(whole)
+    rows = training(settings(workshop, alone, resume=True, **changes))
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in whole], abs=1e-5)
 
 
 @pytest.mark.slow

@@ -171,7 +171,7 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
             grad_norm = early.norm() if early else clip_gradients(shards, config.optimizer.clip)
 
             # The one place of a step where the device is waited for.
-            on_host = torch.cat([figures, grad_norm[None], routing.figures()]).tolist()
+            on_host = torch.cat([figures, grad_norm[None], *routing.figures()]).tolist()
             total, main, mtp, balance, norm, *routed = on_host
             finite = math.isfinite(total) and math.isfinite(norm)
             if finite:

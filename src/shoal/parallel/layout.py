@@ -126,7 +126,7 @@ def micro_batch(config: TrainConfig, data: int) -> int:
 
 
 def nearest_layout(config: TrainConfig, world: int, per_node: int) -> ParallelConfig | None:
-    """Of all layouts that work on `world` processes, the one whose sizes differ least from what was asked, with its schedule if that works."""
+    """Of all layouts that work on `world` processes, the one whose sizes differ least from what was asked, if it can be in its schedule."""
     asked = config.parallel
     divisors = [n for n in range(1, world + 1) if world % n == 0]
     found: list[ParallelConfig] = []

@@ -90,6 +90,7 @@ def train(args: list[str]) -> None:
         )
     config = parse(TrainConfig, args, "train", default)
 
+    from .parallel.launch import ending_with_others
     from .showcase import present
     from .train import find_run
     from .train import train as run
@@ -108,7 +109,8 @@ def train(args: list[str]) -> None:
         from .memory_limit import fit
 
         config = fit(config)
-    trained = run(config)
+    with ending_with_others():
+        trained = run(config)
     if trained.reports:
         finish(present(trained, config), config.json)
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from layouts import Learned, settings, training
+from layouts import SMALL, STYLES, Learned, settings, training
 from processes import in_processes
-from tests.alive import wait_for_end
+from tests.alive import wait_for_end, wait_for_state
 
-from shoal.config import CheckpointConfig, TrainConfig
+from shoal.config import CheckpointConfig, ModelConfig, TrainConfig
 from shoal.config.recipes import to_toml
 from shoal.formats import checkpoints
 
@@ -56,6 +56,21 @@ def test_a_checkpoint_of_two_processes_is_resumed_by_one_and_by_two(
     both = as_of_step(alone, 16, tmp_path / "both")  # 16 was written by the one process
     rows = in_processes(2, training, settings(workshop, both, optimizer=optimizer, resume=True, checkpoint=EVERY, pipeline=2))[0]
     assert_same_losses(rows, expected)
+
+
+@pytest.mark.parametrize("dense", ["shard", "replicate"])
+def test_tables_of_ngrams_are_saved_and_resumed_by_two_processes(workshop: Path, tmp_path: Path, dense: str) -> None:
+    """Their optimizer keeps a number for every row beside the moments, which have the tables' shape."""
+    every = CheckpointConfig(every_steps=4, every_minutes=0, keep_last=20)
+    shape = ModelConfig(**SMALL | STYLES["v3"] | {"ngram_order": 3, "ngram_rows": 63})
+    changes: dict[str, Any] = {"model": shape, "steps": 8, "dense": dense, "checkpoint": every}
+    whole = in_processes(2, training, settings(workshop, tmp_path / "run", **changes))[0]
+    half = as_of_step(tmp_path / "run", 4, tmp_path / "half")
+    alone = shutil.copytree(half, tmp_path / "alone")
+    rows = in_processes(2, training, settings(workshop, half, resume=True, **changes))[0]
+    assert learnt(rows) == learnt(whole)
+    rows = training(settings(workshop, alone, resume=True, **changes))
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in whole], abs=1e-5)
 
 
 @pytest.mark.slow
@@ -151,7 +166,40 @@ def test_a_process_that_is_killed_ends_the_run_at_once(workshop: Path, tmp_path:
     assert time.monotonic() - began < 5
     assert process.returncode == 2
     assert "process 1 of 2 was killed by SIGKILL" in said(tmp_path).read_text().splitlines()[-1]
+    assert "Traceback" not in said(tmp_path).read_text()
     assert checkpoints.complete_checkpoints(tmp_path / "run")
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in Linux's /proc")
+def test_one_interrupt_saves_and_a_second_one_ends_all_at_once(workshop: Path, tmp_path: Path) -> None:
+    """Before that, Ctrl-Z halts all for a while."""
+    config = replace(settings(workshop, tmp_path / "run", steps=100000), nproc=2)
+    process = start(["-m", "shoal"], config, tmp_path)
+    wait_for_step(tmp_path / "run", 2, process)
+    os.kill(process.pid, signal.SIGTSTP)
+    wait_for_state(process.pid, "T")
+    members = [member(tmp_path / "run", rank) for rank in range(2)]
+    for halted in members:
+        wait_for_state(halted, "T")
+        assert os.getsid(halted) != os.getsid(process.pid), "a terminal would send Ctrl-C to both"
+    done = steps_done(tmp_path / "run")
+    os.kill(process.pid, signal.SIGCONT)
+    wait_for_step(tmp_path / "run", done + 2, process)
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 0, said(tmp_path).read_text()
+    (saved,) = checkpoints.complete_checkpoints(tmp_path / "run")
+    assert checkpoints.checkpoint_step(saved) == steps_done(tmp_path / "run")
+    process = start(["-m", "shoal"], replace(config, resume=True), tmp_path)
+    wait_for_step(tmp_path / "run", checkpoints.checkpoint_step(saved) + 2, process)
+    members = [member(tmp_path / "run", rank) for rank in range(2)]
+    os.kill(members[1], signal.SIGSTOP)  # so that the other waits for it, and cannot stop and save
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.2)
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert said(tmp_path).read_text().splitlines()[-1] == "shoal: interrupted"
+    wait_for_end(members, 30)
+    assert checkpoints.complete_checkpoints(tmp_path / "run") == [saved]
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in Linux's /proc")

@@ -51,19 +51,31 @@ def test_stages_pass_hidden_states_alone() -> None:
         layout_of(more, 2)
 
 
+@pytest.mark.parametrize("schedule", ["zbv", "dualpipev"])
+@pytest.mark.parametrize(("modules", "tied", "serves"), [(2, False, "2 MTP modules cannot"), (1, True, "1 MTP module and the head cannot")])
+def test_gradients_put_off_need_an_embedding_with_one_use(schedule: str, modules: int, tied: bool, serves: str) -> None:
+    run = config(pipeline=2, schedule=schedule)
+    model = replace(MODEL, num_nextn_predict_layers=modules, tie_word_embeddings=tied)
+    with pytest.raises(UserError, match=f"{serves}: the nearest layout .*pipeline 2, parallel.expert 1, parallel.schedule 1f1b"):
+        layout_of(replace(run, model=model), 2)
+    assert problem(replace(run, model=replace(model, num_nextn_predict_layers=1 - tied)), 2, 2) is None
+
+
 @given(
     st.integers(1, 16),
     st.integers(1, 16),
     st.integers(1, 16),
     st.integers(1, 8),
     st.sampled_from(["1f1b", "interleaved", "zbv", "dualpipev"]),
+    st.integers(0, 2),
 )
-def test_the_nearest_layout_works(world: int, pipeline: int, expert: int, per_node: int, schedule: str) -> None:
+def test_the_nearest_layout_works(world: int, pipeline: int, expert: int, per_node: int, schedule: str, modules: int) -> None:
     run = config(batch=48, pipeline=pipeline, expert=expert, schedule=schedule)
+    run = replace(run, model=replace(MODEL, num_nextn_predict_layers=modules))
     nearest = nearest_layout(run, world, per_node)
     if problem(run, world, per_node) is None:
         assert nearest is not None
-        assert (nearest.pipeline, nearest.expert) == (pipeline, expert)
+        assert (nearest.pipeline, nearest.expert, nearest.schedule) == (pipeline, expert, schedule)
     elif nearest is not None:
         assert problem(replace(run, parallel=nearest), world, per_node) is None
 

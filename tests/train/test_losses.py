@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from shoal.config import ModelConfig
+from shoal.config import BalanceConfig, ModelConfig
 from shoal.model import RoutingStats, Transformer, init_weights
+from shoal.parallel.pipeline import Seen
 from shoal.train.balance import StepRouting, routing_row, update_biases
 from shoal.train.loss import compute_losses
+from shoal.train.passes import PipelinePasses
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48, "num_attention_heads": 2, "kv_lora_rank": 16,
@@ -124,12 +129,33 @@ def test_the_figures_of_a_step_count_all_its_micro_batches() -> None:
     routing.add([stats([0, 4], 0.6), stats([4, 4], 1.0)])
     assert routing.load is not None
     assert routing.load.tolist() == [[6, 6], [8, 8]]
-    row = routing_row(routing.figures().tolist())
+    row = routing_row(torch.cat(routing.figures()).tolist())
     assert (row["max_vio"], row["max_vio_layers"]) == (0.0, [0.0, 0.0])
     assert row["entropy_layers"] == pytest.approx([0.5, 1.0])
     assert routing.shares() == [[0.5, 0.5], [0.5, 0.5]]
     routing.add([stats([12, 0]), stats([0, 0])])
-    assert routing.figures().tolist()[:2] == pytest.approx([18 / 12 - 1, 0])
+    assert routing.figures()[0].tolist() == pytest.approx([18 / 12 - 1, 0])
+
+
+def test_what_a_step_tells_lies_on_the_device_that_computes_it() -> None:
+    """On pretended tensors of a GPU: of the stages of a pipeline, the last one or another; and of a model without experts."""
+    device = torch.device("cuda")
+    config = SimpleNamespace(model=ModelConfig(**SHAPE), balance=BalanceConfig())
+    with FakeTensorMode():
+        scalar = torch.zeros((), device=device)
+        load, indices = torch.zeros(4, dtype=torch.int64, device=device), torch.zeros(1, 1, 2, device=device)
+        for losses in ([], [SimpleNamespace(main=scalar, mtp=scalar)]):
+            passes = object.__new__(PipelinePasses)
+            passes.config, passes.device, passes.parts, passes.count = cast(Any, config), device, 1, 1
+
+            def step(*args: Any, passes: Any = passes, losses: list[Any] = losses) -> list[Seen]:
+                passes.losses = losses
+                return [Seen([1], [RoutingStats(load, scalar, scalar, indices)], scalar), Seen([], [], torch.zeros(()))]
+
+            passes.pipeline = cast(Any, SimpleNamespace(step=step))
+            figures, routing = passes(cast(Any, mock.Mock()), 0.3)
+            assert torch.cat([figures, scalar.unsqueeze(0), *routing.figures()]).device.type == "cuda"
+        assert torch.cat([scalar.unsqueeze(0), *StepRouting().figures()]).device.type == "cuda"
 
 
 def test_biases_follow_the_load_of_the_whole_step_and_not_of_a_micro_batch() -> None:
@@ -150,4 +176,4 @@ def test_models_without_a_routing_bias_or_without_experts_are_left_alone() -> No
     dense = StepRouting()
     dense.add(compute_losses(make(n_routed_experts=None), rows(1, 5), 0.0, 0.1).routing)
     assert dense.load is None
-    assert dense.figures().tolist() == []
+    assert dense.figures() == []

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +27,8 @@ from shoal.formats import complete_checkpoints, load_model
 from shoal.formats.checkpoints import checkpoint_step
 from shoal.formats.locate import locate_model
 from shoal.model import Transformer
-from shoal.train import Trained, find_run, passes, train
+from shoal.parallel import Team
+from shoal.train import Trained, find_run, passes, train, trainer
 
 SUMMARY = {
     "val_bpb", "xz_bpb", "val_loss", "val_tokens", "val_bytes", "tokens", "steps", "skipped", "train_flops", "seconds",
@@ -243,6 +245,25 @@ def test_overwrite_starts_from_nothing(config: TrainConfig) -> None:
     assert [row["step"] for row in rows_of(result.folder)[0]] == [1, 2, 3]
     assert [checkpoint_step(path) for path in complete_checkpoints(result.folder)] == [3]
     assert [path.name for path in result.folder.parent.iterdir()] == ["run"]
+
+
+def test_processes_that_are_started_again_go_on_with_no_run_but_their_own(
+    config: TrainConfig, stopped_after: Callable[[int], AbstractContextManager[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(replace(config, steps=4)).folder
+    earlier, store = files_of(run), torch.distributed.HashStore()
+    monkeypatch.setattr(trainer, "join", lambda config: Team(store=store))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # the first attempt died before it came to training
+    with pytest.raises(UserError, match="already holds a run"):
+        train(config)
+    assert files_of(run) == earlier
+    with stopped_after(5):
+        train(replace(config, overwrite=True))
+    stopped, _ = rows_of(run)
+    train(replace(config, overwrite=True))
+    steps, _ = rows_of(run)
+    assert steps[:5] == stopped, "their times are those of before"
+    assert [row["step"] for row in steps] == list(range(1, 13))
 
 
 def test_a_run_that_goes_on_is_neither_resumed_nor_discarded_by_another(config: TrainConfig) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from .errors import UserError
 
-PIPELINE_SCHEDULES = ("1f1b", "interleaved", "zbv", "dualpipev")
+PipelineSchedule = Literal["1f1b", "interleaved", "zbv", "dualpipev"]
+PIPELINE_SCHEDULES: tuple[PipelineSchedule, ...] = get_args(PipelineSchedule)
 
 
 @dataclass
@@ -29,7 +30,7 @@ class ParallelConfig:
     """Compute one half of every micro-batch while the tokens of the other travel."""
     pipeline: int = 1
     """Pipeline stages' processes: consecutive layers lie on each."""
-    schedule: Literal["1f1b", "interleaved", "zbv", "dualpipev"] = "1f1b"
+    schedule: PipelineSchedule = "1f1b"
     """Order of the passes through a pipeline."""
 
     def validate(self) -> None:

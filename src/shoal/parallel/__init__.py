@@ -13,4 +13,3 @@ from .shards import Shards as Shards
 from .shards import divide as divide
 from .team import Team as Team
 from .team import join as join
-from .team import was_restarted as was_restarted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import IO, Any
@@ -16,11 +18,14 @@ from typing import IO, Any
 from ..config import UserError
 from ..runtime import available_cores
 
+POSIX = os.name == "posix"
 POLL_SECONDS = 0.05
 BLAME_SECONDS = 0.5
 """How long to wait after the first death before naming its cause: the others fail too, because it is gone."""
-
-
+LOST_OTHERS = 3
+"""Exit code of a process that can only say that another one is gone."""
+INTERRUPTED = 130
+"""Exit code of a process that Ctrl-C ended before there was anything to save."""
 LIFELINE = "SHOAL_LIFELINE"
 """Variable that tells a process which file descriptor ends when its parent does."""
 
@@ -64,7 +69,7 @@ def launch(args: list[str], count: int) -> None:
     }  # fmt: skip
     # Its other end is ours alone: whatever becomes of us, the others see it end (`follow_parent`).
     lifeline, ours = os.pipe()
-    inherited = (lifeline,) if os.name == "posix" else ()  # Windows passes none on
+    inherited = (lifeline,) if POSIX else ()  # Windows passes none on
     if inherited:
         shared[LIFELINE] = str(lifeline)
     members = []
@@ -74,26 +79,51 @@ def launch(args: list[str], count: int) -> None:
         output = None if rank == 0 else subprocess.DEVNULL
         command = [sys.executable, "-m", "shoal", *args]
         environment = os.environ | shared | place
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=complaints, pass_fds=inherited)
+        # In a session of its own: what a terminal sends to all of its processes comes to us alone, and from us to each of them once.
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=complaints, pass_fds=inherited, start_new_session=True)
         members.append(Member(rank, process, complaints))
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        # Ctrl-C reaches the whole group of processes by itself; whoever else asks us to stop means all of them.
-        if number == signal.SIGTERM:
-            for member in members:
-                member.process.terminate()
-
-    before: dict[int, Any] = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        _wait(members)
+        with _signals_for(members):
+            _wait(members)
     finally:
         for member in members:
             member.process.kill()
             member.process.wait()
         os.close(lifeline)
         os.close(ours)
+
+
+@contextlib.contextmanager
+def _signals_for(members: list[Member]) -> Iterator[None]:
+    """The first request to stop is passed on to all; a second one ends us at once, and so them. Ctrl-Z halts all."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if POSIX or number == signal.SIGTERM:  # elsewhere Ctrl-C has reached all by itself
+            _send(members, number)
+        restore()
+
+    def halt(number: int, frame: FrameType | None) -> None:
+        _send(members, signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)  # until we are told to go on
+        _send(members, signal.SIGCONT)
+
+    def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+    handlers = {signal.SIGINT: stop, signal.SIGTERM: stop} | ({signal.SIGTSTP: halt} if POSIX else {})
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in handlers}
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        restore()
+
+
+def _send(members: list[Member], number: int) -> None:
+    for member in members:
+        member.process.send_signal(number)
 
 
 def follow_parent() -> None:
@@ -108,6 +138,19 @@ def follow_parent() -> None:
     threading.Thread(target=wait, name="lifeline", daemon=True).start()
 
 
+@contextlib.contextmanager
+def ending_with_others() -> Iterator[None]:
+    """Where another process of the run dies, this one ends with a line instead of the place where it was waiting for a message."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo/transport" not in str(error):
+            raise
+        what = str(error).partition("] ")[2].partition(". ")[0]
+        print(f"shoal: process {os.environ['RANK']} lost its connection to another one: {what}", file=sys.stderr)
+        sys.exit(LOST_OTHERS)
+
+
 def _wait(members: list[Member]) -> None:
     while any(member.process.poll() is None for member in members):
         if any(member.process.returncode for member in members):
@@ -119,8 +162,10 @@ def _wait(members: list[Member]) -> None:
         return
     if members[0].process.returncode == 2:  # it has said why
         sys.exit(2)
-    # Of several, one that was killed comes before those that only lost their connection to it.
-    culprit = min(dead, key=lambda member: (member.process.returncode > 0, member.process.returncode == 1, member.rank))
+    if any(member.process.returncode == INTERRUPTED for member in dead):
+        sys.exit(INTERRUPTED)
+    # Of several, one that was killed comes before those that failed, and these before those that only lost their connection to it.
+    culprit = min(dead, key=lambda member: (member.process.returncode > 0, member.process.returncode == LOST_OTHERS, member.rank))
     raise UserError(
         f"process {culprit.rank} of {len(members)} {culprit.cause()}; the others were stopped: go on from the last checkpoint with --resume"
     )

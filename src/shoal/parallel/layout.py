@@ -6,12 +6,17 @@ neighbours, so that an expert group covers as few nodes as it can.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 from ..config import ParallelConfig, TrainConfig, UserError
+from ..config.parallel import PIPELINE_SCHEDULES
 
 STAGES_PER_PROCESS = {"1f1b": 1, "interleaved": 2, "zbv": 2, "dualpipev": 2}
 """Pieces of the model that every process of a pipeline holds."""
+V_SHAPED = ("zbv", "dualpipev")
+"""Schedules that lead the stages down the processes and back up, so that the first one also has the last stage. They put gradients of
+weights off until there is nothing else to do."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,9 @@ def layout_of(config: TrainConfig, world: int, local_world: int | None = None) -
     nearest = nearest_layout(config, world, per_node)
     if nearest is None:
         raise UserError(f"{wrong}; no layout of {world} processes works with this model and batch: use another number of processes")
-    raise UserError(f"{wrong}: the nearest layout that works is parallel.pipeline {nearest.pipeline}, parallel.expert {nearest.expert}")
+    sizes = f"parallel.pipeline {nearest.pipeline}, parallel.expert {nearest.expert}"
+    other = f", parallel.schedule {nearest.schedule}" if nearest.schedule != asked.schedule else ""
+    raise UserError(f"{wrong}: the nearest layout that works is {sizes}{other}")
 
 
 def problem(config: TrainConfig, world: int, per_node: int) -> str | None:
@@ -96,6 +103,11 @@ def problem(config: TrainConfig, world: int, per_node: int) -> str | None:
         return None
     if model.additions:
         return f"a pipeline passes hidden states alone from stage to stage, but {' and '.join(model.additions)}"
+    modules, tied = model.num_nextn_predict_layers, model.tie_word_embeddings
+    if asked.schedule in V_SHAPED and modules and modules + tied > 1:
+        # torch's `stage_backward_weight` would go through a part of the graph twice, which is freed the first time.
+        served = f"{modules} MTP module{'s' * (modules > 1)}{' and the head' * tied}"
+        return f"{asked.schedule} puts gradients of weights off, which an embedding that serves {served} cannot"
     stages = pipeline * STAGES_PER_PROCESS[asked.schedule]
     if stages > model.num_hidden_layers:
         return f"{asked.schedule} on {pipeline} processes cuts {stages} stages, but the model has {model.num_hidden_layers} layers"
@@ -114,13 +126,16 @@ def micro_batch(config: TrainConfig, data: int) -> int:
 
 
 def nearest_layout(config: TrainConfig, world: int, per_node: int) -> ParallelConfig | None:
-    """Of all layouts that work on `world` processes, the one whose sizes differ least from what was asked."""
+    """Of all layouts that work on `world` processes, the one whose sizes differ least from what was asked, if it can be in its schedule."""
     asked = config.parallel
     divisors = [n for n in range(1, world + 1) if world % n == 0]
-    found = []
-    for pipeline in divisors:
-        for expert in divisors:
-            tried = replace(asked, pipeline=pipeline, expert=expert)
-            if problem(replace(config, parallel=tried), world, per_node) is None:
-                found.append(tried)
-    return min(found, key=lambda p: (abs(p.pipeline - asked.pipeline) + abs(p.expert - asked.expert), p.pipeline), default=None)
+    found: list[ParallelConfig] = []
+    for pipeline, expert, schedule in itertools.product(divisors, divisors, PIPELINE_SCHEDULES):
+        tried = replace(asked, pipeline=pipeline, expert=expert, schedule=schedule)
+        if problem(replace(config, parallel=tried), world, per_node) is None:
+            found.append(tried)
+
+    def distance(p: ParallelConfig) -> tuple[int, int, bool]:
+        return abs(p.pipeline - asked.pipeline) + abs(p.expert - asked.expert), p.pipeline, p.schedule != asked.schedule
+
+    return min(found, key=distance, default=None)

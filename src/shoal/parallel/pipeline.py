@@ -19,16 +19,13 @@ from torch import Tensor, nn
 
 from ..model import Context, Output, RoutingStats, Transformer, rotary_tables
 from ..model.layers import Linear
-from .layout import Layout
+from .layout import V_SHAPED, Layout
 from .team import Team
 
 Finish = Callable[[Output, Tensor], Tensor]
 """Turns the output of the last stage and the token ids of a micro-batch into what is differentiated."""
 Surroundings = Callable[[], AbstractContextManager]
 """What a forward pass runs in: autocast."""
-V_SHAPED = ("zbv", "dualpipev")
-"""Schedules that lead the stages down the processes and back up, so that the first one also has the last stage. They put gradients of
-weights off until there is nothing else to do."""
 
 
 def stages_of(layout: Layout, process: int) -> list[int]:

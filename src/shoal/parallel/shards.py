@@ -105,7 +105,8 @@ class Shards:
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors, by name, in the first process's main memory (elsewhere: nothing) of what every process holds of them.
 
-        `tensors` has the shape of `Piece.local` under the names of parameters; under other names tensors that are whole already.
+        Under the names of parameters `tensors` has one row for each of `Piece.local`, of whatever shape, or scalars; under other names
+        tensors that are whole already.
         All processes must call this, each with what it has.
         """
         if self.team.is_alone:
@@ -135,7 +136,7 @@ class Shards:
         piece = self._by_name.get(name)
         if piece is None or tensor.dim() == 0:
             return 0, len(tensor) if tensor.dim() else 1, tuple(tensor.shape), tensor.dtype
-        return piece.start, len(tensor), piece.shape, tensor.dtype
+        return piece.start, len(tensor), (piece.shape[0], *tensor.shape[1:]), tensor.dtype
 
     def take(self, name: str, whole: Tensor) -> Tensor:
         """The rows of a whole tensor that this process holds."""

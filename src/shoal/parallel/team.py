@@ -21,6 +21,7 @@ from .layout import Layout, layout_of
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(minutes=30)
 """A process that waits so long for the others gives up. One that dies is noticed at once: its connections close."""
+_RUN = "shoal run"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Team:
     """Dimensions pipeline, replica, node, local; None for a process by itself."""
     ends: dist.ProcessGroup | None = None
     """First and last process of a pipeline, in these two."""
+    store: dist.Store | None = None
+    """Of the launch that these processes belong to: it outlives those that torchrun starts again."""
 
     @property
     def is_first(self) -> bool:
@@ -132,6 +135,17 @@ class Team:
         """Of this machine, for each of its processes; 0 (all) for a process by itself."""
         return 0 if self.is_alone else max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", self.layout.world)))
 
+    def remember_run(self, folder: str) -> None:
+        """Tell those that torchrun may start in place of these processes which run to go on with."""
+        if self.store is not None:
+            self.store.set(_RUN, folder)
+
+    def remembered_run(self) -> str | None:
+        """The folder of the run that earlier processes of this launch were at; None before they got to it."""
+        if self.store is None or not self.store.check([_RUN]):
+            return None
+        return self.store.get(_RUN).decode()
+
     def leave(self) -> None:
         """Part from the others once all are here."""
         if not self.is_alone:
@@ -142,11 +156,6 @@ class Team:
 def is_member() -> bool:
     """Whether this process was started as one of several (by torchrun, or by `shoal train --nproc`)."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def was_restarted() -> bool:
-    """Whether torchrun started the processes of this run again, after one of them had died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def join(config: TrainConfig) -> Team:
@@ -161,6 +170,7 @@ def join(config: TrainConfig) -> Team:
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     options: dict[str, Any] = {"backend": "cpu:gloo,cuda:nccl" if on_gpu else "gloo", "timeout": TIMEOUT}
+    store = None
     try:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # The store outlives processes that are started again: what the dead ones wrote must not be taken for the living.
@@ -170,10 +180,10 @@ def join(config: TrainConfig) -> Team:
         dist.init_process_group(**options)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"process {rank} cannot reach the others ({error}): check MASTER_ADDR and MASTER_PORT") from None
-    return team_of(layout, "cuda" if on_gpu else "cpu")
+    return team_of(layout, "cuda" if on_gpu else "cpu", store)
 
 
-def team_of(layout: Layout, device: str = "cpu") -> Team:
+def team_of(layout: Layout, device: str = "cpu", store: dist.Store | None = None) -> Team:
     """The team of an initialised default process group."""
     shape = (layout.pipeline, layout.replica, layout.nodes, layout.local)
     mesh = init_device_mesh(device, shape, mesh_dim_names=("pipeline", "replica", "node", "local"))
@@ -181,4 +191,4 @@ def team_of(layout: Layout, device: str = "cpu") -> Team:
     if layout.pipeline > 1:
         last = (layout.pipeline - 1) * layout.data
         ends, _ = dist.new_subgroups_by_enumeration([[place, last + place] for place in range(layout.data)])
-    return Team(layout, dist.get_rank(), mesh, ends)
+    return Team(layout, dist.get_rank(), mesh, ends, store)

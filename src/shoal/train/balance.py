@@ -29,16 +29,18 @@ class StepRouting:
         self._entropy.append(torch.stack([stats.entropy for stats in routing]))
 
     @classmethod
-    def of_stages(cls, passes: Iterable[tuple[list[int], list[RoutingStats]]], shape: tuple[int, int], micro_batches: int) -> StepRouting:
+    def of_stages(
+        cls, passes: Iterable[tuple[list[int], list[RoutingStats]]], shape: tuple[int, int], micro_batches: int, device: torch.device
+    ) -> StepRouting:
         """Of a process that has some of the MoE layers: the numbers of those in each pass, and their routing; `shape` is `[L, E]`."""
         step = cls()
         if not shape[0]:
             return step
-        step.load, entropy = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape[0])
+        step.load, entropy = torch.zeros(shape, dtype=torch.int64, device=device), torch.zeros(shape[0], device=device)
         for layers, routing in passes:
             for layer, stats in zip(layers, routing, strict=True):
-                step.load[layer] += stats.load.cpu()
-                entropy[layer] += stats.entropy.cpu() / micro_batches
+                step.load.select(0, layer).add_(stats.load)
+                entropy.select(0, layer).add_(stats.entropy / micro_batches)
         step._entropy.append(entropy)
         return step
 
@@ -49,12 +51,13 @@ class StepRouting:
         self.load = team.sum(self.load)
         self._entropy = [team.sum(torch.stack(self._entropy).mean(0)) / team.layout.data]
 
-    def figures(self) -> Tensor:
-        """MaxVio = (max - mean) / mean of the load (2408.15664, equation 4) of every layer, then its routing entropy: `[2 L]`."""
+    def figures(self) -> list[Tensor]:
+        """MaxVio = (max - mean) / mean of the load (2408.15664, equation 4) of every layer `[L]`, and its routing entropy `[L]`; of a
+        model without experts nothing."""
         if self.load is None:
-            return torch.zeros(0)
+            return []
         load = self.load.float()
-        return torch.cat([load.amax(1) / load.mean(1) - 1, torch.stack(self._entropy).mean(0)])
+        return [load.amax(1) / load.mean(1) - 1, torch.stack(self._entropy).mean(0)]
 
     def shares(self) -> list[list[float]]:
         """Share of a layer's tokens that went to each expert, `[L, E]`."""
@@ -63,7 +66,7 @@ class StepRouting:
 
 
 def routing_row(figures: list[float]) -> dict[str, Any]:
-    """The figures of `StepRouting.figures` under their names in `metrics.jsonl`."""
+    """What `StepRouting.figures` gives, one after the other, under its names in `metrics.jsonl`."""
     layers = len(figures) // 2
     max_vio, entropy = figures[:layers], figures[layers:]
     return {"max_vio": sum(max_vio) / layers, "max_vio_layers": max_vio, "entropy_layers": entropy}

@@ -114,9 +114,10 @@ class PipelinePasses:
         seen = self.pipeline.step(batch.to(self.device), depth, alpha / self.parts)
         mixtures = [i for i in range(model.num_hidden_layers + depth) if model.is_moe_layer(i)]
         passes = [([mixtures.index(i) for i in stage.layers], stage.routing) for stage in seen]
-        routing = StepRouting.of_stages(passes, (len(mixtures), model.n_routed_experts or 0), self.count)
-        balance = sum((stage.balance for stage in seen), torch.zeros(())) / self.count
-        main, mtp = (sum((getattr(loss, name) for loss in self.losses), torch.zeros(())) / self.count for name in ("main", "mtp"))
+        routing = StepRouting.of_stages(passes, (len(mixtures), model.n_routed_experts or 0), self.count, self.device)
+        zero = torch.zeros((), device=self.device)
+        balance = sum((stage.balance for stage in seen), zero) / self.count
+        main, mtp = (sum((getattr(loss, name) for loss in self.losses), zero) / self.count for name in ("main", "mtp"))
         # Each process adds its part of the total: the balance losses of its layers, and the last stage the others.
         total = main + mtp_weight * mtp + alpha * balance
         return torch.stack([total, main, mtp, balance / max(len(mixtures), 1)]), routing

@@ -152,11 +152,6 @@ def _next_free(path: Path) -> Path:
             free = path.with_name(f"{path.name}-{number}")
 
 
-def holds_run(out: str | None) -> bool:
-    """Whether there is a run to resume at `out`, or for None anywhere under runs/."""
-    return (Path(out) / "run.json").exists() if out is not None else any(Path("runs").glob("*/run.json"))
-
-
 def find_run(out: str | None) -> RunFolder:
     """The run to resume: `out`, or the one under runs/ that was written to last."""
     if out is not None:

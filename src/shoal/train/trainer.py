@@ -19,7 +19,7 @@ from ..config import ModelConfig, TrainConfig, UserError
 from ..data import Batches, Tokenizer, open_corpus, prepare
 from ..formats.huggingface import read_config
 from ..formats.locate import locate_model
-from ..parallel import Team, join, was_restarted
+from ..parallel import Team, join
 from ..plan.budget import training_flops_per_token
 from ..plan.cost import optimizer_flops
 from ..runtime import Machine, start
@@ -32,7 +32,7 @@ from .likelihood import BATCH_TOKENS, Document, Likelihood, held_out, likelihood
 from .metrics import MetricsLog
 from .optimizer import clip_gradients, decay_of
 from .passes import Passes, make_passes
-from .run_folder import RunFolder, find_run, holds_run, learnt_from, new_run, refuse_changes, refuse_taken, run_facts
+from .run_folder import RunFolder, find_run, learnt_from, new_run, refuse_changes, refuse_taken, run_facts
 from .schedule import extends_context, learning_rate_share, mtp_weight
 from .signals import StopRequest
 from .state import TrainState
@@ -66,7 +66,8 @@ def train(requested: TrainConfig) -> Trained:
         requested.validate()
     team = join(requested)
     refuse_teams(requested, team)
-    folder = team.agree(find_run(requested.out) if requested.resume or (was_restarted() and holds_run(requested.out)) else None)
+    begun = team.remembered_run()
+    folder = team.agree(find_run(begun or requested.out) if begun or requested.resume else None)
     if folder is None:
         team.decide(lambda: refuse_taken(requested, started))  # before the data is prepared, which takes its time
     precision = folder.facts()["precision"] if folder else requested.precision
@@ -99,6 +100,7 @@ def train(requested: TrainConfig) -> Trained:
         folder = team.decide(lambda: begin_run(requested, corpus.name, data.fingerprint, machine))
     else:
         refuse_changes(folder.facts(), requested, data.fingerprint)
+    team.remember_run(str(folder.path))
     with contextlib.ExitStack() as held:
         team.decide(lambda: held.enter_context(folder.held()))
         if team.is_first:
@@ -176,7 +178,7 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
             grad_norm = early.norm() if early else clip_gradients(shards, config.optimizer.clip)
 
             # The one place of a step where the device is waited for.
-            on_host = torch.cat([figures, grad_norm[None], routing.figures()]).tolist()
+            on_host = torch.cat([figures, grad_norm[None], *routing.figures()]).tolist()
             total, main, mtp, balance, norm, *routed = on_host
             finite = math.isfinite(total) and math.isfinite(norm)
             if finite:

@@ -13,6 +13,7 @@ from shoal.cli import main
 from shoal.config import UserError
 from shoal.data.tokenizer import Tokenizer, train_tokenizer
 from shoal.formats.export import chat_template, export_model
+from shoal.formats.quantized import open_quantized
 from shoal.formats.huggingface import load_model
 from shoal.model import Transformer
 
@@ -156,7 +157,8 @@ def test_what_is_said_of_sampling_stays_and_what_is_said_of_files_goes(make_mode
     assert main(["export", str(source), str(out)]) == 0
     written, generation = (json.loads((out / name).read_text()) for name in ("config.json", "generation_config.json"))
     assert "auto_map" not in written
-    assert (written["eos_token_id"], written["rope_note"]) == (config["eos_token_id"], "kept")
+    assert (written["eos_token_id"], written["rope_note"]) == ([1, 7, 9], "kept")
     assert (generation["do_sample"], generation["temperature"], generation["eos_token_id"]) == (True, 0.6, [1, 7, 9])
     assert main(["quantize", str(source), str(tmp_path / "q"), "--threads", "1"]) == 0
     assert json.loads((tmp_path / "q" / "generation_config.json").read_text()) == generation
+    assert open_quantized(tmp_path / "q").config.extra["eos_token_id"] == [1, 7, 9]

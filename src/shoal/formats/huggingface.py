@@ -24,7 +24,18 @@ from ..config.huggingface import model_config_from_dict, model_config_to_dict
 from ..model import Transformer
 from ..runtime import require_memory
 from .fp8 import SCALE, Quantizer, is_fp8_matrix
-from .weight_files import CONFIG, INDEX, WeightFiles, plan_shards, read_json, shard_names, write_generation, write_json
+from .weight_files import (
+    CONFIG,
+    GENERATION,
+    INDEX,
+    WeightFiles,
+    plan_shards,
+    read_generation,
+    read_json,
+    shard_names,
+    write_generation,
+    write_json,
+)
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _STACKED = re.compile(r"(.+\.mlp\.experts)\.(gate_proj|up_proj|down_proj)")
@@ -104,7 +115,7 @@ def open_model(folder: Path) -> Iterator[tuple[Transformer, WeightFiles]]:
     Raises `UserError` for unsupported models, and for missing, unexpected, misshapen or truncated tensors, before any is read.
     """
     raw = read_json(folder / CONFIG)
-    config = _config(raw)
+    config = config_of(folder, raw)
     with WeightFiles(folder, _fp8_block(raw)) as files:
         if config.num_nextn_predict_layers and not files.has_prefix(f"model.layers.{config.num_hidden_layers}."):
             warnings.warn(f"{folder} announces multi-token prediction layers but holds none: loading without them", stacklevel=2)
@@ -149,7 +160,31 @@ def load_state(model: Transformer, folder: Path) -> None:
 
 def read_config(folder: Path) -> ModelConfig:
     """The shape of the model in `folder`, without its weights."""
-    return _config(read_json(folder / CONFIG))
+    return config_of(folder, read_json(folder / CONFIG))
+
+
+def config_of(folder: Path, raw: dict[str, Any]) -> ModelConfig:
+    """What `raw`, the content of the folder's `config.json`, says, with the end tokens that only `generation_config.json` names.
+
+    `eos_token_id` is the first of them; where there are several, `extra` holds the list under the same name.
+    """
+    config = model_config_from_dict(raw)
+    config.extra.pop("quantization_config", None)  # weights are dequantized on load: a saved copy has none
+    known, more = config.extra.get("eos_token_id", config.eos_token_id), read_generation(folder).get("eos_token_id")
+    ends = [*_ids(known, folder / CONFIG), *_ids(more, folder / GENERATION)]
+    if ends:
+        config.eos_token_id = ends[0]
+    if len(ends) > 1:
+        config.extra["eos_token_id"] = list(dict.fromkeys(ends))
+    return config
+
+
+def _ids(written: Any, file: Path) -> list[int]:
+    """The tokens that an `eos_token_id` names: one, several or, as null or -1, none."""
+    ids = written if isinstance(written, list) else [] if written in (None, -1) else [written]
+    if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+        raise UserError(f"eos_token_id is {written!r} in {file}: it must be the id of a token, or a list of them")
+    return ids
 
 
 def official_tensors(model: Transformer) -> dict[str, Tensor]:
@@ -194,12 +229,6 @@ def refuse_other_copies(config: ModelConfig, files: WeightFiles) -> None:
             one, other = files.read(name), files.read(source)
             if one.shape != other.shape or not one.equal(other):
                 raise UserError(f"{files.folder}: {name} differs from {source}, but Shoal shares the two: such files are not supported")
-
-
-def _config(raw: dict[str, Any]) -> ModelConfig:
-    config = model_config_from_dict(raw)
-    config.extra.pop("quantization_config", None)  # weights are dequantized on load: a saved copy has none
-    return config
 
 
 def _fp8_block(raw: dict[str, Any]) -> tuple[int, int]:

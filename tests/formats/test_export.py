@@ -13,8 +13,8 @@ from shoal.cli import main
 from shoal.config import UserError
 from shoal.data.tokenizer import Tokenizer, train_tokenizer
 from shoal.formats.export import chat_template, export_model
-from shoal.formats.quantized import open_quantized
 from shoal.formats.huggingface import load_model
+from shoal.formats.quantized import open_quantized
 from shoal.model import Transformer
 
 Make = Callable[..., Transformer]
@@ -71,6 +71,13 @@ def test_a_tokenizers_own_chat_template_is_kept(make_model: Make, bpe: Tokenizer
     own = Tokenizer(bpe.json, bpe.config, chat_template="{{ messages[0].content }}")
     export_model(make_model(vocab_size=400), own, tmp_path / "out", torch.float32)
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages[0].content }}" != chat_template()
+
+
+def test_other_peoples_base_models_get_no_chat_template(make_model: Make, bpe: Tokenizer, tmp_path: Path) -> None:
+    theirs = Tokenizer(bpe.json.replace(USER, "<user>"), bpe.config)
+    for tokenizer, count in ((theirs, 0), (bpe, 1)):
+        export_model(make_model(vocab_size=400), tokenizer, tmp_path / "out", torch.float32)
+        assert len(list((tmp_path / "out").glob("chat_template.jinja"))) == count
 
 
 def test_model_card_states_the_facts(make_model: Make, tokenizer: Any, tmp_path: Path) -> None:

@@ -144,6 +144,22 @@ def test_llama_cpp_reads_the_same_ids(text: str, exported: Any, words: Tokenizer
     assert "<｜Assistant｜>" in llama.metadata["tokenizer.chat_template"]
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_llama_cpp_adds_begin_of_text_where_we_do(asked: bool, exported: Any, words: Tokenizer, tmp_path: Path) -> None:
+    exported("f16", **LLAMA)
+    tokenizer = Tokenizer(words.json, words.config | {"add_bos_token": asked})
+    export_gguf(tmp_path / "hf-0", tokenizer, tmp_path / "model.gguf", "f16")
+    llama = opened(tmp_path / "model.gguf", vocab_only=True)
+    assert llama.tokenize(b"the red fish", add_bos=True, special=False) == tokenizer.encode("the red fish", bos=True)
+    assert (tokenizer.encode("the red fish", bos=True)[0] == words.bos_id) == asked
+
+
+def test_other_peoples_base_models_get_no_chat_template(exported: Any, words: Tokenizer, tmp_path: Path) -> None:
+    exported("f16", **LLAMA)
+    export_gguf(tmp_path / "hf-0", Tokenizer(words.json.replace("<｜User｜>", "<user>"), words.config), tmp_path / "model.gguf", "f16")
+    assert "tokenizer.chat_template" not in gguf.GGUFReader(tmp_path / "model.gguf").fields
+
+
 def test_every_weight_is_in_the_file(exported: Any) -> None:
     model, path = exported("q4_0", **{**V3, "num_nextn_predict_layers": 1})
     held = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}

@@ -39,10 +39,11 @@ _HARMLESS_NORMALIZERS = ("NFC",)
 """llama.cpp leaves this out as well when it converts a model: composed text is what one meets."""
 
 
-def add_tokenizer(writer: Any, tokenizer: TokenizerFiles, vocab_size: int, chat_template: str) -> None:
+def add_tokenizer(writer: Any, tokenizer: TokenizerFiles, vocab_size: int, chat_template: str | None) -> None:
     """Put the tokenizer into a `gguf.GGUFWriter`; ids up to `vocab_size` that it lacks become unused tokens.
 
-    `chat_template` is written where the tokenizer brings none. Raises `UserError` for a tokenizer that llama.cpp would read differently.
+    `chat_template`, if any, is written where the tokenizer brings none. Raises `UserError` for a tokenizer that llama.cpp would read
+    differently.
     """
     import gguf
 
@@ -69,7 +70,9 @@ def add_tokenizer(writer: Any, tokenizer: TokenizerFiles, vocab_size: int, chat_
         if i is not None:
             add(i)
     writer.add_add_bos_token(tokenizer.adds_bos)
-    writer.add_chat_template(tokenizer.chat_template if tokenizer.chat_template is not None else chat_template)
+    template = tokenizer.chat_template if tokenizer.chat_template is not None else chat_template
+    if template is not None:
+        writer.add_chat_template(template)
 
 
 def pre_tokenizer_name(content: dict[str, Any]) -> str:

@@ -38,6 +38,8 @@ from .weight_files import (
 )
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_MATRIX = "model.layers.0.self_attn.o_proj.weight"
+"""One that every model has; the dtype of a model whose tensors are not all of one is that of its matrices."""
 _STACKED = re.compile(r"(.+\.mlp\.experts)\.(gate_proj|up_proj|down_proj)")
 
 
@@ -99,7 +101,7 @@ def save_model(
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     config = model.config if model.model.counted is None else replace(model.config, count_entries=len(model.model.counted.entries))
-    written = model_config_to_dict(config, dtype=str(stored_dtype(_EMBEDDING)).removeprefix("torch."))
+    written = model_config_to_dict(config, dtype=str(stored_dtype(_MATRIX)).removeprefix("torch."))
     if fp8 is not None:
         written["quantization_config"] = fp8.settings
     write_json(folder / CONFIG, written)
@@ -129,23 +131,43 @@ def open_model(folder: Path) -> Iterator[tuple[Transformer, WeightFiles]]:
 def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Transformer:
     """The model of a Hugging Face folder, filled tensor by tensor so that no more than one copy of the weights is in memory.
 
-    `dtype` None takes the one in which the embedding is stored (FP8 weights are dequantized to it).
+    `dtype` None keeps the one in which each tensor is stored (FP8 weights are dequantized to that of the embedding).
 
     Raises `UserError` as `open_model` does, for numbers that are not finite, and where the model does not fit into memory.
     """
     with open_model(folder) as (empty, files):
-        return fill_model(empty, dtype or files.plain_dtype(_EMBEDDING), device, lambda model: _fill(model, files))
+        if dtype is None:
+            _take_stored_dtypes(empty, files)
+        return fill_model(empty, dtype, device, lambda model: _fill(model, files))
 
 
-def fill_model(empty: Transformer, dtype: torch.dtype, device: torch.device | str, fill: Callable[[Transformer], None]) -> Transformer:
-    """Give a model on the device `meta` weights in `dtype` on `device`, overwritten by `fill`; `UserError` where they do not fit."""
+def fill_model(
+    empty: Transformer, dtype: torch.dtype | None, device: torch.device | str, fill: Callable[[Transformer], None]
+) -> Transformer:
+    """Give a model on the device `meta` weights in `dtype` (None: in what each tensor has there) on `device`, overwritten by `fill`;
+    `UserError` where they do not fit."""
+    if dtype is not None:
+        empty = empty.to(dtype)
     if torch.device(device).type == "cpu":
-        require_memory(sum(parameter.numel() for parameter in empty.parameters()) * dtype.itemsize, f"the model in {str(dtype)[6:]}")
-    model = empty.to(dtype).to_empty(device=device)
+        require_memory(sum(parameter.nbytes for parameter in empty.parameters()), f"the model in {dtype_name(empty)}")
+    model = empty.to_empty(device=device)
     if model.config.tie_word_embeddings:  # to_empty gives every module a weight of its own
         model.lm_head.weight = model.model.embed_tokens.weight
     fill(model)
     return model
+
+
+def _take_stored_dtypes(empty: Transformer, files: WeightFiles) -> None:
+    """Give the weights of a model on the device `meta` the dtypes of the files, a stack of experts that of its first."""
+    embedding = files.plain_dtype(_EMBEDDING)
+    for name, parameter in empty.named_parameters():
+        stored = _STACKED.sub(r"\1.0.\2.weight", name)
+        parameter.data = parameter.data.to(embedding if files.is_fp8(stored) else files.plain_dtype(stored))
+
+
+def dtype_name(model: Transformer) -> str:
+    """What the matrices of `model` are held in."""
+    return str(model.state_dict()[_MATRIX].dtype).removeprefix("torch.")
 
 
 def load_state(model: Transformer, folder: Path) -> None:

@@ -105,6 +105,7 @@ def test_mtp_copies_may_be_absent_but_not_different(make_model: Make, tmp_path: 
         ([5, 7], {"eos_token_id": 9}, 5, [5, 7, 9]),
         (None, {"eos_token_id": 7}, 7, None),
         (5, {"temperature": 0.6}, 5, None),
+        (5, {"eos_token_id": [5]}, 5, None),
         (None, {"eos_token_id": None}, None, None),
         ([5], None, 5, [5]),
     ],

@@ -193,11 +193,11 @@ def config_of(folder: Path, raw: dict[str, Any]) -> ModelConfig:
     config = model_config_from_dict(raw)
     config.extra.pop("quantization_config", None)  # weights are dequantized on load: a saved copy has none
     known, more = config.extra.get("eos_token_id", config.eos_token_id), read_generation(folder).get("eos_token_id")
-    ends = [*_ids(known, folder / CONFIG), *_ids(more, folder / GENERATION)]
+    ends = list(dict.fromkeys([*_ids(known, folder / CONFIG), *_ids(more, folder / GENERATION)]))
     if ends:
         config.eos_token_id = ends[0]
     if len(ends) > 1:
-        config.extra["eos_token_id"] = list(dict.fromkeys(ends))
+        config.extra["eos_token_id"] = ends
     return config
 
 

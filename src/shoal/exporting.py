@@ -12,7 +12,7 @@ from .data import Tokenizer
 from .formats.export import export_model
 from .formats.fp8 import quantizer_for
 from .formats.gguf import GgufType, export_gguf
-from .formats.huggingface import load_model
+from .formats.huggingface import dtype_name, load_model
 from .formats.locate import locate_model
 from .formats.weight_files import read_generation
 
@@ -27,15 +27,15 @@ def run_export(command: ExportCommand) -> dict[str, Any]:
 
 
 def _hf(command: ExportCommand, folder: Path, out: Path) -> dict[str, Any]:
-    model, tokenizer, generation = load_model(folder), Tokenizer.load(folder), read_generation(folder)
+    wanted = DTYPES.get(command.dtype or "")
+    model, tokenizer, generation = load_model(folder, dtype=wanted), Tokenizer.load(folder), read_generation(folder)
     if command.dtype == "fp8":
         with quantizer_for(folder) as quantizer:
             export_model(model, tokenizer, out, torch.bfloat16, fp8=quantizer, generation=generation)
         dtype = "float8_e4m3fn"
     else:
-        wanted = DTYPES[command.dtype] if command.dtype else model.lm_head.weight.dtype
         export_model(model, tokenizer, out, wanted, generation=generation)
-        dtype = str(wanted).removeprefix("torch.")
+        dtype = dtype_name(model)
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"{out}: {model.config.model_type}, {dtype}, {size / 1e6:.1f} MB; opens with transformers, vLLM and SGLang")
     return {"out": str(out), "model_type": model.config.model_type, "dtype": dtype, "bytes": size}

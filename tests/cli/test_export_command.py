@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from shoal.cli import main
 from shoal.config import MachineOptions, SamplingOptions
@@ -43,6 +44,25 @@ def test_transformers_gives_the_same_logits_and_the_same_text(
         continued = theirs.generate(torch.tensor([ids]), max_new_tokens=15, do_sample=False)[0].tolist()
     greedy = SamplingOptions(max_tokens=15, temperature=0)
     assert ids + Engine(ours.runner, ours.tokenizer).generate([ids], greedy)[0].ids == continued
+
+
+@pytest.mark.parametrize("dtype", [None, "fp32", "fp16"])
+def test_numbers_are_rounded_once_at_most(dtype: str | None, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An embedding in another type than the rest says nothing about the rest."""
+    assert main(["export", str(trained), str(tmp_path / "source")]) == 0
+    wanted = load_file(tmp_path / "source" / "model.safetensors")
+    name, embedding = "model.layers.0.self_attn.o_proj.weight", "model.embed_tokens.weight"
+    wanted |= {copy: wanted[copy].bfloat16() for copy in wanted if copy.endswith("embed_tokens.weight")}
+    save_file(wanted, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "source"), str(tmp_path / "out"), "--json", *(["--dtype", dtype] if dtype else [])]) == 0
+    kind = torch.float16 if dtype == "fp16" else torch.float32
+    said = str(kind).removeprefix("torch.")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["dtype"] == said
+    assert f"| Weights | {said} |" in (tmp_path / "out" / "README.md").read_text()
+    got = load_file(tmp_path / "out" / "model.safetensors")
+    assert got[name].equal(wanted[name].to(kind))
+    assert got[embedding].equal(wanted[embedding].to(kind) if dtype else wanted[embedding])
 
 
 def test_an_export_can_be_used_and_exported_again(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

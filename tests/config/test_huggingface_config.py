@@ -49,6 +49,9 @@ QWEN: dict[str, Any] = {
 }  # fmt: skip
 
 
+YARN: dict[str, Any] = V2_LITE["rope_scaling"]
+
+
 def test_official_deepseek_files() -> None:
     lite, v3 = model_config_from_dict(V2_LITE), model_config_from_dict(V3)
     assert lite.q_lora_rank is None
@@ -94,6 +97,26 @@ def test_transformers_reads_what_is_written_and_writes_what_is_read(official: di
     assert replace(back, extra={}) == replace(config, extra={})
 
 
+def test_tables_of_both_styles_may_agree_and_harmless_keys_pass() -> None:
+    config = model_config_from_dict(V2_LITE)
+    both = {**V2_LITE, "rope_parameters": {**YARN, "rope_type": "yarn", "rope_theta": 10000.0, "attention_factor": None}}
+    assert model_config_from_dict(both) == config
+    first = {"factor": 16.0, "original_max_position_embeddings": 4096, "type": "yarn", "finetuned": True, "truncate": True}
+    assert model_config_from_dict({**LLAMA, "rope_scaling": first}).rope_scaling == first
+
+
+@pytest.mark.parametrize("official", [V2_LITE, V3, LLAMA, QWEN], ids=["v2-lite", "v3", "llama", "qwen2"])
+def test_first_and_last_tokens_that_are_not_there_are_those_of_transformers(official: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    ends = ("bos_token_id", "eos_token_id")
+    silent = {key: value for key, value in official.items() if key not in ends}
+    theirs, ours = transformers.AutoConfig.for_model(**silent), model_config_from_dict(silent)
+    assert (ours.bos_token_id, ours.eos_token_id) == (theirs.bos_token_id, theirs.eos_token_id)
+    for none in (None, -1):
+        said = model_config_from_dict({**official, **dict.fromkeys(ends, none)})
+        assert [getattr(said, key) for key in ends] == [model_config_to_dict(said)[key] for key in ends] == [None, None]
+
+
 CONFIGS = st.builds(
     ModelConfig,
     model_type=st.sampled_from(["deepseek_v3", "deepseek_v2"]),
@@ -102,6 +125,8 @@ CONFIGS = st.builds(
     q_lora_rank=st.one_of(st.none(), st.integers(1, 99)),
     n_shared_experts=st.one_of(st.none(), st.integers(1, 3)),
     rope_theta=st.floats(1, 1e7),
+    bos_token_id=st.none() | st.integers(0, 9),
+    eos_token_id=st.none() | st.integers(0, 9),
     tie_word_embeddings=st.booleans(),
     num_nextn_predict_layers=st.integers(0, 2),
     qk_norm=st.booleans(),
@@ -143,6 +168,12 @@ def test_dtype_is_the_one_asked_for_or_the_one_read() -> None:
         ({**LLAMA, "hidden_act": "gelu"}, "SwiGLU"),
         ({**QWEN, "use_sliding_window": True}, "sliding"),
         ({**LLAMA, "rope_scaling": {"rope_type": "longrope"}}, "longrope"),
+        ({**V3, "rope_scaling": {**YARN, "truncate": False}}, "truncate"),
+        ({**V3, "rope_scaling": {**YARN, "low_freq_factor": 1.0}}, "low_freq_factor"),
+        ({**V3, "rope_scaling": {**LLAMA["rope_scaling"], "mscale": 1.0, "mscale_all_dim": 1.0}}, "mscale, mscale_all_dim"),
+        ({**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}, "keep one"),
+        ({**V2_LITE, "rope_parameters": {**YARN, "rope_theta": 5000.0}}, "keep one"),
+        ({**QWEN, "rope_parameters": {**YARN, "rope_theta": 1e6}, "rope_scaling": {**YARN, "factor": 2}}, "keep one"),
     ],
 )
 def test_unsupported_files_are_refused_with_the_reason(broken: dict[str, Any], hint: str) -> None:

@@ -33,6 +33,8 @@ MODELS = st.builds(
     q_lora_rank=st.none() | SIZE,
     n_routed_experts=st.none() | st.integers(1, 99),
     n_shared_experts=st.none() | st.integers(1, 99),
+    bos_token_id=st.none() | st.integers(0, 9),
+    eos_token_id=st.none() | st.integers(0, 9),
     qk_norm=st.booleans(),
     logit_softcap=st.none() | NUMBER,
 )

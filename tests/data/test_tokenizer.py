@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -151,6 +152,37 @@ def test_foreign_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
     with pytest.raises(UserError, match="no tokenizer at"):
         Tokenizer.load(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("asked", [True, False, None])
+@pytest.mark.parametrize("processed", [True, False])
+def test_begin_of_text_is_added_where_the_files_say_so(tokenizer: Tokenizer, tmp_path: Path, processed: bool, asked: bool | None) -> None:
+    transformers = pytest.importorskip("transformers")
+    content = json.loads(tokenizer.json)
+    if not processed:
+        content["post_processor"] = None
+    config = {key: value for key, value in tokenizer.config.items() if not key.startswith("add_")}
+    Tokenizer(json.dumps(content), config if asked is None else config | {"add_bos_token": asked}).save(tmp_path)
+    ours, theirs = Tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    plain = tokenizer.encode("hello")
+    assert ours.encode("hello", bos=True) == ([0, *plain] if (processed if asked is None else asked) else plain)
+    if asked in (None, processed):  # where the two files disagree, transformers 5 reads only tokenizer.json; 4 and llama.cpp do as we do
+        assert ours.encode("hello", bos=True) == theirs("hello").input_ids
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert Tokenizer.load(tmp_path).adds_bos == processed, "a lone tokenizer.json"
+
+
+def test_what_was_cut_and_padded_last_time_is_forgotten(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    backend = tokenizers.Tokenizer.from_str(tokenizer.json)
+    backend.enable_truncation(4)
+    backend.enable_padding(length=4, pad_id=2, pad_token=PAD)
+    (tmp_path / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
+    loaded = Tokenizer.load(tmp_path)
+    texts = ["def f(x): return x + 1", "a"]
+    assert loaded.encode_batch(texts) == [tokenizer.encode(text) for text in texts] == [loaded.encode(text) for text in texts]
+    assert [loaded.encode(text, special=True) for text in texts] == [tokenizer.encode(text) for text in texts]
+    assert (json.loads(loaded.json)["truncation"], json.loads(loaded.json)["padding"]) == (None, None)
 
 
 def test_ordinary_added_tokens_stay_in_use(tokenizer: Tokenizer) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from shoal.config import EngineOptions, SamplingOptions, UserError
 from shoal.data import Tokenizer, train_tokenizer
 from shoal.engine import Engine, Increment, Request, Result
+from shoal.engine.answer import stop_set
 from shoal.engine.text import StopStrings
 from shoal.model import Transformer
 
@@ -101,6 +102,9 @@ def test_a_text_ends_with_any_token_that_the_model_names_as_an_end(tokenizer: To
     runner.config = replace(runner.config, extra={"eos_token_id": [tokenizer.eos_id, ids[2]]})
     result = Engine(runner, tokenizer).generate([[5]], SamplingOptions(temperature=0, max_tokens=20))[0]  # type: ignore[arg-type]
     assert (result.ids, result.finish_reason) == (ids[:3], "stop")
+    assert set(stop_set(tokenizer, runner.config)) == {tokenizer.eos_id, ids[2]}
+    assert set(stop_set(tokenizer, replace(runner.config, extra={}, eos_token_id=ids[2]))) == {tokenizer.eos_id, ids[2]}
+    assert set(stop_set(None, replace(runner.config, extra={}, eos_token_id=None))) == set()
 
 
 pieces = st.lists(st.text(alphabet="abc", max_size=4), max_size=8)

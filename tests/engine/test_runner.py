@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from small_models import make_model
 
 from shoal.engine import Batch, Runner
 from shoal.engine.race import Races
+from shoal.engine.weights import load_weights, to_transformer
+from shoal.formats.huggingface import load_model, save_model
 from shoal.model import Transformer
 
 IDS = [3 * i % 61 + 2 for i in range(90)]
@@ -27,6 +30,16 @@ def runner(model: Transformer, make_runner: Any) -> Runner:
 
 def lay_out(spans: list[tuple[int, int]], tables: list[np.ndarray]) -> Batch:
     return Batch.lay_out([IDS[first:end] for first, end in spans], [first for first, _ in spans], tables)
+
+
+@pytest.mark.parametrize(("stored", "held"), [(torch.float32, "fp32"), (torch.float16, "fp32"), (torch.bfloat16, "bf16")])
+def test_no_number_of_a_file_is_rounded(stored: torch.dtype, held: str, model: Transformer, tmp_path: Path) -> None:
+    save_model(model, tmp_path, dtype=stored)
+    weights = load_weights(tmp_path)
+    assert weights.scheme.matrices == held
+    wanted = load_model(tmp_path, dtype=torch.float32).state_dict()
+    for name, tensor in to_transformer(weights).state_dict().items():
+        assert tensor.equal(wanted[name]), name
 
 
 def test_a_batch_is_laid_out_end_to_end() -> None:

@@ -71,6 +71,16 @@ def test_a_character_appears_with_its_last_byte_and_words_keep_their_spaces() ->
     assert stream(tokenizer, ids) == ["the", "", "é", " fish", "", " fish", ""]
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.sampled_from(["▁the", "▁fish", "▁", "s", "é", "<0xC3> <0xA9>", "<0xF0> <0x9F> <0x98> <0x80>", "<0x0A>"]), max_size=8))
+def test_bytes_of_tokens_join_to_the_text(names: list[str]) -> None:
+    tokenizer = TOKENIZERS["sentencepiece"]
+    vocabulary = json.loads(tokenizer.json)["model"]["vocab"]
+    ids = [vocabulary[piece] for name in names for piece in name.split(" ")]
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode().removeprefix(" ") == "".join(stream(tokenizer, ids))
+    assert (tokenizer.token_bytes(vocabulary["<0xC3>"]), tokenizer.token_bytes(vocabulary["▁"])) == (b"\xc3", b" ")
+
+
 def test_half_a_character_at_the_end_is_not_lost() -> None:
     tokenizer = TOKENIZERS["byte level"]
     ids = tokenizer.encode("a\U0010ffff")

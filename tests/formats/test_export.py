@@ -14,6 +14,7 @@ from shoal.config import UserError
 from shoal.data.tokenizer import Tokenizer, train_tokenizer
 from shoal.formats.export import chat_template, export_model
 from shoal.formats.huggingface import load_model
+from shoal.formats.quantized import open_quantized
 from shoal.model import Transformer
 
 Make = Callable[..., Transformer]
@@ -70,6 +71,13 @@ def test_a_tokenizers_own_chat_template_is_kept(make_model: Make, bpe: Tokenizer
     own = Tokenizer(bpe.json, bpe.config, chat_template="{{ messages[0].content }}")
     export_model(make_model(vocab_size=400), own, tmp_path / "out", torch.float32)
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages[0].content }}" != chat_template()
+
+
+def test_other_peoples_base_models_get_no_chat_template(make_model: Make, bpe: Tokenizer, tmp_path: Path) -> None:
+    theirs = Tokenizer(bpe.json.replace(USER, "<user>"), bpe.config)
+    for tokenizer, count in ((theirs, 0), (bpe, 1)):
+        export_model(make_model(vocab_size=400), tokenizer, tmp_path / "out", torch.float32)
+        assert len(list((tmp_path / "out").glob("chat_template.jinja"))) == count
 
 
 def test_model_card_states_the_facts(make_model: Make, tokenizer: Any, tmp_path: Path) -> None:
@@ -156,7 +164,8 @@ def test_what_is_said_of_sampling_stays_and_what_is_said_of_files_goes(make_mode
     assert main(["export", str(source), str(out)]) == 0
     written, generation = (json.loads((out / name).read_text()) for name in ("config.json", "generation_config.json"))
     assert "auto_map" not in written
-    assert (written["eos_token_id"], written["rope_note"]) == (config["eos_token_id"], "kept")
+    assert (written["eos_token_id"], written["rope_note"]) == ([1, 7, 9], "kept")
     assert (generation["do_sample"], generation["temperature"], generation["eos_token_id"]) == (True, 0.6, [1, 7, 9])
     assert main(["quantize", str(source), str(tmp_path / "q"), "--threads", "1"]) == 0
     assert json.loads((tmp_path / "q" / "generation_config.json").read_text()) == generation
+    assert open_quantized(tmp_path / "q").config.extra["eos_token_id"] == [1, 7, 9]

@@ -38,6 +38,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama with scaled rope and tied embedding": {**LLAMA, "rope_scaling": LLAMA3, "tie_word_embeddings": True},
     "llama with yarn": {**LLAMA, "rope_scaling": YARN},
     "qwen2": {**LLAMA, "attention_bias": True},
+    "qwen2 with yarn": {**LLAMA, "attention_bias": True, "rope_scaling": YARN},
 }
 
 
@@ -144,6 +145,22 @@ def test_llama_cpp_reads_the_same_ids(text: str, exported: Any, words: Tokenizer
     assert "<｜Assistant｜>" in llama.metadata["tokenizer.chat_template"]
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_llama_cpp_adds_begin_of_text_where_we_do(asked: bool, exported: Any, words: Tokenizer, tmp_path: Path) -> None:
+    exported("f16", **LLAMA)
+    tokenizer = Tokenizer(words.json, words.config | {"add_bos_token": asked})
+    export_gguf(tmp_path / "hf-0", tokenizer, tmp_path / "model.gguf", "f16")
+    llama = opened(tmp_path / "model.gguf", vocab_only=True)
+    assert llama.tokenize(b"the red fish", add_bos=True, special=False) == tokenizer.encode("the red fish", bos=True)
+    assert (tokenizer.encode("the red fish", bos=True)[0] == words.bos_id) == asked
+
+
+def test_other_peoples_base_models_get_no_chat_template(exported: Any, words: Tokenizer, tmp_path: Path) -> None:
+    exported("f16", **LLAMA)
+    export_gguf(tmp_path / "hf-0", Tokenizer(words.json.replace("<｜User｜>", "<user>"), words.config), tmp_path / "model.gguf", "f16")
+    assert "tokenizer.chat_template" not in gguf.GGUFReader(tmp_path / "model.gguf").fields
+
+
 def test_every_weight_is_in_the_file(exported: Any) -> None:
     model, path = exported("q4_0", **{**V3, "num_nextn_predict_layers": 1})
     held = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
@@ -164,6 +181,11 @@ REFUSED: dict[str, dict[str, Any]] = {
     "logit_softcap": {"logit_softcap": 15.0},
     "rms_norm_eps": {"rms_norm_eps": 1e-5},
     "V2-Lite": {"num_hidden_layers": 27, "q_lora_rank": 16},
+    "one like V2-Lite": {"num_hidden_layers": 48, "vocab_size": 128256, "q_lora_rank": 16},
+    "heads are 96 wide": {**LLAMA, "hidden_size": 64, "attention_bias": True, "head_dim": 24},
+    "does not apply to qwen2": {**LLAMA, "attention_bias": True, "rope_scaling": LLAMA3},
+    "factor 0.5": {"rope_scaling": {**YARN, "factor": 0.5, "mscale": 1.0, "mscale_all_dim": 1.0}},
+    "routed_scaling_factor": {"routed_scaling_factor": 0.0},
     "best two": {**V2, "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
     "mscale": {"rope_scaling": YARN},
     "llama3": {"rope_scaling": LLAMA3},
@@ -176,6 +198,8 @@ REFUSED: dict[str, dict[str, Any]] = {
 def test_what_llama_cpp_would_compute_otherwise_is_refused(reason: str) -> None:
     assert any(reason in obstacle for obstacle in gguf_obstacles(ModelConfig(**REFUSED[reason])))
     assert not gguf_obstacles(ModelConfig())
+    assert not gguf_obstacles(ModelConfig(num_hidden_layers=48, q_lora_rank=16))
+    assert not gguf_obstacles(ModelConfig(num_hidden_layers=48, vocab_size=128256))
 
 
 def test_refusal_leaves_no_file(exported: Any, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shoal.config import UserError
-from shoal.formats.huggingface import load_model, load_state, save_model
+from shoal.formats.huggingface import load_model, load_state, read_config, save_model
 from shoal.model import Transformer
 
 Make = Callable[..., Transformer]
@@ -96,6 +96,38 @@ def test_mtp_copies_may_be_absent_but_not_different(make_model: Make, tmp_path: 
     edit(tmp_path, lambda tensors: tensors.update({"model.layers.2.embed_tokens.weight": tensors["model.embed_tokens.weight"] + 1}))
     with pytest.raises(UserError, match=r"layers\.2\.embed_tokens\.weight differs"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "first", "all_of_them"),
+    [
+        (5, {"eos_token_id": [5, 7]}, 5, [5, 7]),
+        ([5, 7], {"eos_token_id": 9}, 5, [5, 7, 9]),
+        (None, {"eos_token_id": 7}, 7, None),
+        (5, {"temperature": 0.6}, 5, None),
+        (5, {"eos_token_id": [5]}, 5, None),
+        (None, {"eos_token_id": None}, None, None),
+        ([5], None, 5, [5]),
+    ],
+)
+def test_ends_of_a_text_that_only_generation_config_names(
+    make_model: Make, tmp_path: Path, config: Any, generation: Any, first: Any, all_of_them: Any
+) -> None:
+    save_model(make_model(), tmp_path)
+    edit_config(tmp_path, eos_token_id=config)
+    (tmp_path / "generation_config.json").unlink()
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    for read in (read_config(tmp_path), load_model(tmp_path).config):
+        assert (read.eos_token_id, read.extra.get("eos_token_id")) == (first, all_of_them)
+
+
+@pytest.mark.parametrize("ends", ["</s>", [1, None], {"id": 1}, -2, True])
+def test_ends_of_a_text_that_are_no_tokens_are_refused(make_model: Make, tmp_path: Path, ends: Any) -> None:
+    save_model(make_model(), tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(UserError, match=r"generation_config\.json: it must be the id of a token"):
+        read_config(tmp_path)
 
 
 def test_load_state_fills_in_place(make_model: Make, tmp_path: Path) -> None:
@@ -200,6 +232,28 @@ def test_known_leftovers_of_old_files_are_ignored(make_model: Make, tmp_path: Pa
     save_model(model, tmp_path)
     edit(tmp_path, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}))
     assert_same(model, load_model(tmp_path))
+
+
+def test_every_tensor_keeps_its_own_type_unless_one_is_asked_for(make_model: Make, tmp_path: Path) -> None:
+    save_model(make_model(), tmp_path / "source")
+    edit(tmp_path / "source", lambda tensors: tensors.update({n: t.half() for n, t in tensors.items() if n.endswith("_proj.weight")}))
+    edit(tmp_path / "source", lambda tensors: tensors.update({n: tensors[n].bfloat16() for n in ("model.embed_tokens.weight",)}))
+    wanted = load_file(tmp_path / "source" / "model.safetensors")
+    save_model(load_model(tmp_path / "source"), tmp_path / "copy")
+    got = load_file(tmp_path / "copy" / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in got.items()} == {name: tensor.dtype for name, tensor in wanted.items()}
+    assert all(tensor.equal(wanted[name]) for name, tensor in got.items())
+    assert json.loads((tmp_path / "copy" / "config.json").read_text())["torch_dtype"] == "float16"
+    whole = load_model(tmp_path / "source", dtype=torch.float32).state_dict()
+    assert all(whole[name].equal(wanted[name].float()) for name in whole.keys() & wanted.keys())
+
+
+def test_tensors_without_elements_are_parts_that_are_not_there(make_model: Make, tmp_path: Path) -> None:
+    model = make_model(n_shared_experts=None)
+    save_model(model, tmp_path)
+    empty = {f"model.layers.1.mlp.shared_experts.{part}_proj.weight": torch.empty(0, 32) for part in ("gate", "up", "down")}
+    edit(tmp_path, lambda tensors: tensors.update(empty))
+    assert_same(load_model(tmp_path), model)
 
 
 def test_weights_are_never_overwritten(make_model: Make, tmp_path: Path) -> None:

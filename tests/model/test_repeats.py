@@ -53,6 +53,13 @@ def test_the_latest_of_the_longest_repetitions_of_the_same_text_is_found(text: l
     assert [tuple(row) for row in found[0].tolist()] == by_hand(text, window)
 
 
+def test_a_model_without_an_end_of_text_looks_through_all_of_it() -> None:
+    text = [2, 3, END, 2]
+    endless = Repeats(ModelConfig(**{**SHAPE, "eos_token_id": None}, repeat_window=9))
+    assert endless.find(torch.tensor([text]), None)[0, -1].tolist() == [3, 1 + ONCE]
+    assert finder(9).find(torch.tensor([text]), None)[0, -1].tolist() == [0, 0]
+
+
 @settings(deadline=None)
 @given(TEXT, st.integers(1, 12), st.data())
 def test_it_is_the_same_wherever_a_text_is_cut(text: list[int], window: int, data: st.DataObject) -> None:

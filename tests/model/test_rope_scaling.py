@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.config import ModelConfig
+from shoal.config.huggingface import model_config_from_dict, model_config_to_dict
 from shoal.model import Transformer, init_weights
 from shoal.model.rope import inverse_frequencies, rotary_tables, softmax_scale, table_magnitude, yarn_beyond
 
@@ -70,6 +71,21 @@ def test_llama3_equals_transformers(width: int, theta: float, original: int) -> 
     theirs = transformers.LlamaConfig(**shape, rope_scaling=dict(scaling))
     ours = ModelConfig(model_type="llama", **shape, rope_scaling=scaling)
     torch.testing.assert_close(inverse_frequencies(ours), ROPE_INIT_FUNCTIONS["llama3"](theirs)[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["yarn", "llama3"])
+@pytest.mark.parametrize("style", ["rope_scaling", "rope_parameters"])
+def test_the_original_length_beside_the_table_comes_first_as_in_transformers(style: str, kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = {"rope_type": kind, "factor": 8.0, "original_max_position_embeddings": 512, "rope_theta": 10000.0}
+    scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
+    config = model_config_to_dict(ModelConfig(model_type="llama", hidden_size=128, num_attention_heads=2))
+    config |= {"rope_scaling": None, style: scaling, "original_max_position_embeddings": 1024}
+    ours, theirs = model_config_from_dict(config), transformers.AutoConfig.for_model(**config)
+    torch.testing.assert_close(inverse_frequencies(ours), ROPE_INIT_FUNCTIONS[kind](theirs)[0], rtol=1e-5, atol=0)
+    assert model_config_from_dict(model_config_to_dict(ours)) == ours
 
 
 def test_tables_follow_positions() -> None:

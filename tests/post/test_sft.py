@@ -41,6 +41,18 @@ def test_everything_is_trained_the_loss_falls_and_the_template_is_saved(
     assert "generation" in template
 
 
+def test_what_is_said_of_sampling_stays(
+    trained: Path, conversations_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(trained), str(tmp_path / "source")]) == 0
+    written = {"eos_token_id": [1, 7], "temperature": 0.6, "do_sample": True}
+    (tmp_path / "source" / "generation_config.json").write_text(json.dumps(written))
+    tuned(tmp_path / "source", conversations_file, tmp_path / "run", capsys, "--steps", "1")
+    found = locate_model(tmp_path / "run")
+    assert written.items() <= json.loads((found / "generation_config.json").read_text()).items()
+    assert json.loads((found / "config.json").read_text())["eos_token_id"] == [1, 7]
+
+
 def test_adapters_leave_embedding_and_head_and_are_merged(
     trained: Path, conversations_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -305,6 +305,16 @@ def test_a_start_needs_nothing_of_the_recipes_shape(config: TrainConfig, tmp_pat
     assert second.summary["steps"] == 1
 
 
+def test_what_the_model_to_start_from_says_of_sampling_stays(config: TrainConfig, tmp_path: Path) -> None:
+    first = complete_checkpoints(train(replace(config, steps=1)).folder)[-1]
+    said = json.loads((first / "generation_config.json").read_text()) | {"temperature": 0.6}
+    (first / "generation_config.json").write_text(json.dumps(said))
+    again = replace(config, start=str(first), out=str(tmp_path / "second"))
+    for steps, resume in ((1, False), (2, True)):
+        found = complete_checkpoints(train(replace(again, steps=steps, resume=resume)).folder)[-1]
+        assert json.loads((found / "generation_config.json").read_text()) == said
+
+
 def test_counting_that_takes_all_the_time_is_refused(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = replace(
         config, steps=None, minutes=1.0, model=replace(config.model, count_order=2, num_nextn_predict_layers=0, logit_softcap=None)

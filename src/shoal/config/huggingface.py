@@ -35,14 +35,21 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"n_routed_experts": None},
 }
 _SUPPORTED = (*_DEFAULTS, "qwen2")
-_UNDERSTOOD = ("rope_parameters", "architectures", "hidden_act", "base_model_type")
+_FIRST_AND_LAST: dict[str, tuple[int | None, int | None]] = {
+    "deepseek_v3": (0, 1), "deepseek_v2": (1, 2), "llama": (1, 2), "qwen2": (None, None),
+}  # fmt: skip
+"""`bos_token_id` and `eos_token_id` of a file that leaves them out, as transformers' configurations have it; null is null."""
+_UNDERSTOOD = ("rope_parameters", "original_max_position_embeddings", "architectures", "hidden_act", "base_model_type")
 _OF_ITS_FOLDER = ("auto_map", "transformers_version")
 """Names Python files that lie beside the file, and who wrote it: not true of another folder."""
 _OWN = (
     *("qk_norm", "logit_softcap", "init", "zero_init_output"),
     *("ngram_order", "ngram_rows", "count_order", "count_entries", "repeat_window", "embedding_skip", "value_embedding", "convolution"),
 )
-_NULLABLE = ("q_lora_rank", "num_key_value_heads", "head_dim", "n_routed_experts", "n_shared_experts", "rope_scaling", "logit_softcap")
+_NULLABLE = (
+    *("q_lora_rank", "num_key_value_heads", "head_dim", "n_routed_experts", "n_shared_experts", "rope_scaling", "logit_softcap"),
+    *("bos_token_id", "eos_token_id"),
+)
 _MOE_FIELDS = (
     "n_routed_experts",
     "n_shared_experts",
@@ -91,8 +98,9 @@ def model_config_from_dict(d: dict[str, Any]) -> ModelConfig:
     if written == "qwen2":
         values["attention_bias"] = True
     values["rope_theta"], values["rope_scaling"] = _read_rope(d)
-    for key in ("bos_token_id", "eos_token_id"):
-        if isinstance(values.get(key), list) and values[key]:  # Llama-3.1 Instruct ends on any of three tokens
+    for key, default in zip(("bos_token_id", "eos_token_id"), _FIRST_AND_LAST[written], strict=True):
+        values.setdefault(key, default)
+        if isinstance(values[key], list) and values[key]:  # Llama-3.1 Instruct ends on any of three tokens
             extra[key] = values[key]
             values[key] = values[key][0]
 
@@ -134,16 +142,27 @@ def _read_rope(d: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     for key in ("rope_parameters", "rope_scaling"):
         if d.get(key) and not isinstance(d[key], dict):
             raise UserError(f"{key} is {d[key]!r}: it must be a table or null")
-    scaling = dict(d.get("rope_parameters") or d.get("rope_scaling") or {})
+    tables = [d[key] for key in ("rope_parameters", "rope_scaling") if d.get(key)]
+    first, *others = [_read_rope_table(d, table) for table in tables or [{}]]
+    if others and others[0] != first:
+        raise UserError("config.json has rope_parameters and a rope_scaling that says otherwise: keep one of them (and rope_theta)")
+    return first
+
+
+def _read_rope_table(d: dict[str, Any], table: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """What one of the tables says, with what stands beside it in `config.json`, in the order of precedence that transformers has."""
+    scaling = {key: value for key, value in table.items() if value is not None}
     theta = scaling.pop("rope_theta", d.get("rope_theta", 10000.0))
     if not is_number(theta):
         raise UserError(f"rope_theta is {theta!r}: it must be a number")
-    kind = scaling.pop("rope_type", None)
-    kind = scaling.pop("type", kind) or "default"
+    kind = scaling.pop("type", "default")
+    kind = scaling.pop("rope_type", kind)
     if not isinstance(kind, str):
         raise UserError(f"rope_scaling type {kind!r} is not supported: use yarn, llama3 or none")
     if kind == "default":
         return float(theta), None
+    if d.get("original_max_position_embeddings") is not None:
+        scaling["original_max_position_embeddings"] = d["original_max_position_embeddings"]
     return float(theta), {"type": kind, **scaling}
 
 

@@ -21,6 +21,14 @@ SCALING_NEEDS: dict[str | None, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 """What `rope_scaling` must hold, by type."""
+SCALING_TAKES: dict[str | None, tuple[str, ...]] = {
+    "yarn": (
+        *("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate"),
+        "finetuned",  # how the first models with YaRN were made, not how they are run
+    ),
+    "llama3": (),
+}
+"""What it may hold besides."""
 SCALING_NUMBERS = {
     *("factor", "beta_fast", "beta_slow", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "attention_factor"),
     *("mscale", "mscale_all_dim"),
@@ -95,8 +103,9 @@ class ModelConfig:
     # Multi-token prediction (DeepSeek-V3, 2412.19437, section 2.2)
     num_nextn_predict_layers: int = 0
 
-    bos_token_id: int = 0
-    eos_token_id: int = 1
+    bos_token_id: int | None = 0
+    """None, or -1: there is no such token."""
+    eos_token_id: int | None = 1
 
     # Shoal's own
     qk_norm: bool = False
@@ -135,6 +144,8 @@ class ModelConfig:
         # Files write "no experts" as null or 0; here it is None.
         self.n_routed_experts = self.n_routed_experts or None
         self.n_shared_experts = self.n_shared_experts or None
+        self.bos_token_id = None if self.bos_token_id == -1 else self.bos_token_id
+        self.eos_token_id = None if self.eos_token_id == -1 else self.eos_token_id
 
     @property
     def uses_mla(self) -> bool:
@@ -311,6 +322,14 @@ class ModelConfig:
         missing = [name for name in SCALING_NEEDS.get(kind, ()) if scaling.get(name) is None]
         if missing:
             raise UserError(f"model.rope_scaling of type {kind} lacks the number {', '.join(missing)}: add it")
+        known = {"type", "rope_type", *SCALING_NEEDS.get(kind, ()), *SCALING_TAKES.get(kind, ())}
+        unknown = [name for name, value in scaling.items() if value is not None and name not in known]
+        if unknown and kind in SCALING_TAKES:
+            raise UserError(f"model.rope_scaling of type {kind} has {', '.join(unknown)}, which Shoal does not know: it would be left out")
+        if scaling.get("truncate") not in (None, True):
+            raise UserError(
+                f"model.rope_scaling has truncate {scaling['truncate']!r}: Shoal's YaRN has only true, a range of whole channels"
+            )
         if kind == "yarn" and self.rope_theta <= 1:
             raise UserError(f"model.rope_theta is {self.rope_theta}: YaRN needs more than 1")
         if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:

@@ -92,7 +92,8 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
 def to_toml(config: Any) -> str:
     """Every setting of a dataclass as TOML that `load_recipe` reads back.
 
-    TOML has no None: it is left out where it is the default, and elsewhere written as 0, which such settings take for none.
+    TOML has no None: it is left out where it is the default, and elsewhere written as 0 (-1 for the id of a token), which such settings
+    take for none.
     """
     lines: list[str] = []
     _write_table(dataclasses.asdict(config), dataclasses.asdict(type(config)()), "", lines)
@@ -102,7 +103,7 @@ def to_toml(config: Any) -> str:
 def _write_table(table: dict[str, Any], defaults: dict[str, Any], prefix: str, lines: list[str]) -> None:
     for key, value in table.items():
         if value is None and defaults.get(key) is not None:
-            lines.append(f"{_toml_key(key)} = 0")
+            lines.append(f"{_toml_key(key)} = {-1 if key.endswith('_token_id') else 0}")
         elif value is not None and not isinstance(value, dict):
             lines.append(f"{_toml_key(key)} = {_toml_value(value)}")
     for key, value in table.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -51,6 +52,10 @@ WORDS = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+SPACE = "▁"
+"""Stands for a space in the tokens of SentencePiece (Llama 2); bytes are spelt `<0xNN>` there."""
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
+
 SAMPLE_CHARACTERS = 16_000_000
 DOCUMENT_CHARACTERS = 100_000
 LEAST_SHARE = 1 / 64
@@ -85,6 +90,8 @@ class Tokenizer:
         except Exception as error:  # tokenizers raises plain Exception
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{file} is not a tokenizer.json that can be read: {reason}") from error
+        if backend.truncation or backend.padding:  # left there by whoever used it last: transformers, too, forgets them
+            text = json.dumps(json.loads(text) | {"truncation": None, "padding": None}, indent=2, ensure_ascii=False) + "\n"
         config = _read_json(file.parent / "tokenizer_config.json")
         if not config:
             known = [next((name for name in names if backend.token_to_id(name) is not None), None) for names in (KNOWN_BOS, KNOWN_EOS)]
@@ -130,8 +137,20 @@ class Tokenizer:
             raise UserError("the tokenizer names no end-of-text token: add eos_token to its tokenizer_config.json")
         return token
 
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether a prompt begins with the begin-of-text token: what `add_bos_token` of `tokenizer_config.json` says, else what the
+        post-processor of `tokenizer.json` does, as llama.cpp has it. Some name such a token and add none (SmolLM2)."""
+        if self.bos_id is None:
+            return False
+        asked = self.config.get("add_bos_token")
+        return asked if isinstance(asked, bool) else self._with_special.encode("").ids[:1] == [self.bos_id]
+
     def encode(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
-        """Token ids of `text`, with the begin-of-text token in front if `bos` and the tokenizer has one.
+        """Token ids of `text`, with the begin-of-text token in front if `bos` and the tokenizer `adds_bos`.
+
+        That is the rule for a prompt. A whole document (in training, or where its likelihood is measured) begins with `bos_id` wherever
+        there is one, since something must stand before its first token: so does lm-evaluation-harness.
 
         With `special`, strings like `<｜User｜>` in the text become their special tokens (for chat templates); without, they
         are ordinary text, so that a document or a user cannot forge one. Raises `UserError` for text that is not Unicode.
@@ -141,7 +160,7 @@ class Tokenizer:
             ids = backend.encode(text, add_special_tokens=False).ids
         except TypeError as error:  # a lone surrogate, which UTF-8 cannot hold
             raise UserError("the text is not valid Unicode: it holds half of a surrogate pair") from error
-        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
+        return [self.bos_id, *ids] if bos and self.adds_bos and self.bos_id is not None else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text without any special token, on all cores."""
@@ -155,11 +174,17 @@ class Tokenizer:
         return self._with_special.decode(ids, skip_special_tokens=skip_special)
 
     def token_bytes(self, token: int) -> bytes:
-        """What one token writes, which need not be whole characters; nothing for ids above the vocabulary."""
+        """What one token writes, which need not be whole characters; nothing for ids above the vocabulary.
+
+        Joined they are the text, but for the space before its first word, which decoding drops where words begin with `SPACE`.
+        """
         piece = self._with_special.id_to_token(token)
         if piece is None:
             return b""
-        if self._is_byte_level and all(character in _BYTES for character in piece) and token not in self._added:
+        if SPACE in self._decoder:
+            byte = _BYTE.fullmatch(piece) if "ByteFallback" in self._decoder else None
+            return bytes.fromhex(byte[1]) if byte else piece.replace(SPACE, " ").encode()
+        if "ByteLevel" in self._decoder and all(character in _BYTES for character in piece) and token not in self._added:
             return bytes(_BYTES[character] for character in piece)
         return self.decode([token], skip_special=False).encode()
 
@@ -198,8 +223,9 @@ class Tokenizer:
         return {}
 
     @cached_property
-    def _is_byte_level(self) -> bool:
-        return "ByteLevel" in json.dumps(json.loads(self.json).get("decoder"))
+    def _decoder(self) -> str:
+        """The steps from tokens to text, as JSON."""
+        return json.dumps(json.loads(self.json).get("decoder"), ensure_ascii=False)
 
     @cached_property
     def _with_special(self) -> tokenizers.Tokenizer:
@@ -267,7 +293,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     content = json.loads(backend.to_str())
     for token in content["added_tokens"]:
         token["special"] = token["content"] in (BOS, EOS, PAD)
-    return Tokenizer(json.dumps(content, indent=2, ensure_ascii=False) + "\n", _config(BOS, EOS) | {"pad_token": PAD})
+    return Tokenizer(
+        json.dumps(content, indent=2, ensure_ascii=False) + "\n", _config(BOS, EOS) | {"add_bos_token": True, "pad_token": PAD}
+    )
 
 
 def _sample(texts: Iterable[str]) -> list[str]:
@@ -300,7 +328,6 @@ def _config(bos: str | None, eos: str | None) -> dict[str, Any]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos,
         "eos_token": eos,
-        "add_bos_token": bos is not None,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
     }

@@ -143,9 +143,11 @@ class PromptBuilder:
 
 
 def stop_set(tokenizer: Tokenizer | None, config: ModelConfig) -> Collection[int]:
-    """Tokens that end a text: the tokenizer's, or the model's where there is no tokenizer, and all that the model names as such."""
+    """Tokens that end a text: the tokenizer's, and all that the model's files name as such."""
     several = config.extra.get("eos_token_id")
     ends = set(several) if isinstance(several, list) else set()
+    if config.eos_token_id is not None:
+        ends.add(config.eos_token_id)
     if tokenizer is not None:
-        return ends | {tokenizer.eos_id}
-    return ends if config.eos_token_id is None else ends | {config.eos_token_id}
+        ends.add(tokenizer.eos_id)
+    return ends

@@ -192,7 +192,7 @@ class Engine:
         return increments
 
     def generate(self, prompts: Seq[str | Seq[int]], sampling: SamplingOptions | Seq[SamplingOptions] | None = None) -> list[Result]:
-        """Answer all prompts (texts get a begin-of-text token); the engine must have no other requests.
+        """Answer all prompts (texts get the begin-of-text token that the tokenizer adds); the engine must have no other requests.
 
         Raises `UserError` before any work if one of them can never be served.
         """
@@ -234,7 +234,7 @@ class Engine:
         assert self.tokenizer is not None, "texts need a tokenizer"
         ids = self.tokenizer.encode(text, bos=True)
         if not ids:
-            raise UserError("the prompt is empty and this tokenizer has no begin-of-text token: give at least one character")
+            raise UserError("the prompt is empty and this tokenizer adds no begin-of-text token: give at least one character")
         return ids
 
     def stats(self) -> EngineStats:

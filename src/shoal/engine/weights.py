@@ -58,7 +58,7 @@ def quantized_scheme(bits: int, group: int = 32, *, mins: bool = False) -> Schem
 def load_weights(folder: Path, bits: int | None = None, group: int = 32, *, precision: str | None = None) -> Weights:
     """The weights in `folder` (as `locate_model` finds it), quantized on the way with `bits`, else in `precision` (fp32 or bf16).
 
-    Without either they are held in fp32 where the folder has them so, and in bf16 otherwise.
+    Without either they are held in bf16 where the folder has them so, and in fp32 otherwise: bf16 would round fp16.
 
     A quantized folder is mapped as it is. Any other is read tensor by tensor: no more memory is needed than for the result and one tensor.
 
@@ -70,7 +70,7 @@ def load_weights(folder: Path, bits: int | None = None, group: int = 32, *, prec
         quantized = open_quantized(folder)
         return Weights(quantized.config, quantized.scheme, quantized.parts)
     with open_model(folder) as (empty, files):
-        stored = "fp32" if files.plain_dtype(EMBEDDING) == torch.float32 else "bf16"
+        stored = "bf16" if files.plain_dtype(EMBEDDING) == torch.bfloat16 else "fp32"
         scheme = plain_scheme(precision or stored) if bits is None else quantized_scheme(bits, group)
         plan = parts_of(empty.config, scheme)
         largest = max(tensor.numel() * 4 for tensor in empty.state_dict().values() if tensor.ndim < 3)

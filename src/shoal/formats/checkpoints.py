@@ -31,11 +31,14 @@ class SavesFiles(Protocol):
         ...
 
 
-def save_checkpoint(run: Path, step: int, model: Transformer, tokenizer: SavesFiles, state: dict[str, Any]) -> Path:
+def save_checkpoint(
+    run: Path, step: int, model: Transformer, tokenizer: SavesFiles, state: dict[str, Any], generation: dict[str, Any] | None = None
+) -> Path:
     """Write the checkpoint of `step`, weights in fp32, and return its folder; a complete one of that step is left as it is.
 
     `state` may hold tensors, numbers, strings, None, and lists, tuples and dictionaries of them, because loading it must
-    not be able to run code; anything else raises `TypeError`. Whenever the process dies, what `complete_checkpoints` lists is whole.
+    not be able to run code; anything else raises `TypeError`. `generation` is what `generation_config.json` says besides the ends of
+    texts. Whenever the process dies, what `complete_checkpoints` lists is whole.
     """
     _check_plain(state, "state")
     final = checkpoint_folder(run, step)
@@ -43,7 +46,7 @@ def save_checkpoint(run: Path, step: int, model: Transformer, tokenizer: SavesFi
         return final
     with new_folder(final) as folder:
         # Without the MTP layers' copies of embedding and head: only exports need those.
-        save_model(model, folder, dtype=torch.float32, mtp_copies=False)
+        save_model(model, folder, dtype=torch.float32, mtp_copies=False, generation=generation)
         tokenizer.save(folder, model.config.max_position_embeddings)
         try:
             torch.save(state, folder / STATE)

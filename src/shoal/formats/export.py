@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from importlib import resources
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..config.huggingface import export_obstacles
 from ..model import Transformer
 from .checkpoints import SavesFiles
 from .fp8 import Quantizer
-from .huggingface import save_model
+from .huggingface import dtype_name, save_model
 
 CHAT_TEMPLATE = "chat_template.jinja"
 CARD = "README.md"
@@ -29,7 +30,7 @@ def export_model(
     model: Transformer,
     tokenizer: SavesFiles,
     folder: Path,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     *,
     training_tokens: int | None = None,
     license: str = "apache-2.0",
@@ -38,8 +39,8 @@ def export_model(
 ) -> None:
     """Write a complete folder that transformers, vLLM and SGLang open without Shoal; it appears under its name when it is whole.
 
-    With `fp8`, matrices are stored as it quantizes them, and everything else in `dtype`. `generation`: what `generation_config.json` says
-    besides. An earlier export at `folder` is replaced.
+    With `fp8`, matrices are stored as it quantizes them, and everything else in `dtype`; None keeps every tensor's own. `generation`: what
+    `generation_config.json` says besides. An earlier export at `folder` is replaced.
 
     Raises `UserError` when something else is there, or when the model uses settings that the official architecture does not have.
     """
@@ -48,19 +49,27 @@ def export_model(
         raise UserError(f"this model cannot become a plain {model.config.model_type} folder: {'; '.join(obstacles)}")
     if folder.exists() and not _replaceable(folder):
         raise UserError(f"{folder} exists and is not an earlier export: choose another folder or empty it")
-    weights = "float8_e4m3fn in blocks of 128x128" if fp8 else str(dtype).removeprefix("torch.")
+    weights = "float8_e4m3fn in blocks of 128x128" if fp8 else str(dtype).removeprefix("torch.") if dtype else dtype_name(model)
     card = model_card(folder.resolve().name, model, weights, training_tokens, license)
     with new_folder(folder.resolve()) as temporary:
         save_model(model, temporary, dtype=dtype, fp8=fp8, generation=generation)
         tokenizer.save(temporary, model.config.max_position_embeddings)
         if not (temporary / CHAT_TEMPLATE).exists():  # the one the model was tuned with comes with its tokenizer
-            (temporary / CHAT_TEMPLATE).write_text(chat_template(), encoding="utf-8")
+            template = chat_template_for((temporary / "tokenizer.json").read_text(encoding="utf-8"))
+            if template is not None:
+                (temporary / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
         (temporary / CARD).write_text(card, encoding="utf-8")
 
 
 def chat_template() -> str:
     """The Jinja template that turns messages into text where the tokenizer brings none: the same for training, serving and export."""
     return resources.files(__package__).joinpath(CHAT_TEMPLATE).read_text(encoding="utf-8")
+
+
+def chat_template_for(tokenizer: str) -> str | None:
+    """`chat_template` where a `tokenizer.json` with this content has its tokens; None for other people's base models, which do not."""
+    tokens = {token["content"] for token in json.loads(tokenizer).get("added_tokens", [])}
+    return chat_template() if {"<｜User｜>", "<｜Assistant｜>"} <= tokens else None
 
 
 def model_card(name: str, model: Transformer, weights: str, training_tokens: int | None, license: str) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..atomic import new_file
 from ..config import ModelConfig, UserError
 from ..model.rope import inverse_frequencies, scaling_kind
-from .export import chat_template
+from .export import chat_template_for
 from .gguf_layout import GgufTensor, add_shape, architecture, gguf_obstacles, tensors
 from .gguf_tokenizer import TokenizerFiles, add_tokenizer
 from .huggingface import open_model
@@ -53,7 +53,7 @@ def export_gguf(folder: Path, tokenizer: TokenizerFiles | None, out: Path, dtype
         if tokenizer is None:
             writer.add_tokenizer_model("no_vocab")
         else:
-            add_tokenizer(writer, tokenizer, config.vocab_size, chat_template())
+            add_tokenizer(writer, tokenizer, config.vocab_size, chat_template_for(tokenizer.json))
         data = ((tensor, _pieces(tensor, files, config)) for tensor in plan)
         write(writer, out, config, plan, data, dtype)
     return config

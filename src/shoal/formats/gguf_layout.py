@@ -39,21 +39,33 @@ def gguf_obstacles(config: ModelConfig) -> list[str]:
         found.append("model.qk_norm is on")
     if config.logit_softcap is not None:
         found.append(f"model.logit_softcap is {config.logit_softcap}")
+    scaling = config.rope_scaling or {}
     if not config.uses_mla:
+        queries = config.num_attention_heads * config.qk_head_dim
+        if config.attention_bias and queries != config.hidden_size:
+            found.append(
+                f"llama.cpp's qwen2 has queries of model.hidden_size {config.hidden_size}, but its heads are {queries} wide together"
+            )
+        if config.attention_bias and scaling_kind(scaling) == "llama3":
+            found.append("model.rope_scaling is llama3's, which llama.cpp does not apply to qwen2")
         return found
     if config.rms_norm_eps != LATENT_NORM_EPS:
         found.append(f"model.rms_norm_eps is {config.rms_norm_eps} and not the {LATENT_NORM_EPS} of the latents' norms")
-    if config.q_lora_rank is not None and config.num_hidden_layers in (26, 27):
-        found.append(f"llama.cpp takes a model of {config.num_hidden_layers} layers for V2-Lite, which has no model.q_lora_rank")
-    scaling = config.rope_scaling or {}
+    layers = config.num_hidden_layers
+    if config.q_lora_rank is not None and (layers in (26, 27) or (layers == 48 and config.vocab_size == 128256)):
+        found.append(f"llama.cpp takes a model of {layers} layers for one like V2-Lite, which has no model.q_lora_rank")
     if scaling_kind(scaling) == "llama3":
         found.append("model.rope_scaling is llama3's, which llama.cpp does not apply to latent attention")
     elif scaling_kind(scaling) == "yarn" and (table_magnitude(config) != 1.0 or not scaling.get("mscale_all_dim")):
         found.append("model.rope_scaling's mscale and mscale_all_dim differ or are missing")
+    elif scaling_kind(scaling) == "yarn" and scaling["factor"] < 1:
+        found.append(f"model.rope_scaling's factor {scaling['factor']} is less than 1, where llama.cpp's magnitude differs")
     if not config.n_routed_experts:
         return found
     if not config.n_shared_experts:
         found.append("model.n_shared_experts is 0, but llama.cpp needs a shared expert")
+    if not config.routed_scaling_factor:
+        found.append("model.routed_scaling_factor is 0, which llama.cpp takes for 1")
     if config.moe_layer_freq != 1:
         found.append(f"model.moe_layer_freq is {config.moe_layer_freq} and not 1")
     if _limits_groups(config) and config.topk_method != "noaux_tc":

@@ -9,11 +9,15 @@ from ..config import UserError
 
 
 class TokenizerFiles(Protocol):
-    """What is needed of a tokenizer: the text of `tokenizer.json`, the content of `tokenizer_config.json`, the chat template."""
+    """What is needed of a tokenizer: the text of `tokenizer.json`, the content of `tokenizer_config.json`, the chat template, and whether
+    a prompt gets a begin-of-text token."""
 
     json: str
     config: dict[str, Any]
     chat_template: str | None
+
+    @property
+    def adds_bos(self) -> bool: ...
 
 
 # llama.cpp knows how text falls into words by name only. A rule is the regular expressions of the pre-tokenizer, one after the other.
@@ -35,10 +39,11 @@ _HARMLESS_NORMALIZERS = ("NFC",)
 """llama.cpp leaves this out as well when it converts a model: composed text is what one meets."""
 
 
-def add_tokenizer(writer: Any, tokenizer: TokenizerFiles, vocab_size: int, chat_template: str) -> None:
+def add_tokenizer(writer: Any, tokenizer: TokenizerFiles, vocab_size: int, chat_template: str | None) -> None:
     """Put the tokenizer into a `gguf.GGUFWriter`; ids up to `vocab_size` that it lacks become unused tokens.
 
-    `chat_template` is written where the tokenizer brings none. Raises `UserError` for a tokenizer that llama.cpp would read differently.
+    `chat_template`, if any, is written where the tokenizer brings none. Raises `UserError` for a tokenizer that llama.cpp would read
+    differently.
     """
     import gguf
 
@@ -64,8 +69,10 @@ def add_tokenizer(writer: Any, tokenizer: TokenizerFiles, vocab_size: int, chat_
     for i, add in ((bos, writer.add_bos_token_id), (eos, writer.add_eos_token_id), (pad, writer.add_pad_token_id)):
         if i is not None:
             add(i)
-    writer.add_add_bos_token(bool(tokenizer.config.get("add_bos_token", bos is not None)))
-    writer.add_chat_template(tokenizer.chat_template if tokenizer.chat_template is not None else chat_template)
+    writer.add_add_bos_token(tokenizer.adds_bos)
+    template = tokenizer.chat_template if tokenizer.chat_template is not None else chat_template
+    if template is not None:
+        writer.add_chat_template(template)
 
 
 def pre_tokenizer_name(content: dict[str, Any]) -> str:

@@ -24,9 +24,22 @@ from ..config.huggingface import model_config_from_dict, model_config_to_dict
 from ..model import Transformer
 from ..runtime import require_memory
 from .fp8 import SCALE, Quantizer, is_fp8_matrix
-from .weight_files import CONFIG, INDEX, WeightFiles, plan_shards, read_json, shard_names, write_generation, write_json
+from .weight_files import (
+    CONFIG,
+    GENERATION,
+    INDEX,
+    WeightFiles,
+    plan_shards,
+    read_generation,
+    read_json,
+    shard_names,
+    write_generation,
+    write_json,
+)
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_MATRIX = "model.layers.0.self_attn.o_proj.weight"
+"""One that every model has; the dtype of a model whose tensors are not all of one is that of its matrices."""
 _STACKED = re.compile(r"(.+\.mlp\.experts)\.(gate_proj|up_proj|down_proj)")
 
 
@@ -88,7 +101,7 @@ def save_model(
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     config = model.config if model.model.counted is None else replace(model.config, count_entries=len(model.model.counted.entries))
-    written = model_config_to_dict(config, dtype=str(stored_dtype(_EMBEDDING)).removeprefix("torch."))
+    written = model_config_to_dict(config, dtype=str(stored_dtype(_MATRIX)).removeprefix("torch."))
     if fp8 is not None:
         written["quantization_config"] = fp8.settings
     write_json(folder / CONFIG, written)
@@ -104,7 +117,7 @@ def open_model(folder: Path) -> Iterator[tuple[Transformer, WeightFiles]]:
     Raises `UserError` for unsupported models, and for missing, unexpected, misshapen or truncated tensors, before any is read.
     """
     raw = read_json(folder / CONFIG)
-    config = _config(raw)
+    config = config_of(folder, raw)
     with WeightFiles(folder, _fp8_block(raw)) as files:
         if config.num_nextn_predict_layers and not files.has_prefix(f"model.layers.{config.num_hidden_layers}."):
             warnings.warn(f"{folder} announces multi-token prediction layers but holds none: loading without them", stacklevel=2)
@@ -118,23 +131,43 @@ def open_model(folder: Path) -> Iterator[tuple[Transformer, WeightFiles]]:
 def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Transformer:
     """The model of a Hugging Face folder, filled tensor by tensor so that no more than one copy of the weights is in memory.
 
-    `dtype` None takes the one in which the embedding is stored (FP8 weights are dequantized to it).
+    `dtype` None keeps the one in which each tensor is stored (FP8 weights are dequantized to that of the embedding).
 
     Raises `UserError` as `open_model` does, for numbers that are not finite, and where the model does not fit into memory.
     """
     with open_model(folder) as (empty, files):
-        return fill_model(empty, dtype or files.plain_dtype(_EMBEDDING), device, lambda model: _fill(model, files))
+        if dtype is None:
+            _take_stored_dtypes(empty, files)
+        return fill_model(empty, dtype, device, lambda model: _fill(model, files))
 
 
-def fill_model(empty: Transformer, dtype: torch.dtype, device: torch.device | str, fill: Callable[[Transformer], None]) -> Transformer:
-    """Give a model on the device `meta` weights in `dtype` on `device`, overwritten by `fill`; `UserError` where they do not fit."""
+def fill_model(
+    empty: Transformer, dtype: torch.dtype | None, device: torch.device | str, fill: Callable[[Transformer], None]
+) -> Transformer:
+    """Give a model on the device `meta` weights in `dtype` (None: in what each tensor has there) on `device`, overwritten by `fill`;
+    `UserError` where they do not fit."""
+    if dtype is not None:
+        empty = empty.to(dtype)
     if torch.device(device).type == "cpu":
-        require_memory(sum(parameter.numel() for parameter in empty.parameters()) * dtype.itemsize, f"the model in {str(dtype)[6:]}")
-    model = empty.to(dtype).to_empty(device=device)
+        require_memory(sum(parameter.nbytes for parameter in empty.parameters()), f"the model in {dtype_name(empty)}")
+    model = empty.to_empty(device=device)
     if model.config.tie_word_embeddings:  # to_empty gives every module a weight of its own
         model.lm_head.weight = model.model.embed_tokens.weight
     fill(model)
     return model
+
+
+def _take_stored_dtypes(empty: Transformer, files: WeightFiles) -> None:
+    """Give the weights of a model on the device `meta` the dtypes of the files, a stack of experts that of its first."""
+    embedding = files.plain_dtype(_EMBEDDING)
+    for name, parameter in empty.named_parameters():
+        stored = _STACKED.sub(r"\1.0.\2.weight", name)
+        parameter.data = parameter.data.to(embedding if files.is_fp8(stored) else files.plain_dtype(stored))
+
+
+def dtype_name(model: Transformer) -> str:
+    """What the matrices of `model` are held in."""
+    return str(model.state_dict()[_MATRIX].dtype).removeprefix("torch.")
 
 
 def load_state(model: Transformer, folder: Path) -> None:
@@ -149,7 +182,31 @@ def load_state(model: Transformer, folder: Path) -> None:
 
 def read_config(folder: Path) -> ModelConfig:
     """The shape of the model in `folder`, without its weights."""
-    return _config(read_json(folder / CONFIG))
+    return config_of(folder, read_json(folder / CONFIG))
+
+
+def config_of(folder: Path, raw: dict[str, Any]) -> ModelConfig:
+    """What `raw`, the content of the folder's `config.json`, says, with the end tokens that only `generation_config.json` names.
+
+    `eos_token_id` is the first of them; where there are several, `extra` holds the list under the same name.
+    """
+    config = model_config_from_dict(raw)
+    config.extra.pop("quantization_config", None)  # weights are dequantized on load: a saved copy has none
+    known, more = config.extra.get("eos_token_id", config.eos_token_id), read_generation(folder).get("eos_token_id")
+    ends = list(dict.fromkeys([*_ids(known, folder / CONFIG), *_ids(more, folder / GENERATION)]))
+    if ends:
+        config.eos_token_id = ends[0]
+    if len(ends) > 1:
+        config.extra["eos_token_id"] = ends
+    return config
+
+
+def _ids(written: Any, file: Path) -> list[int]:
+    """The tokens that an `eos_token_id` names: one, several or, as null or -1, none."""
+    ids = written if isinstance(written, list) else [] if written in (None, -1) else [written]
+    if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+        raise UserError(f"eos_token_id is {written!r} in {file}: it must be the id of a token, or a list of them")
+    return ids
 
 
 def official_tensors(model: Transformer) -> dict[str, Tensor]:
@@ -194,12 +251,6 @@ def refuse_other_copies(config: ModelConfig, files: WeightFiles) -> None:
             one, other = files.read(name), files.read(source)
             if one.shape != other.shape or not one.equal(other):
                 raise UserError(f"{files.folder}: {name} differs from {source}, but Shoal shares the two: such files are not supported")
-
-
-def _config(raw: dict[str, Any]) -> ModelConfig:
-    config = model_config_from_dict(raw)
-    config.extra.pop("quantization_config", None)  # weights are dequantized on load: a saved copy has none
-    return config
 
 
 def _fp8_block(raw: dict[str, Any]) -> tuple[int, int]:

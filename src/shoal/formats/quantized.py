@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ..atomic import new_folder
 from ..config import ModelConfig, UserError
-from ..config.huggingface import model_config_from_dict, model_config_to_dict
+from ..config.huggingface import model_config_to_dict
 from ..kernels.packed import PackedMatrix, unpack
 from ..model import Transformer
 from .checkpoints import SavesFiles
-from .huggingface import fill_model
+from .huggingface import config_of, fill_model
 from .parts import EMBEDDING, HEAD, Part, Scheme, arrays_of, join_kv_up, parts_of
 from .weight_files import (
     CONFIG,
@@ -129,7 +129,7 @@ def read_scheme(folder: Path) -> tuple[ModelConfig, Scheme]:
     names = {field.name for field in fields(Scheme)}
     if quantization.keys() != names:
         raise UserError(f"{folder}: quantization_config must hold {', '.join(sorted(names))}, and nothing else: quantize it anew")
-    return model_config_from_dict(raw), Scheme(**quantization)
+    return config_of(folder, raw), Scheme(**quantization)
 
 
 def open_quantized(folder: Path) -> Quantized:

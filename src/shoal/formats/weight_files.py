@@ -95,7 +95,9 @@ class WeightFiles:
             raise UserError(f"{self.folder} lacks {some(missing)}: the files are incomplete or config.json belongs to another model")
         wanted = {*shapes, *(name for name in copies if name in self.file_of)}
         wanted |= {name + _SCALE for name in wanted if name + _SCALE in self.file_of and self.is_fp8(name)}
-        unexpected = [name for name in self.file_of if name not in wanted and not _HARMLESS.search(name)]
+        # transformers writes parts that a model does not have, such as 0 shared experts, as tensors without elements
+        others = [name for name in self.file_of if name not in wanted and 0 not in self.shape(name)]
+        unexpected = [name for name in others if not _HARMLESS.search(name)]
         if unexpected:
             raise UserError(f"{self.folder} has {some(unexpected)} that config.json does not account for: is it another model's?")
         for name, shape in shapes.items():

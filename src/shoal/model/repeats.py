@@ -51,15 +51,17 @@ class Repeats(nn.Module):
         return by_kind[kinds] + (kinds > 0) * trusted
 
 
-def find_repetitions(ids: Tensor, before: Tensor | None, end: int, window: int, begins: Tensor | None = None) -> Tensor:
+def find_repetitions(ids: Tensor, before: Tensor | None, end: int | None, window: int, begins: Tensor | None = None) -> Tensor:
     """For each of `ids [B, T]` the token that followed the repetition, and of what kind that was: 0 for none, then by length
     (`REPEAT_LENGTHS`), and for every length whether what followed was the same the time before (`ONCE`, `OTHERWISE`, `AGAIN`).
 
     `before [B, S - T]` stands in front of `ids`, `NOTHING` where there is no token. Returns `[B, T, 2]` int64. Only the last `window`
-    tokens of the same text are searched: one ends with the token `end`, and without `before`, texts begin where `begins [B, T]` says so.
+    tokens of the same text are searched: one ends with the token `end` (None: there is none), and without `before`, texts begin where
+    `begins [B, T]` says so.
     """
     text = ids if before is None else torch.cat([before, ids], dim=1)
-    ends = ((text == end) | (text == NOTHING)).long()
+    ended = text == NOTHING
+    ends = (ended if end is None else ended | (text == end)).long()
     number = ends.cumsum(1) - ends
     if begins is not None:
         number = number + begins.cumsum(1)

@@ -14,6 +14,7 @@ from ..engine import Plain, load_plain
 from ..formats import save_checkpoint
 from ..formats.export import chat_template
 from ..formats.locate import locate_model
+from ..formats.weight_files import read_generation
 from ..model import Transformer
 from ..train.run_folder import RunFolder, new_run
 from ..train.uncompiled import AdamW
@@ -75,7 +76,10 @@ class Tuner:
 
 def open_run(options: RunFolderOptions, name: str, model: str) -> RunFolder:
     """The folder of a new run that begins with `model`; see `train.run_folder.new_run`."""
-    return new_run(options, name, locate_model(model))
+    source = locate_model(model)
+    folder = new_run(options, name, source)
+    folder.generation = read_generation(source)
+    return folder
 
 
 def save(folder: RunFolder, step: int, model: Transformer, tokenizer: Tokenizer) -> None:
@@ -83,7 +87,7 @@ def save(folder: RunFolder, step: int, model: Transformer, tokenizer: Tokenizer)
     if is_adapted(model):
         model = copy.deepcopy(model)
         merge(model)
-    save_checkpoint(folder.path, step, model, tokenizer, {"step": step})
+    save_checkpoint(folder.path, step, model, tokenizer, {"step": step}, folder.generation)
 
 
 def finish(model: Transformer, options: TuneOptions) -> None:

@@ -115,7 +115,7 @@ class _Choice:
 
 
 def prompts_of(prompt: str | list[str] | list[int] | list[list[int]], tokenizer: Tokenizer) -> list[list[int]]:
-    """Ids of every prompt: texts get a begin-of-text token, ids are taken as they are."""
+    """Ids of every prompt: texts get the begin-of-text token that the tokenizer adds, ids are taken as they are."""
     if isinstance(prompt, str):
         texts: list[Any] = [prompt]
     elif prompt and isinstance(prompt[0], int):

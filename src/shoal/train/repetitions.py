@@ -22,11 +22,11 @@ ROUNDS = 20
 class Repetitions:
     """Finds repetitions within rows; `trust [KINDS]`: the share of what it says in a mixture with what counts say, by kind."""
 
-    def __init__(self, trust: Tensor, end: int) -> None:
+    def __init__(self, trust: Tensor, end: int | None) -> None:
         self.trust, self._end = trust, end
 
     @classmethod
-    def fit(cls, counted: CountedNgrams, text: TokenShards, length: int, end: int) -> Repetitions:
+    def fit(cls, counted: CountedNgrams, text: TokenShards, length: int, end: int | None) -> Repetitions:
         """With the trust that makes rows of `length` tokens of `text` likeliest; `counted` knows other text. Texts end with `end`."""
         length = min(length, text.num_tokens - 1)
         number = max(1, min(text.num_tokens - 1, FITTED) // length)
@@ -43,7 +43,7 @@ class Repetitions:
         return hints, self.trust.to(ids.device)[kinds]
 
 
-def _hints(counted: CountedNgrams, ids: Tensor, targets: Tensor, end: int) -> tuple[Tensor, Tensor, Tensor]:
+def _hints(counted: CountedNgrams, ids: Tensor, targets: Tensor, end: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """For every position of `ids [B, T]`, `[B * T]`: the kind of its hint, whether it is the target, and the target by what is counted."""
     hints, kinds = find_repetitions(ids, None, end, ids.shape[1]).flatten(0, 1).unbind(1)
     keys = counted.keys(ids, torch.arange(ids.shape[1], device=ids.device)[None], None).flatten(0, 1)

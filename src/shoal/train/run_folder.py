@@ -50,6 +50,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics = path / "metrics.jsonl"
+        self.generation: dict[str, Any] = {}
+        """`generation_config.json` of the model that the run begins with: checkpoints hold it, too."""
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from ..data import Batches, PreparedData
 from ..formats import checkpoints
 from ..formats.huggingface import load_state, read_config
 from ..formats.locate import locate_model
+from ..formats.weight_files import read_generation
 from ..model import Transformer, init_weights
 from ..parallel import Shards, Team, divide, make_dispatcher
 from ..runtime import Machine
@@ -82,11 +83,13 @@ class TrainState:
         shape = replace(config.model, count_entries=saved.count_entries, rope_scaling=saved.rope_scaling)
         model = Transformer(shape, dispatcher=make_dispatcher(config.parallel, team, config.model.n_routed_experts or 0))
         if complete:
-            load_state(model, complete[-1])
+            source: Path | None = complete[-1]
         else:
             init_weights(model, config.seed)
-            if config.start is not None:
-                load_state(model, locate_model(config.start))
+            source = locate_model(config.start) if config.start is not None else None
+        if source is not None:
+            load_state(model, source)
+            folder.generation = read_generation(source)
         model = model.to(machine.device)
         if counting is not None:
             counting.serve(model.model.counted or counting.module.to(machine.device))
@@ -156,7 +159,7 @@ class TrainState:
 
     def _write(self, model: Transformer, saved: dict[str, Any], at: Counters) -> None:
         keep = self.config.checkpoint
-        checkpoints.save_checkpoint(self.folder.path, at.step, model, self.data.tokenizer, saved)
+        checkpoints.save_checkpoint(self.folder.path, at.step, model, self.data.tokenizer, saved, self.folder.generation)
         if at.best_step >= 0:
             # Written every time: a run that was killed before it got here catches up.
             self.folder.write_json("best.json", {"step": at.best_step, "val_bpb": at.best_bpb})

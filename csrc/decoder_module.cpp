@@ -256,8 +256,7 @@ class Decoder {
             l.router = read.matrix(w, "router", m.experts, m.hidden);
             if (m.biased) l.router_bias = read.vector(w, "router_bias", m.experts);
             l.experts = feed_forward_of(read, w, "expert_gate", "expert_up", "expert_down", m.experts);
-            if (static_cast<int64_t>(layers_.size()) < main_layers_) ++mixtures_;
-            l.mixture = mixtures_ - 1;
+            if (static_cast<int64_t>(layers_.size()) < main_layers_) l.mixture = mixtures_++;
         }
         if (read.has(w, "gate")) l.dense = feed_forward_of(read, w, "gate", "up", "down", 1);
         expect(l.router || l.dense.gate, "a layer has no feed-forward part");

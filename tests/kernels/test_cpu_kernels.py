@@ -198,6 +198,14 @@ def test_misuse_raises_instead_of_reading_outside_a_tensor() -> None:
             cpu.grouped_product(x, torch.randn(3, 5, 8), torch.tensor(ends, dtype=torch.int32), transposed=True)
     with pytest.raises(ValueError, match="shapes"):
         cpu.grouped_outer(x, x[:3], torch.tensor([4], dtype=torch.int32))
+    with pytest.raises(IndexError):
+        cpu.combine_tokens(x[:0], torch.ones(2, 2), torch.zeros(4, dtype=torch.int64))
+    nobody = torch.empty(0, 4, 1, 8)
+    with pytest.raises(ValueError, match="shapes"):
+        cpu.causal_attention(nobody, nobody, nobody, 1.0)
+    for threads in (0, -1):
+        with pytest.raises(ValueError, match="at least one thread"):
+            cpu._cpu.rms_norm_backward(x, None, 1e-6, x, torch.empty_like(x), None, threads)
 
 
 def test_other_tensors_take_the_reference() -> None:

@@ -169,10 +169,10 @@ static Buffers take_buffers(Arena& arena, const Model& model, const Step& step, 
     int64_t wide = 0, dense = 0, shared = 0;
     bool mixture = false, joins = false;
     for (const Layer* layer = layers; layer < layers + layer_count; ++layer) {
-        int64_t& width = layer->mixture >= 0 ? shared : dense;
+        int64_t& width = layer->router ? shared : dense;
         width = larger(width, layer->dense.gate.rows);
         wide = larger(wide, layer->experts.gate.rows);
-        mixture |= layer->mixture >= 0;
+        mixture |= bool(layer->router);
         joins |= bool(layer->join);
     }
     const int64_t K = mixture ? model.per_token : 0, E = mixture ? model.experts : 0;

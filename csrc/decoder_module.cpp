@@ -165,7 +165,7 @@ class Decoder {
             expect(experts->numel() == mixtures_ * step.tokens * model_.per_token, "the tensor for the experts has the wrong size");
             chosen = experts->flat_ints();
         }
-        nb::gil_scoped_release release;
+        Computing computing(threads);
         run_->decoder_forward(model_, main_layers_, step, out, chosen, workspace_.memory, threads);
     }
 
@@ -188,7 +188,7 @@ class Decoder {
         expect(static_cast<int64_t>(races.size()) == wanted, "every guess needs its own random numbers");
         expect(logits.numel() == static_cast<int64_t>(guessers.size()) * model_.vocabulary, "the tensor for the logits has the wrong size");
         std::vector<int64_t> tokens(wanted, -1);
-        nb::gil_scoped_release release;
+        Computing computing(threads);
         guess_all(step, from, guessers, temperatures, races, first, tokens, threads);
         return tokens;
     }
@@ -199,7 +199,7 @@ class Decoder {
         const float* from = rows_of(hidden, tokens);
         float* to = out.flat_floats();
         expect(out.numel() == tokens * model_.vocabulary, "the tensor for the logits has the wrong size");
-        nb::gil_scoped_release release;
+        Computing computing(threads);
         run_->packed_linear(model_.head_matrix, tokens, from, model_.softcap, to, workspace_.memory, threads);
     }
 
@@ -256,8 +256,7 @@ class Decoder {
             l.router = read.matrix(w, "router", m.experts, m.hidden);
             if (m.biased) l.router_bias = read.vector(w, "router_bias", m.experts);
             l.experts = feed_forward_of(read, w, "expert_gate", "expert_up", "expert_down", m.experts);
-            if (static_cast<int64_t>(layers_.size()) < main_layers_) ++mixtures_;
-            l.mixture = mixtures_ - 1;
+            if (static_cast<int64_t>(layers_.size()) < main_layers_) l.mixture = mixtures_++;
         }
         if (read.has(w, "gate")) l.dense = feed_forward_of(read, w, "gate", "up", "down", 1);
         expect(l.router || l.dense.gate, "a layer has no feed-forward part");
@@ -413,7 +412,7 @@ void packed_linear(const std::string& isa, nb::handle packed, Tensor x, Tensor y
     expect(x.dimensions() == 2 && x.size(1) == w.columns && y.numel() == w.leading * tokens * w.rows, "the shapes of a product do not fit");
     const Kernels* run = kernels_named(isa);
     FreeWorkspace workspace;
-    nb::gil_scoped_release release;
+    Computing computing(threads);
     run->packed_linear(w, tokens, from, 0, to, workspace.memory, threads);
 }
 

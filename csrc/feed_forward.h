@@ -103,7 +103,7 @@ SHOAL_INLINE void gate_and_up(const FeedForward& f, int64_t begin, int64_t end, 
 
 // x += feed-forward(normed); on every thread of the team.
 static void feed_forward(Member& me, const Model& model, const Layer& layer, const Buffers& b, int64_t T, int32_t* experts_out) {
-    const int64_t D = model.hidden, K = layer.mixture >= 0 ? model.per_token : 0, E = layer.mixture >= 0 ? model.experts : 0;
+    const int64_t D = model.hidden, K = layer.router ? model.per_token : 0, E = layer.router ? model.experts : 0;
     const int64_t slots = T * K;
     if (E) {
         const int64_t stride = round_up(E, kTile);

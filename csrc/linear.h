@@ -142,14 +142,22 @@ struct Inputs {
 #define SHOAL_ROUNDED(x) asm("" : "+m"(x))
 #endif
 
-// One group of a token: round(x / s) with s = max |x| / 127.
+// One group of a token: round(x / s) with s = max |x| / 127. Where some x is not finite, s is NaN, and with it every product.
 SHOAL_INLINE void quantize_group(const float* x, int64_t present, int64_t group, int8_t* quants, float* scale, int32_t* sum_out) {
-    Vec largest = {};
+    IntVec largest = {};  // magnitudes as integers, which are ordered like the floats, with infinity and NaN above all numbers
     for (int64_t c = 0; c < present; c += kLanes) {
-        Vec v = load_first(x + c, present - c);
-        largest = max(largest, max(v, -v));
+        IntVec magnitude = (IntVec)load_first(x + c, present - c) & 0x7FFFFFFF;
+        largest = magnitude > largest ? magnitude : largest;
     }
-    float top = max(largest);
+    int32_t bits = 0;
+    for (int64_t i = 0; i < kLanes; ++i) bits = largest[i] > bits ? largest[i] : bits;
+    float top;
+    memcpy(&top, &bits, 4);
+    if (bits >= 0x7F800000) {
+        memset(quants, 0, group);
+        *scale = __builtin_nanf(""), *sum_out = 0;
+        return;
+    }
     float inverse = top > 0 ? 127.0f / top : 0;
     const float round = 12582912.0f;  // 1.5 * 2^23
     IntVec total = {};

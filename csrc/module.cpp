@@ -80,7 +80,7 @@ AttentionShape attention_shape(const Tensor& q, const Tensor& k, const Tensor& v
     AttentionShape shape{q.size(0), q.size(1), q.size(2), k.size(2), q.size(3), v.size(3), scale};
     expect_equal(k, v, 3);
     expect(k.size(0) == shape.batch && k.size(1) == shape.time && k.size(3) == shape.qk_width);
-    expect(shape.kv_heads > 0 && shape.heads % shape.kv_heads == 0 && shape.time < (1 << 30));
+    expect(shape.batch > 0 && shape.kv_heads > 0 && shape.heads % shape.kv_heads == 0 && shape.time < (1 << 30));
     return shape;
 }
 
@@ -93,7 +93,7 @@ class Cpu {
         Rows rows = x.rows(), out = y.rows();
         expect_equal(x, y, 2);
         const float* scale = vector_of(weight, x.size(1));
-        nb::gil_scoped_release release;
+        Computing computing(threads);
         run_->rms_norm(x.size(0), x.size(1), rows, scale, eps, out, threads);
     }
 
@@ -103,21 +103,21 @@ class Cpu {
         expect_equal(x, grad, 2), expect_equal(x, grad_x, 2);
         const float* scale = vector_of(weight, x.size(1));
         float* grad_scale = vector_of(grad_weight, x.size(1));
-        nb::gil_scoped_release release;
+        Computing computing(threads);
         run_->rms_norm_backward(x.size(0), x.size(1), rows, scale, eps, grad_rows, out, grad_scale, threads);
     }
 
     void swiglu(Tensor gate, Tensor up, Tensor y, int threads) {
         Rows gates = gate.rows(), ups = up.rows(), out = y.rows();
         expect_equal(gate, up, 2), expect_equal(gate, y, 2);
-        nb::gil_scoped_release release;
+        Computing computing(threads);
         run_->swiglu(gate.size(0), gate.size(1), gates, ups, out, threads);
     }
 
     void swiglu_backward(Tensor gate, Tensor up, Tensor grad, Tensor grad_gate, Tensor grad_up, int threads) {
         Rows gates = gate.rows(), ups = up.rows(), grads = grad.rows(), out_gate = grad_gate.rows(), out_up = grad_up.rows();
         expect_equal(gate, up, 2), expect_equal(gate, grad, 2), expect_equal(gate, grad_gate, 2), expect_equal(gate, grad_up, 2);
-        nb::gil_scoped_release release;
+        Computing computing(threads);
         run_->swiglu_backward(gate.size(0), gate.size(1), gates, ups, grads, out_gate, out_up, threads);
     }
 
@@ -129,7 +129,7 @@ class Cpu {
         expect(width % 2 == 0 && cos.numel() == sin.numel());
         const bool shared = cos.numel() == time * width / 2;
         expect(shared || cos.numel() == batch * time * width / 2);
-        nb::gil_scoped_release release;
+        Computing computing(threads);
         run_->rope({batch, time, x.size(2), width, shared ? 0 : time * width / 2, interleaved}, from, c, s, direction, to, threads);
     }
 
@@ -139,7 +139,7 @@ class Cpu {
         float* sums = log_sum.flat_floats();
         expect_equal(q, y, 3);
         expect(y.size(3) == shape.v_width && log_sum.numel() == shape.batch * shape.heads * shape.time);
-        nb::gil_scoped_release release;
+        Computing computing(threads);
         run_->attention(shape, queries, keys, values, out, sums, threads);
     }
 
@@ -151,7 +151,7 @@ class Cpu {
         const float* sums = log_sum.flat_floats();
         expect_equal(q, y, 3), expect_equal(y, grad, 4), expect_equal(q, grad_q, 4), expect_equal(k, grad_k, 4), expect_equal(v, grad_v, 4);
         expect(y.size(3) == shape.v_width && log_sum.numel() == shape.batch * shape.heads * shape.time);
-        nb::gil_scoped_release release;
+        Computing computing(threads);
         run_->attention_backward(shape, queries, keys, values, out, sums, grads, out_q, out_k, out_v, threads);
     }
 
@@ -161,7 +161,7 @@ class Cpu {
         const int64_t* index = targets.indices(logits.size(1), ignored);
         float* out = nats.flat_floats();
         expect(targets.numel() == rows && nats.numel() == rows);
-        nb::gil_scoped_release release;
+        Computing computing(threads);
         run_->cross_entropy(rows, logits.size(1), in_place, index, softcap.value_or(0), with_grad, out, threads);
     }
 
@@ -176,7 +176,7 @@ class Cpu {
         expect(hidden.size(0) == rows && hidden.size(1) == width && grad_hidden.size(0) == rows && grad_hidden.size(1) == width);
         expect(log_weights.numel() == rows * count && shares.numel() == rows * count && grad_logits.numel() == rows * count);
         expect(losses.numel() == rows && nats.numel() == rows && count > 0);
-        nb::gil_scoped_release release;
+        Computing computing(threads);
         run_->sampled_cross_entropy(rows, count, width, from, matrix, index, sampling, learnt, extra, out, plain, grads, to, threads);
     }
 
@@ -187,7 +187,7 @@ class Cpu {
         const float* scale = factors.flat_floats();
         float* to = y.flat_floats();
         expect(x.size(0) == rows && y.size(1) == width && factors.numel() == rows * count);
-        nb::gil_scoped_release release;
+        Computing computing(threads);
         run_->add_to_rows(rows, count, width, scale, index, from, y.size(0), to, threads);
     }
 
@@ -197,7 +197,7 @@ class Cpu {
         const int64_t tokens = y.size(0), per_token = tokens ? index.numel() / tokens : 0;
         const float* factors = vector_of(weights, index.numel());
         expect(y.size(1) == x.size(1) && index.numel() == tokens * per_token);
-        nb::gil_scoped_release release;
+        Computing computing(threads);
         run_->combine(tokens, per_token, y.size(1), from, factors, rows, to, threads);
     }
 
@@ -209,7 +209,7 @@ class Cpu {
         float* grad_factors = vector_of(grad_weights, index.numel());
         expect_equal(x, grad_x, 2);
         expect(grad.size(1) == x.size(1) && index.numel() == tokens * per_token);
-        nb::gil_scoped_release release;
+        Computing computing(threads);
         run_->combine_backward(tokens, per_token, x.size(1), from, factors, rows, grads, to, grad_factors, threads);
     }
 
@@ -220,7 +220,7 @@ class Cpu {
         const int64_t groups = weight.size(0), depth = x.size(1), width = y.size(1);
         expect(y.size(0) == x.size(0) && weight.size(transposed ? 2 : 1) == depth && weight.size(transposed ? 1 : 2) == width);
         const int32_t* bounds = ends_of(ends, groups, x.size(0));
-        nb::gil_scoped_release release;
+        Computing computing(threads);
         run_->grouped_product(groups, bounds, depth, width, from, matrices, transposed, to, threads);
     }
 
@@ -231,7 +231,7 @@ class Cpu {
         const int64_t groups = y.size(0), height = y.size(1), width = y.size(2);
         expect(grad.size(0) == x.size(0) && grad.size(1) == height && x.size(1) == width);
         const int32_t* bounds = ends_of(ends, groups, x.size(0));
-        nb::gil_scoped_release release;
+        Computing computing(threads);
         run_->grouped_outer(groups, bounds, height, width, grads, from, to, add, threads);
     }
 
@@ -240,7 +240,7 @@ class Cpu {
         float* to = y.flat_floats();
         expect(x.dimensions() == 3 && y.dimensions() == 3 && x.numel() > 0);
         expect_equal(x, y, 3);
-        nb::gil_scoped_release release;
+        Computing computing(threads);
         run_->newton_schulz(x.size(0), x.size(1), x.size(2), from, {a, b, c, steps}, to, threads);
     }
 
@@ -251,7 +251,7 @@ class Cpu {
         for (int64_t row : rows) expect(0 <= row && row < logits.size(0));
         for (double temperature : temperatures) expect(temperature >= 0);
         std::vector<int64_t> winners(rows.size());
-        nb::gil_scoped_release release;
+        Computing computing(threads);
         run_->draw(int64_t(rows.size()), logits.size(1), table, rows.data(), temperatures.data(), starts.data(), winners.data(), threads);
         return winners;
     }
@@ -264,7 +264,7 @@ class Cpu {
         const int64_t* contexts = keys.flat_longs();
         int64_t* longest = lengths.flat_longs();
         expect(lengths.numel() == rows && probabilities.size(0) == rows && probabilities.size(1) == vocab);
-        nb::gil_scoped_release release;
+        Computing computing(threads);
         run_->counted_prior(rows, vocab, counted, contexts, out, longest, threads);
     }
 
@@ -280,7 +280,7 @@ class Cpu {
         int64_t *candidates = tokens.flat_longs(), *longest = lengths.flat_longs();
         expect(lengths.numel() == rows && tokens.size(0) == rows && probabilities.size(0) == rows && probabilities.size(1) == count);
         expect(0 <= certain && 0 <= likeliest && certain + likeliest <= count && certain + likeliest <= frequent.numel());
-        nb::gil_scoped_release release;
+        Computing computing(threads);
         run_->counted_candidates(rows, vocab, counted, contexts, most, certain, likeliest, count, candidates, out, longest, threads);
     }
 
@@ -290,7 +290,7 @@ class Cpu {
         int64_t* out = found.flat_longs();
         expect(numbers.numel() == batch * size && found.numel() == batch * fresh * 2 && fresh <= size && window > 0);
         expect(0 < kinds && kinds <= kMostRepeatLengths && lengths[0] > 0 && std::is_sorted(lengths.begin(), lengths.end()));
-        nb::gil_scoped_release release;
+        Computing computing(threads);
         run_->find_repeats(batch, size, fresh, tokens, marks, window, lengths.data(), kinds, out, threads);
     }
 

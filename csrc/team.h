@@ -55,11 +55,15 @@ class Member {
             for (int64_t begin = 0; begin < count; begin += longest) work(begin, begin + longest < count ? begin + longest : count);
             return;
         }
-        for (int i = 0; i < team_.size; ++i) {
-            const int whose = (index_ + i) % team_.size;
-            for (Run run; (run = take(whose, count, longest)).begin < run.end;) work(run.begin, run.end);
+        const int64_t most = kMask * team_.size;  // items whose shares can be counted
+        for (int64_t first = 0; first < count; first += most) {
+            const int64_t some = smaller(most, count - first);
+            for (int i = 0; i < team_.size; ++i) {
+                const int whose = (index_ + i) % team_.size;
+                for (Run run; (run = take(whose, some, longest)).begin < run.end;) work(first + run.begin, first + run.end);
+            }
+            barrier();
         }
-        barrier();
     }
 
   private:

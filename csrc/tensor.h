@@ -5,6 +5,7 @@
 #include <nanobind/nanobind.h>
 
 #include <cstdint>
+#include <optional>
 
 #include "kernels.h"
 
@@ -62,7 +63,7 @@ class Tensor {
     // A tensor without gaps.
     float* flat_floats() const { return packed() ? floats(tensor_.ndim) : throw nanobind::value_error("a tensor is not contiguous"); }
     // Whole numbers that index `count` things, or are `also`.
-    const int64_t* indices(int64_t count, int64_t also = 0) const {
+    const int64_t* indices(int64_t count, std::optional<int64_t> also = {}) const {
         const uint8_t signed_integer = 0;
         if (tensor_.type_code != signed_integer || tensor_.type_bits != 64 || !packed())
             throw nanobind::type_error("indices must be a contiguous int64 tensor");

@@ -49,7 +49,7 @@ struct Layer {
     FeedForward dense, experts;
     Matrix router;
     const float* router_bias = nullptr;
-    int64_t mixture = -1;  // number among the mixtures
+    int64_t mixture = -1;  // of the main model's mixtures: its row of the experts that a step hands out
     // MTP modules only.
     Matrix join;
     const float *embedding_norm = nullptr, *hidden_norm = nullptr, *head_norm = nullptr;

@@ -47,6 +47,8 @@ MODELS: dict[str, dict[str, Any]] = {
              "rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 128, "mscale": 0.7, "mscale_all_dim": 0.7}},
     "shoal": {**MLA, "qk_norm": True, "logit_softcap": 15.0, "first_k_dense_replace": 0, "n_shared_experts": None,
               "num_nextn_predict_layers": 1},
+    "mixture in the module": {**MLA, "num_hidden_layers": 2, "moe_layer_freq": 2, "num_nextn_predict_layers": 1},
+    "mixtures by turns": {**MLA, "first_k_dense_replace": 0, "moe_layer_freq": 2, "n_shared_experts": 1, "num_nextn_predict_layers": 1},
     "dense": {**MLA, "n_routed_experts": None, "q_lora_rank": 100},
     "many heads": {**MLA, "num_attention_heads": 20},
     "llama": {**MLA, "model_type": "llama", "num_key_value_heads": 1, "num_attention_heads": 3},

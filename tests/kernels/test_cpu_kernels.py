@@ -125,8 +125,7 @@ def test_cross_entropy_rows(rows: int, vocab: int, scale: float, softcap: float 
     ours, theirs = logits.clone(), logits.clone()
     nats = cpu.cross_entropy_rows(ours, targets, softcap, with_grad)
     torch.testing.assert_close(nats, reference.cross_entropy_rows(theirs, targets, softcap, with_grad), rtol=1e-4, atol=1e-5)
-    if with_grad:
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=5), st.integers(1, 130), st.integers(1, 130), seeds)
@@ -198,6 +197,14 @@ def test_misuse_raises_instead_of_reading_outside_a_tensor() -> None:
             cpu.grouped_product(x, torch.randn(3, 5, 8), torch.tensor(ends, dtype=torch.int32), transposed=True)
     with pytest.raises(ValueError, match="shapes"):
         cpu.grouped_outer(x, x[:3], torch.tensor([4], dtype=torch.int32))
+    with pytest.raises(IndexError):
+        cpu.combine_tokens(x[:0], torch.ones(2, 2), torch.zeros(4, dtype=torch.int64))
+    nobody = torch.empty(0, 4, 1, 8)
+    with pytest.raises(ValueError, match="shapes"):
+        cpu.causal_attention(nobody, nobody, nobody, 1.0)
+    for threads in (0, -1):
+        with pytest.raises(ValueError, match="at least one thread"):
+            cpu._cpu.rms_norm_backward(x, None, 1e-6, x, torch.empty_like(x), None, threads)
 
 
 def test_other_tensors_take_the_reference() -> None:

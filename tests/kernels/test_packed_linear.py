@@ -71,6 +71,26 @@ def test_extreme_weights_do_not_overflow(isa: str) -> None:
             assert multiply(isa, matrix, torch.full((1, 64), sign * 127)).unique().tolist() == [sign * top * 127 * 64]
 
 
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("harm", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_number_stays_none_wherever_it_stands(isa: str, kind: str, harm: float) -> None:
+    matrix, x = random_matrix(kind, (), 20, 75, 32), torch.randn(76, 75)
+    x[range(75), range(75)] = harm
+    y = multiply(isa, matrix, x)
+    assert not y[:75].isfinite().any()
+    assert y.isnan().equal(reference.packed_linear(x, matrix).isnan())
+    assert y[75].isfinite().all()
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_shares_of_millions_of_items(isa: str) -> None:
+    tokens, threads = (1 << 23) + 5, 2  # each thread's share of them has more than 2^22
+    x = torch.arange(tokens, dtype=torch.float32)[:, None]
+    y = multiply(isa, pack_floats(torch.full((1, 1), 3.0), "fp32"), x, threads)
+    assert y.equal(3 * x)
+
+
 def test_matrices_that_are_not_what_they_say_are_refused() -> None:
     good = random_matrix("int4", (), 32, 64, 32)
     x, y = torch.randn(1, 64), torch.empty(1, 32)

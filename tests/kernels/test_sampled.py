@@ -111,6 +111,8 @@ def test_misuse_raises_instead_of_reading_outside_a_tensor() -> None:
     hidden, weight, candidates = torch.randn(4, 8), torch.randn(9, 8), some_candidates(4, 5, 9)
     with pytest.raises(IndexError):
         kernels.sampled_cross_entropy(hidden, weight, candidates._replace(tokens=torch.full((4, 5), 9)))
+    with pytest.raises(IndexError):
+        cpu.sampled_cross_entropy(hidden, weight[:0], torch.zeros(4, 5, dtype=torch.int64), candidates.log_weights, candidates.shares, None)
     with pytest.raises(ValueError, match="shapes"):
         kernels.sampled_cross_entropy(hidden[:3], weight, candidates)
     with pytest.raises(ValueError, match="shapes"):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from shoal.config import ModelConfig, UserError
 from shoal.kernels import reference
 from shoal.model import Documents, Transformer, init_weights
-from shoal.model.counted import CountedNgrams, Counts, context_keys, count_ngrams, token_bits
+from shoal.model.counted import CountedNgrams, Counts, _discounts, context_keys, count_ngrams, token_bits
 
 V = 11
 TEXTS = st.lists(st.lists(st.integers(0, V - 1), min_size=1, max_size=12), min_size=1, max_size=6)
@@ -100,6 +100,15 @@ def test_probabilities_are_interpolated_absolute_discounting(texts: list[list[in
     )
     torch.testing.assert_close(probabilities[0], plain, atol=1e-6, rtol=1e-5)
     assert lengths[0].equal(again)
+
+
+@pytest.mark.parametrize("order", [1, 3, 8])
+def test_contexts_of_each_length_are_discounted_by_their_own_counts(order: int) -> None:
+    text = [0, 3, 5, 7, 1, 2, 8, 4, 6, 9, 10, 3]
+    module = counted([text, text, text[1:], text[2:] + text], order)
+    lengths = (module.entries >> 60) + 1
+    expected = [_discounts(module.counts[lengths == length]) for length in range(1, order + 1)]
+    assert module.filled.discounts.equal(torch.tensor(expected))
 
 
 @settings(deadline=None)

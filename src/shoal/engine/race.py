@@ -79,7 +79,7 @@ def _draw(table: np.ndarray, rows: Sequence[int], temperatures: Sequence[float],
     steps = np.arange(table.shape[1], dtype=np.uint64) * np.uint64(_GOLDEN)
     for first in range(0, len(rows), many):
         part = slice(first, first + many)
-        scores = table if len(rows[part]) == len(table) else table[rows[part]]
+        scores = table[rows[part]]
         weights, counters, shifted = room.take(*scores.shape)
         tops = scores.max(1, keepdims=True)
         heats = np.array(temperatures[part])[:, None]

@@ -18,7 +18,7 @@ def packed_linear(x: Tensor, matrix: PackedMatrix) -> Tensor:
     """`x [N, I]` times packed weights `[..., O, I]` -> `[..., N, O]`, fp32.
 
     With quantized weights the activations are quantized too: to int8 per row and group, scale max|x| / 127. Products are summed exactly
-    within a group and in fp32 over the groups, in an order that does not depend on N.
+    within a group and in fp32 over the groups, in an order that does not depend on N. A row with an infinity or NaN gives NaN.
     """
     if BACKEND.cpu is None:
         return reference.packed_linear(x, matrix)

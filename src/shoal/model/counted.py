@@ -144,7 +144,8 @@ class CountedNgrams(nn.Module):
         valid = len(entries) and bool(entries[0] >= 0) and bool((entries[1:] > entries[:-1]).all()) and bool((counts > 0).all())
         if not valid or int(tokens.max()) >= self.vocabulary:
             raise UserError("the counted n-grams of this model are damaged or were never filled: copy the model again, or train it")
-        starts = torch.searchsorted(entries, torch.arange(self.order + 1, device=entries.device) << _KEY_AND_TOKEN_BITS).tolist()
+        firsts = torch.arange(self.order, device=entries.device) << _KEY_AND_TOKEN_BITS  # of each length
+        starts = [*torch.searchsorted(entries, firsts).tolist(), len(entries)]
         discounts = [_discounts(counts[a:b]) for a, b in pairwise(starts)]
         first = slice(starts[0], starts[1])
         base = torch.bincount(tokens[first], minlength=self.vocabulary).double() + 0.5

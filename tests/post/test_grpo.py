@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from shoal.data import Tokenizer
 from shoal.engine import load_plain
 from shoal.formats import complete_checkpoints, load_model
 from shoal.kernels.selection import BACKEND
+from shoal.post import rollouts
 from shoal.post.grpo import Run
 from shoal.post.losses import row_logprobs
 from shoal.post.packing import make_rows
@@ -94,7 +96,10 @@ def test_what_is_rewarded_becomes_more_likely(trained: Path) -> None:
     assert max(row["mismatch"] for row in rows) < 1e-3
 
 
-def test_with_adapters_the_engine_samples_from_the_merged_weights(trained: Path) -> None:
+@pytest.mark.parametrize("runner", ["native", "torch"])
+def test_with_adapters_the_engine_samples_from_the_merged_weights(trained: Path, runner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if runner == "torch":
+        monkeypatch.setattr(rollouts, "BACKEND", replace(BACKEND, cpu=None))
     run, rows = steps_of(trained, TuneOptions(lr=5e-2, warmup=0, lora_rank=4), 4)
     assert max(p.abs().max() for name, p in run.model.named_parameters() if name.endswith("adapter_b")) > 1e-2
     assert max(row["mismatch"] for row in rows) < 1e-3

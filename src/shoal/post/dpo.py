@@ -97,11 +97,12 @@ def read(tokenizer: Tokenizer, command: DPOCommand, longest: int) -> list[Pair]:
 
 
 def last_answer(tokenizer: Tokenizer, conversation: Conversation, place: str) -> Text:
-    """Only the last answer is judged: what was said before is the same in both."""
+    """Only the last answer is judged: what was said before is the same in both. The template may write something after it."""
     example = tokenize(tokenizer, conversation, place)
-    ends = np.flatnonzero(~example.written)
-    learnt = example.written & (np.arange(len(example.ids)) > (ends[-1] if len(ends) else -1))
-    return Text(example.ids, learnt)
+    if not example.written[1:].any():
+        raise UserError(f"{place}: the chat template marks nothing of an answer as the model's that follows a prompt: check both")
+    breaks = np.cumsum(~example.written)
+    return Text(example.ids, example.written & (breaks == breaks[example.written].max()))
 
 
 def refer(model: Transformer, machine: Machine, pairs: Sequence[Pair], command: DPOCommand) -> None:

@@ -78,7 +78,7 @@ class SFTCommand:
     """Times that every conversation is seen, unless --steps says when to stop."""
     steps: int | None = None
     batch_tokens: int = 16384
-    """Tokens of one update, about."""
+    """Tokens of one update, at most; a longer conversation makes one by itself."""
     max_length: int | None = None
     """Conversations with more tokens are left out. None: what the model can read."""
     val_fraction: float = 0.02
@@ -108,6 +108,8 @@ class SFTCommand:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be 0 or more and less than 1")
         if self.esft_share and self.tune.lora_rank:
             raise UserError("--esft-share and --lora-rank contradict each other: give one of them")
+        if self.esft_share and self.tune.weight_decay:
+            raise UserError("--esft-share leaves most experts as they are, and --weight-decay changes all of them: give one of the two")
 
 
 @dataclass

@@ -125,7 +125,9 @@ def encode_turns(
     marked = _render(tokenizer, messages, tools, False, (begin, end), variables)
     pieces = re.split(f"{begin}([^{begin}{end}]*){end}", marked)  # what the model writes at every other place
     if "".join(pieces) != text:
-        raise UserError("the chat template changes what stands in its {% generation %} after that: put the change inside, and no other in it")
+        raise UserError(
+            "the chat template changes what stands in its {% generation %} after that: put the change inside, and no other in it"
+        )
     if len(pieces) == 1:
         raise UserError(
             "nothing in these conversations is marked as the model's: they need an answer, and the chat template "

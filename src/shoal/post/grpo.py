@@ -30,7 +30,7 @@ from ..train.signals import StopRequest
 from .file_tasks import Rewarded
 from .losses import row_logprobs
 from .packing import Row, Text, best_fit, make_row
-from .policy_loss import advantages, policy_loss
+from .policy_loss import advantages, are_equal, policy_loss
 from .problems import Problem
 from .progress import Progress
 from .reference import Reference
@@ -133,7 +133,8 @@ class Run:
         seed = command.tune.seed * 1_000_000 + step
         groups = self.sampler.sample(prompts, command.group, command.max_tokens, seed, experts=command.routing_replay)
         sampled = time.perf_counter()
-        rewards = torch.tensor([[task.grade(problem, s) for s in group] for (task, problem), group in zip(asked, groups, strict=True)])
+        grades = [[task.grade(problem, sample) for sample in group] for (task, problem), group in zip(asked, groups, strict=True)]
+        rewards = torch.tensor(grades, dtype=torch.float64)
         graded = time.perf_counter()
         row = self._describe(groups, rewards)
         worth = advantages(rewards, command.policy.divide_by_std)
@@ -168,7 +169,7 @@ class Run:
             "reward": float(rewards.mean()),
             "length": mean([len(sample.ids) for sample in samples]),
             "finished": mean([float(sample.finished) for sample in samples]),
-            "decided": float((rewards.std(1) == 0).float().mean()),  # groups that teach nothing: all replies are worth the same
+            "decided": float(are_equal(rewards).float().mean()),
             "by_task": {task.name: float(rewards[i :: len(self.tasks)].mean()) for i, task in enumerate(self.tasks)},
         }
 

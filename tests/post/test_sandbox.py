@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shoal.config import UserError
 from shoal.post.rewards import Judge, brevity, code, exact, form, number_in, numeric, pattern
@@ -112,6 +115,41 @@ def test_rewards_grade_what_they_say() -> None:
     good = "<think>t</think>Here:\n```python\ndef f(x):\n    return x + 1\n```"
     assert code("", good, "assert f(1) == 2") == 1
     assert code("", good, "assert f(1) == 3") == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        (r"6, so \boxed{\frac{3}{4}}", "3/4"),
+        (r"\boxed{-\dfrac{3}{4}}", "-3/4"),
+        (r"\boxed{1{,}000}", "1000"),
+        (r"\boxed{\text{12 apples}}", "12"),
+        (r"\boxed{5}. No, \boxed{\$7}", "7"),
+        ("The answer is 12 * 5 = 60.", "60"),
+        ("The answer is $12 * 5 = $60", "60"),
+        ("The answer is (3 + 4) * 2 = 14", "14"),
+        ("The answer is 7 (= 3 + 4)", "7"),
+        ("The answer is 7 = 3 + 4", "7"),
+        ("The answer is x = 4", "4"),
+        ("answer is 5, since 2 + 3 = 5 and not 6", "5"),
+        ("-$5", "-5"),
+        ("the answer is \N{MINUS SIGN}5", "-5"),
+        (".5", "1/2"),
+        ("-.5", "-1/2"),
+        ("so 10-3 is 7-0", "0"),
+        ("x=-3", "-3"),
+        ("one of 1,2,3", "3"),
+        ("#### $1,234.50", "1234.5"),
+        ("18.", "18"),
+    ],
+)
+def test_numbers_are_read_as_people_write_them(text: str, number: str) -> None:
+    assert number_in(text) == Fraction(number)
+
+
+@given(st.text("\\boxed{frac}{}$-,.=/()0123 ", max_size=60))
+def test_whatever_is_written_is_a_number_or_none(text: str) -> None:
+    assert number_in(text) is None or isinstance(number_in(text), Fraction)
 
 
 def test_an_expression_that_explodes_costs_its_reward() -> None:

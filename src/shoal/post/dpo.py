@@ -74,7 +74,8 @@ def run_dpo(command: DPOCommand) -> dict[str, Any]:
     save(folder, done, model, tokenizer)
     summary = {
         "steps": done, "pairs": len(pairs), "seconds": round(time.perf_counter() - began, 2), "folder": str(folder.path),
-        "loss": row["loss"], "accuracy": row["accuracy"], "margin": row["margin"], "peak_memory": peak_memory(machine.device),
+        "loss": row["loss"], "accuracy": row["accuracy"], "margin": row["margin"], "stopped": stop.asked,
+        "peak_memory": peak_memory(machine.device),
     }  # fmt: skip
     folder.write_json("summary.json", summary)
     return summary

@@ -1,7 +1,8 @@
 """Rewards: how much a reply is worth, as plain functions `(prompt, reply, answer) -> float`.
 
-`prompt` is the question, `reply` all that the model wrote, its thought included, `answer` the reference that came with the
-question. A user's own function has the same three arguments and is named as `FILE.py:NAME` or `MODULE:NAME`; see `Judge`.
+`prompt` is the question, `reply` all that the model wrote, its thought included (from `<think>` on, also where the template begins it),
+`answer` the reference that came with the question. A user's own function has the same three arguments and is named as `FILE.py:NAME` or
+`MODULE:NAME`; see `Judge`.
 """
 
 from __future__ import annotations
@@ -140,6 +141,10 @@ class Judge:
             self._parts.append((weight, REWARDS[name] if name in REWARDS else Function(name, FUNCTION_LIMITS)))
 
     def __enter__(self) -> Judge:
+        """Users' functions are loaded. Raises `UserError` on the first that cannot be."""
+        for _, part in self._parts:
+            if isinstance(part, Function):
+                part.load()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

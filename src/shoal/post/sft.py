@@ -63,7 +63,8 @@ def run_sft(command: SFTCommand) -> dict[str, Any]:
     save(folder, done, model, tokenizer)
     summary = {
         "steps": done, "tokens": seen, "seconds": round(time.perf_counter() - began, 2), "folder": str(folder.path),
-        "conversations": len(training), "val_loss_before": before, "val_loss": after, "peak_memory": peak_memory(machine.device),
+        "conversations": len(training), "val_loss_before": before, "val_loss": after, "stopped": stop.asked,
+        "peak_memory": peak_memory(machine.device),
     }  # fmt: skip
     folder.write_json("summary.json", summary)
     return summary

@@ -12,7 +12,6 @@ import errno
 import fcntl
 import importlib
 import importlib.util
-import inspect
 import io
 import json
 import math
@@ -74,15 +73,15 @@ TERMINALS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 """TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX: what `ioctl` may do."""
 
 Condition = tuple[int, int, tuple[int, ...], bool]
-"""Word of the arguments (the lower half of argument i is word 2 i), JUMP_EQUAL or JUMP_SET, operands, and whether one is to hold."""
-CONDITIONS: dict[str, list[Condition]] = {
-    "open": [(2, JUMP_SET, (WRITES,), False)],
-    "openat": [(4, JUMP_SET, (WRITES,), False)],
-    "clone": [(0, JUMP_SET, (CLONE_THREAD,), True)],
-    "fcntl": [(2, JUMP_EQUAL, DESCRIPTORS, True)],
-    "ioctl": [(2, JUMP_EQUAL, TERMINALS, True)],
-    "prctl": [(0, JUMP_EQUAL, (PR_SET_NAME, PR_GET_NAME), True)],
-    "prlimit64": [(0, JUMP_SET, (EVERY_BIT,), False)],  # of no other process
+"""Word of the arguments (the lower half of argument i is word 2 i), JUMP_EQUAL or JUMP_SET, operands, and whether one is to match."""
+CONDITIONS: dict[str, Condition] = {
+    "open": (2, JUMP_SET, (WRITES,), False),
+    "openat": (4, JUMP_SET, (WRITES,), False),
+    "clone": (0, JUMP_SET, (CLONE_THREAD,), True),
+    "fcntl": (2, JUMP_EQUAL, DESCRIPTORS, True),
+    "ioctl": (2, JUMP_EQUAL, TERMINALS, True),
+    "prctl": (0, JUMP_EQUAL, (PR_SET_NAME, PR_GET_NAME), True),
+    "prlimit64": (0, JUMP_SET, (EVERY_BIT,), False),  # of no other process
 }
 
 CAPABILITIES = 0x20080522
@@ -105,7 +104,7 @@ def system_call_filter(machine: str) -> bytes:
     for name, numbers in CALLS.items():
         number = numbers[list(MACHINES).index(machine)]
         if number is not None:
-            body = [instruction for condition in CONDITIONS.get(name, []) for instruction in _refuse_unless(*condition)]
+            body = _refuse_unless(*CONDITIONS[name]) if name in CONDITIONS else []
             program += [(JUMP_EQUAL, 0, len(body) + 1, number), *body, (RETURN, 0, 0, ALLOW)]
     program += [(JUMP_GREATER_EQUAL, 0, 1, NEWEST), (RETURN, 0, 0, ERROR | errno.ENOSYS), (RETURN, 0, 0, ERROR | errno.EPERM)]
     return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
@@ -137,10 +136,8 @@ def confine(seconds: float, memory: int) -> None:
     buffer = ctypes.create_string_buffer(code, len(code))
     program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(buffer))
     libc = ctypes.CDLL(None, use_errno=True)
-    header, sets = (
-        (ctypes.c_uint32 * 2)(CAPABILITIES, 0),
-        (ctypes.c_uint32 * 6)(),
-    )  # effective, permitted, inheritable; then the upper halves
+    # Sets of rights: effective, permitted, inheritable, then the upper halves of all three.
+    header, sets = (ctypes.c_uint32 * 2)(CAPABILITIES, 0), (ctypes.c_uint32 * 6)()
     failed = libc.capget(header, sets)
     kept = sets[1] & READING
     if failed or libc.capset(header, (ctypes.c_uint32 * 6)(kept, kept)) or libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
@@ -156,6 +153,8 @@ def confine(seconds: float, memory: int) -> None:
 
 def load_function(where: str) -> Callable[..., Any]:
     """`FILE.py:NAME` or `MODULE:NAME`."""
+    import inspect  # takes longer than all that a program without a function needs
+
     source, _, name = where.rpartition(":")
     if source.endswith(".py"):
         spec = importlib.util.spec_from_file_location("reward", source)

@@ -1,8 +1,9 @@
 """Runs code that nobody has vouched for: in a process of its own, without network, children or files to write, within limits.
 
 What is held on Linux (x86-64, AArch64): only the system calls that `confined.CALLS` lists are there, so that the code can neither change a
-file nor another process, send signals, or leave anything behind; address space, processor and wall-clock time are limited, and with
-Landlock the memory and the environment of other processes cannot be read. Elsewhere only the limits hold.
+file nor another process, send signals, or leave anything behind; address space, processor and wall-clock time are limited; root has no more
+rights than to read files. With Landlock (Linux 5.13), memory and environment of other processes cannot be read. Elsewhere only the limits
+hold.
 
 What is not: the code reads every file that the user may read, though it can send it nowhere; threads and pipes take kernel memory
 that is not counted. And code that shares an interpreter with its tests can deceive them: with an object that equals everything,

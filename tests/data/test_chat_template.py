@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.config import UserError
 from shoal.data import Tokenizer, train_tokenizer
-from shoal.data.chat_template import BUILT_IN, built_in_template, encode_chat, render_chat
+from shoal.data.chat_template import BUILT_IN, built_in_template, encode_chat, encode_turns, render_chat
 from shoal.data.tokenizer import SPECIAL_TOKENS
 
 PLAIN = train_tokenizer(["the red fish swims over a blue reef {}[]<｜User｜> " * 20], 400)
@@ -44,3 +45,32 @@ def test_ordinary_conversations_are_encoded_as_written(name: str) -> None:
     assert text == render_chat(SPEAKERS[name], talk)
     assert "reef" not in text, "thoughts are dropped from what was said before"
     assert ids == SPEAKERS[name].encode(text, special=True)
+
+
+TURN = "{{ '<｜Assistant｜>' }}{% generation %}{{ m.content + eos_token }}{% endgeneration %}"
+AROUND = {
+    "plain": f"{{% for m in messages %}}{{% if m.role == 'assistant' %}}{TURN}{{% else %}}{{{{ m.content }}}}{{% endif %}}{{% endfor %}}",
+    "macro": f"{{% macro turn(m) %}}{TURN}{{% endmacro %}}{{% for m in messages %}}"
+    "{% if m.role == 'assistant' %}{{ turn(m) }}{% else %}{{ m.content }}{% endif %}{% endfor %}",
+    "block": f"{{% for m in messages %}}{{% if m.role == 'assistant' %}}{{% set turn %}}{TURN}{{% endset %}}{{{{ turn }}}}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("how", AROUND)
+@given(texts=st.lists(TEXTS, min_size=4, max_size=4))
+def test_what_the_model_writes_is_marked_wherever_the_template_holds_it(how: str, texts: list[str]) -> None:
+    tokenizer = Tokenizer(PLAIN.json, PLAIN.config, AROUND[how])
+    talk = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    pieces = encode_turns(tokenizer, talk)
+    written = [tokenizer.decode(ids, skip_special=False) for ids, is_written in pieces if is_written]
+    assert written == [f"{text}<｜end▁of▁sentence｜>" for text in texts[1::2]]
+    whole = render_chat(tokenizer, talk, add_generation_prompt=False)
+    assert tokenizer.decode([token for ids, _ in pieces for token in ids], skip_special=False) == whole
+
+
+@pytest.mark.parametrize("change", ["turn | trim", "turn | length", "turn[:3]"])
+def test_marks_that_the_template_works_on_are_refused(change: str) -> None:
+    template = AROUND["block"].replace("{{ turn }}", f"{{{{ {change} }}}}").replace("{{ '<｜Assistant｜>' }}", "")
+    with pytest.raises(UserError, match="changes what stands in"):
+        encode_turns(Tokenizer(PLAIN.json, PLAIN.config, template), [{"role": "assistant", "content": "  a reef "}])

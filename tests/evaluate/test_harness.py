@@ -51,6 +51,13 @@ def test_generation_stops_where_it_is_told(model: HarnessModel) -> None:
     assert cut == whole[: whole.index(whole[3:6])]
 
 
+def test_samples_of_one_prompt_differ_and_are_the_same_next_time(model: HarnessModel) -> None:
+    options = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.0}
+    samples = model.generate_until([ask("red fish", options)] * 4)
+    assert len(set(samples)) == 4
+    assert model.generate_until([ask("red fish", options)] * 4) == samples
+
+
 def test_it_registers_with_the_harness() -> None:
     pytest.importorskip("lm_eval")
     from lm_eval.api.registry import get_model

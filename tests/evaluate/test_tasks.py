@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,18 @@ def test_gsm8k_grades_the_number_and_nothing_that_was_cut_off(tmp_path: Path) ->
     assert task.grade(problem, sample("1004", finished=False)) == 0
 
 
+def test_what_is_tested_is_not_trained_on(tmp_path: Path) -> None:
+    rows = [{"question": f"What is {i % 30}?", "answer": f"#### {i % 30}"} for i in range(40)]
+    (tmp_path / "g.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = parse_task(f"gsm8k={tmp_path / 'g.jsonl'}", training=True)
+    tested = {problem.question for problem in task.problems("test", 0)}
+    trained = {problem.question for problem in islice(task.problems("train", 0), 100)}
+    assert len(tested) == 5
+    assert not tested & trained
+    assert len(tested | trained) == 30
+    assert len(list(parse_task(f"gsm8k={tmp_path / 'g.jsonl'}").problems("test", 0))) == 40, "evaluation asks the whole file"
+
+
 def test_humaneval_runs_the_function_in_both_styles(tmp_path: Path) -> None:
     row = {
         "prompt": "from typing import List\n\ndef total(xs: List[int]) -> int:\n    '''Sum.'''\n",
@@ -38,7 +51,11 @@ def test_humaneval_runs_the_function_in_both_styles(tmp_path: Path) -> None:
     (tmp_path / "h.jsonl").write_text(json.dumps(row) + "\n")
     task = parse_task(f"humaneval={tmp_path / 'h.jsonl'}")
     [problem] = task.problems("test", 0)
+    whole = row["prompt"] + "    return sum(xs)\n"
     assert task.grade(problem, sample("    return sum(xs)\n")) == 1
+    assert task.grade(problem, sample("    return sum(xs)\n", finished=False)) == 0
+    assert task.grade(problem, sample(f"<think>\nmaybe\n```python\n{whole}```\nor not")) == 0
+    assert task.grade(problem, sample(f"<think>\n```python\ndef total(xs): pass\n```</think>\n{whole}")) == 1
     assert task.grade(problem, sample("    return 0\n")) == 0
     assert task.grade(problem, sample("Sure:\n```python\ndef total(xs: List[int]) -> int:\n    return sum(xs)\n```")) == 1
     assert task.grade(problem, sample("    import sys; sys.exit(0)\n")) == 0

@@ -82,8 +82,9 @@ def test_the_kernel_is_its_reference(seed: int, size: int, window: int, tokens: 
     assert find_repeats(texts, numbers, fresh, window, REPEAT_LENGTHS).equal(expected)
 
 
-def test_packed_texts_are_searched_by_themselves() -> None:
-    texts = [[3, 4, 3, 4], [4, 3, 5], [3, 4, 4]]
+@settings(deadline=None)
+@given(st.lists(TEXT, min_size=2, max_size=4))
+def test_packed_texts_are_searched_by_themselves(texts: list[list[int]]) -> None:
     packed = torch.tensor([[token for text in texts for token in text]])
     begins = Documents.of([len(text) for text in texts]).positions == 0
     alone = [finder(9).find(torch.tensor([text]), None) for text in texts]

@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 
 from shoal.cli import main
+from shoal.config import UserError
+from shoal.data import Tokenizer
+from shoal.data.conversations import Conversation
+from shoal.post.dpo import last_answer
 
 
 @pytest.fixture
@@ -48,6 +52,30 @@ def test_the_preferred_answers_become_more_likely(
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)  # nothing has changed yet: no margin
     assert summary["margin"] > 0.05
     assert summary["accuracy"] > 0.9
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content + eos_token }}"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '\n' }}{% endfor %}"
+)
+TURNS = [("user", "red?"), ("assistant", "green fish"), ("user", "and?"), ("assistant", "blue")]
+
+
+def with_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
+    return Tokenizer(tokenizer.json, tokenizer.config, template)
+
+
+def test_the_last_answer_is_judged_whatever_the_template_writes_after_it(tokenizer: Tokenizer) -> None:
+    talk = Conversation([{"role": role, "content": content} for role, content in TURNS])
+    for template in (CHATML, CHATML.replace("{{ '\n' }}", "")):
+        text = last_answer(with_template(tokenizer, template), talk, "here")
+        assert tokenizer.decode(text.ids[text.learnt].tolist(), skip_special=False) == "blue<｜end▁of▁sentence｜>"
+
+
+def test_an_answer_of_which_nothing_is_learnt_is_refused(tokenizer: Tokenizer) -> None:
+    talk = Conversation([{"role": "assistant", "content": ""}])
+    with pytest.raises(UserError, match="here: the chat template marks nothing"):
+        last_answer(with_template(tokenizer, CHATML.replace("'<|' + m.role + '|>'", "''")), talk, "here")
 
 
 @pytest.mark.parametrize("row", [{"prompt": "a", "chosen": "b"}, {"prompt": 3, "chosen": "b", "rejected": "c"}, ["a"]])

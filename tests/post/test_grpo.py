@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +16,17 @@ from tests.engine.small_models import make_model
 from shoal.cli import main
 from shoal.config import EngineOptions, GRPOCommand, MachineOptions, TuneOptions, UserError
 from shoal.data import Tokenizer
+from shoal.data.chat_template import encode_chat
 from shoal.engine import load_plain
 from shoal.formats import complete_checkpoints, load_model
 from shoal.kernels.selection import BACKEND
+from shoal.post import rollouts
 from shoal.post.grpo import Run
 from shoal.post.losses import row_logprobs
 from shoal.post.packing import make_rows
 from shoal.post.problems import Problem, Split
 from shoal.post.rollouts import Sample, Sampler
+from shoal.post.tasks import prompt_of
 from shoal.post.tuning import load_trainable, with_chat_template
 from shoal.runtime import Machine
 
@@ -94,7 +100,10 @@ def test_what_is_rewarded_becomes_more_likely(trained: Path) -> None:
     assert max(row["mismatch"] for row in rows) < 1e-3
 
 
-def test_with_adapters_the_engine_samples_from_the_merged_weights(trained: Path) -> None:
+@pytest.mark.parametrize("runner", ["native", "torch"])
+def test_with_adapters_the_engine_samples_from_the_merged_weights(trained: Path, runner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if runner == "torch":
+        monkeypatch.setattr(rollouts, "BACKEND", replace(BACKEND, cpu=None))
     run, rows = steps_of(trained, TuneOptions(lr=5e-2, warmup=0, lora_rank=4), 4)
     assert max(p.abs().max() for name, p in run.model.named_parameters() if name.endswith("adapter_b")) > 1e-2
     assert max(row["mismatch"] for row in rows) < 1e-3
@@ -153,11 +162,66 @@ def test_a_single_problem_is_refused_before_anything_is_written(chat_model: Path
     assert not (tmp_path / "run").exists()
 
 
+SMALL = ["--prompts", "2", "--group", "2", "--max-tokens", "8", "--eval-problems", "2"]
+
+
+def test_prompts_that_leave_no_room_are_left_out(chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    questions = ["red", *["red fish swims over the reef " * 30] * 3, "blue"]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text, "answer": "blue"}) + "\n" for text in questions))
+    command = ["grpo", str(chat_model), "--data", str(tmp_path / "p.jsonl"), *SMALL, "--out", str(tmp_path / "run"), "--steps", "3"]
+    assert main(command) == 0
+    assert "3 problems of p.jsonl have 64 tokens or more and are left out" in capsys.readouterr().err
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text, "answer": "blue"}) + "\n" for text in questions[:4]))
+    assert main([*command, "--overwrite"]) == 2
+    assert "too few problems" in capsys.readouterr().err
+
+
+def test_a_mistyped_reward_is_refused_before_anything_is_written(chat_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"red {i}", "answer": "blue"}) + "\n" for i in range(9)))
+    (tmp_path / "mine.py").write_text("def reward(prompt, reply, answer):\n    return 1\n")
+    args = ["grpo", str(chat_model), "--data", str(tmp_path / "p.jsonl"), "--rewards", f"{tmp_path / 'mine.py'}:rewrad"]
+    assert main([*args, "--out", str(tmp_path / "run")]) == 2
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("every", ["0", "1"])
+def test_a_run_that_is_stopped_claims_no_evaluation_that_it_has_not_made(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: str
+) -> None:
+    step = Run.step
+
+    def stopping(run: Run, number: int) -> dict:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(run, number)
+
+    monkeypatch.setattr(Run, "step", stopping)
+    args = ["grpo", str(chat_model), "--tasks", "strings", *SMALL, "--out", str(tmp_path / "run"), "--steps", "9", "--eval-every", every]
+    assert main(args) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 1
+    assert summary["stopped"]
+    assert summary["before"]
+    assert (summary["after"] is None) == (every == "0")
+
+
+def test_a_thought_that_the_template_begins_belongs_to_the_reply(trained: Path) -> None:
+    run, _ = steps_of(trained, TuneOptions(), 0)
+    problem = Problem("What does <think> or <｜User｜> mean?", "", "")
+    for name, begun in (("r1", "<think>\n"), ("v3.1", "")):
+        tokenizer = with_chat_template(run.tokenizer, name)
+        prompt = prompt_of(tokenizer, run.tasks[0], problem)
+        assert prompt == encode_chat(tokenizer, [{"role": "user", "content": problem.question}])[1]
+        [[sample]] = run.sampler.sample([prompt], 1, 8, seed=0)
+        assert sample.text == begun + tokenizer.decode(sample.ids)
+
+
 def test_a_base_model_is_refused(trained: Path) -> None:
     assert main(["grpo", str(trained), "--tasks", "strings"]) == 2
 
 
-@pytest.mark.parametrize("changes", [{"group": 1}, {"prompts": 3, "updates": 2}, {"tasks": ()}, {"tune": TuneOptions(lr=-1)}])
+@pytest.mark.parametrize(
+    "changes", [{"group": 1}, {"prompts": 3, "updates": 2}, {"prompts": 1, "data": "x"}, {"tasks": ()}, {"tune": TuneOptions(lr=-1)}]
+)
 def test_options_that_cannot_work_are_refused(changes: dict) -> None:
     with pytest.raises(UserError):
         GRPOCommand("m", **{"tasks": ("strings",), **changes}).validate()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shoal.config import PolicyOptions
-from shoal.post.policy_loss import advantages, policy_loss
+from shoal.post.policy_loss import advantages, are_equal, policy_loss
 
 OPTIONS = PolicyOptions()
 
@@ -39,6 +41,15 @@ def test_advantages_are_centred_in_their_group_and_not_divided_unless_asked() ->
     rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
     assert advantages(rewards, False).tolist() == [[0.75, -0.25, -0.25, -0.25], [0, 0, 0, 0]]
     assert advantages(rewards, True)[0, 0] > 1.4
+
+
+@given(st.floats(-3, 3), st.integers(2, 16), st.booleans())
+def test_equal_rewards_teach_nothing(reward: float, size: int, divide: bool) -> None:
+    rewards = torch.tensor([[reward] * size, [*[reward] * (size - 1), reward + 1]])
+    assert are_equal(rewards).tolist() == [True, False]
+    worth = advantages(rewards, divide)
+    assert worth[0].count_nonzero() == 0
+    assert worth[1].count_nonzero() == size
 
 
 def test_off_policy_mask_takes_whole_bad_replies_that_the_policy_left_behind() -> None:

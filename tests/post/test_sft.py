@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shoal.cli import main
+from shoal.config import SFTCommand
 from shoal.data import Tokenizer
 from shoal.formats import load_model, locate_model
+from shoal.post.packing import Text
+from shoal.post.sft import Plan
 
 OPTIONS = ["--steps", "12", "--batch-tokens", "512", "--lr", "0.003", "--threads", "1", "--precision", "fp32", "--json"]
 
@@ -70,6 +78,22 @@ def test_esft_trains_experts_alone(trained: Path, conversations_file: Path, tmp_
     assert all(".mlp.experts." in name for name in names)
 
 
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=40), st.integers(1, 200), st.sampled_from([0.5, 1.0, 2.0, 2.5]))
+def test_every_conversation_is_seen_as_often_as_epochs_say(lengths: list[int], most: int, epochs: float) -> None:
+    texts = [Text(np.full(length + 1, i), np.ones(length + 1, bool)) for i, length in enumerate(lengths)]
+    plan = Plan(texts, SFTCommand("m", data=("x",), batch_tokens=most, epochs=epochs))
+    batches = list(plan.batches())
+    assert len(batches) == plan.steps
+    for batch in batches:
+        assert len(batch) == 1 or sum(text.length for text in batch) <= most
+        assert len({text.ids[0] for text in batch}) == len(batch)
+    counts = Counter(int(text.ids[0]) for batch in batches for text in batch)
+    assert counts.total() == max(1, round(epochs * len(texts)))
+    assert {counts[i] for i in range(len(texts))} <= {int(epochs), math.ceil(epochs)}
+    stopped = Plan(texts, SFTCommand("m", data=("x",), batch_tokens=most, steps=3))
+    assert len(list(stopped.batches())) == stopped.steps == 3
+
+
 def test_a_model_that_would_be_discarded_is_refused(chat_model: Path, conversations_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(chat_model.rglob("*"))
     for model in (chat_model, next((chat_model / "checkpoints").iterdir())):
@@ -93,6 +117,7 @@ def test_preview_marks_what_is_learnt(trained: Path, conversations_file: Path, c
         (["--data", "nowhere.jsonl"], "does not exist"),
         (["--data", "DATA", "--max-length", "2"], "no conversation fits"),
         (["--data", "DATA", "--esft-share", "0.5", "--lora-rank", "2"], "contradict"),
+        (["--data", "DATA", "--esft-share", "0.5", "--weight-decay", "0.1"], "leaves most experts"),
         (["--data", "DATA", "--chat-template", "nowhere.jinja"], "no chat template"),
         (["--data", "DATA", "--lora-rank", "100000"], "more than the width of the model"),
     ],

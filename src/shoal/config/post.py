@@ -78,7 +78,7 @@ class SFTCommand:
     """Times that every conversation is seen, unless --steps says when to stop."""
     steps: int | None = None
     batch_tokens: int = 16384
-    """Tokens of one update, about."""
+    """Tokens of one update, at most; a longer conversation makes one by itself."""
     max_length: int | None = None
     """Conversations with more tokens are left out. None: what the model can read."""
     val_fraction: float = 0.02
@@ -108,6 +108,8 @@ class SFTCommand:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be 0 or more and less than 1")
         if self.esft_share and self.tune.lora_rank:
             raise UserError("--esft-share and --lora-rank contradict each other: give one of them")
+        if self.esft_share and self.tune.weight_decay:
+            raise UserError("--esft-share leaves most experts as they are, and --weight-decay changes all of them: give one of the two")
 
 
 @dataclass
@@ -143,7 +145,8 @@ class GRPOCommand:
     folder: Annotated[RunFolderOptions, tyro.conf.arg(name="")] = field(default_factory=RunFolderOptions)
     machine: Annotated[MachineOptions, tyro.conf.arg(name="")] = field(default_factory=MachineOptions)
     tasks: tuple[str, ...] = ()
-    """arithmetic, countdown, sorting, strings (also NAME:DIFFICULTY or NAME:FROM-TO), gsm8k=FILE, humaneval=FILE."""
+    """arithmetic, countdown, sorting, strings (also NAME:DIFFICULTY or NAME:FROM-TO), gsm8k=FILE, humaneval=FILE; of a
+    file, one problem in eight is held out."""
     data: str | None = None
     """A JSON Lines or Parquet file of problems with `prompt` (or `question`) and `answer`; one in eight is held out."""
     rewards: tuple[str, ...] = ("exact",)
@@ -182,6 +185,9 @@ class GRPOCommand:
             raise UserError(f"--updates {self.updates} does not divide --prompts {self.prompts}: choose a divisor")
         if not self.tasks and self.data is None:
             raise UserError("there is nothing to learn: give --tasks NAME... or --data FILE")
+        sources = len(self.tasks) + (self.data is not None)
+        if self.prompts < sources:
+            raise UserError(f"--prompts is {self.prompts}: with {sources} tasks it must be at least that many")
         for name in ("eval_every", "save_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be 0 or more")

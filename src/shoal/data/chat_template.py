@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from .tokenizer import Tokenizer
 
 BUILT_IN = ("r1", "v3.1")
 THOUGHT_MARKS = ("<think>", "</think>")
+PRIVATE_USE = range(0xE000, 0xF900)
+"""Characters that nobody uses."""
 
 
 def render_chat(
@@ -36,19 +38,11 @@ def render_chat(
     `messages` and `tools` have OpenAI's shape; `variables` are what the template knows besides (`thinking` in DeepSeek-V3.1's).
     `encode_chat` gives its tokens as well. Raises `UserError` where there is no template or it refuses the conversation.
     """
-    return _render(tokenizer, messages, tools, add_generation_prompt, Track(), variables).text
-
-
-@dataclass
-class Track:
-    """What a template has written so far, and which parts of it are the model's."""
-
-    text: str = ""
-    spans: list[tuple[int, int]] = field(default_factory=list)
+    return _render(tokenizer, messages, tools, add_generation_prompt, ("", ""), variables)
 
 
 class Generation(Extension):
-    """`{% generation %}...{% endgeneration %}`: what the model writes. The text is the same as without."""
+    """`{% generation %}...{% endgeneration %}`: what the model writes, between the two marks that the variable `MARKS` holds."""
 
     tags = {"generation"}  # noqa: RUF012  a set in the class is how jinja2 wants it
 
@@ -59,15 +53,12 @@ class Generation(Extension):
         return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
 
     def _mark(self, context: jinja2.runtime.Context, caller: Callable[[], str]) -> str:
-        text = caller()
-        track = context.get(TRACK)
-        if text:
-            track.spans.append((len(track.text), len(track.text) + len(text)))
-        return text
+        (begin, end), text = context.get(MARKS), caller()
+        return f"{begin}{text}{end}" if text else ""
 
 
-TRACK = "__track"
-"""Name of the `Track` among the template's variables."""
+MARKS = "__marks"
+"""Name of two texts among the template's variables."""
 
 
 def _render(
@@ -75,9 +66,10 @@ def _render(
     messages: list[dict[str, Any]],
     tools: list[dict[str, Any]] | None,
     add_generation_prompt: bool,
-    track: Track,
+    marks: tuple[str, str],
     variables: dict[str, Any],
-) -> Track:
+) -> str:
+    """The text of a conversation, with `marks` around what the model writes."""
     if tokenizer.chat_template is None:
         raise UserError("this is a base model without a chat template: let it complete text instead")
 
@@ -85,19 +77,16 @@ def _render(
         raise UserError(f"the chat template refuses this conversation: {message}")
 
     try:
-        pieces = _compile(tokenizer.chat_template).generate(
+        return _compile(tokenizer.chat_template).render(
             messages=messages,
             tools=tools or None,
             add_generation_prompt=add_generation_prompt,
             raise_exception=raise_exception,
             bos_token=_special(tokenizer, tokenizer.bos_id),
             eos_token=_special(tokenizer, tokenizer.eos_id),
-            **{TRACK: track},
+            **{MARKS: marks},
             **variables,
         )
-        for piece in pieces:  # one after the other: a span begins where the text ends that was written before it
-            track.text += piece
-        return track
     except jinja2.TemplateError as error:
         raise UserError(f"the model's chat template cannot be used: {error}") from None
     except (TypeError, ValueError, KeyError, AttributeError, RecursionError, OverflowError) as error:
@@ -130,18 +119,21 @@ def encode_turns(
     also where the template does not mark what the model writes with `{% generation %}`.
     """
     messages, tools, mark = _broken_controls(tokenizer, messages, tools)
-    track = _render(tokenizer, messages, tools, False, Track(), variables)
-    if not track.spans:
+    text = _render(tokenizer, messages, tools, False, ("", ""), variables)
+    # Where an answer lies is told by marks around it, wherever the template holds it (macros, blocks) before it is written.
+    begin, end = (chr(code) for code in islice((code for code in PRIVATE_USE if chr(code) not in text), 2))
+    marked = _render(tokenizer, messages, tools, False, (begin, end), variables)
+    pieces = re.split(f"{begin}([^{begin}{end}]*){end}", marked)  # what the model writes at every other place
+    if "".join(pieces) != text:
+        raise UserError(
+            "the chat template changes what stands in its {% generation %} after that: put the change inside, and no other in it"
+        )
+    if len(pieces) == 1:
         raise UserError(
             "nothing in these conversations is marked as the model's: they need an answer, and the chat template "
             f"{{% generation %}} around it; --chat-template {' or '.join(BUILT_IN)} has it"
         )
-    pieces, at = [], 0
-    for start, end in track.spans:
-        pieces += [(track.text[at:start], False), (track.text[start:end], True)]
-        at = end
-    pieces.append((track.text[at:], False))
-    return [(_encode(tokenizer, text, mark), written) for text, written in pieces if text]
+    return [(_encode(tokenizer, piece, mark), i % 2 == 1) for i, piece in enumerate(pieces) if piece]
 
 
 def _broken_controls(
@@ -155,7 +147,7 @@ def _broken_controls(
     said = json.dumps([messages, tools], ensure_ascii=False)
     if not any(control in said for control in controls):
         return messages, tools, ""
-    mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in said)
+    mark = next(chr(code) for code in PRIVATE_USE if chr(code) not in said)
     own = {control for control in controls if control not in THOUGHT_MARKS}
     messages = [_broken_up(message, own if message.get("role") == "assistant" else controls, mark) for message in messages]
     return messages, _broken_up(tools, controls, mark), mark

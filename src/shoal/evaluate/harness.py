@@ -56,7 +56,7 @@ class HarnessModel:
     def generate_until(self, requests: Sequence[Instance], **_: Any) -> list[str]:
         """Of `(context, options)`: the text up to the first of `options["until"]`."""
         asked = []
-        for request in requests:
+        for number, request in enumerate(requests):
             context, options = request.args
             until = options.get("until", ())
             temperature = float(options.get("temperature", 0.0)) if options.get("do_sample", False) else 0.0
@@ -65,7 +65,7 @@ class HarnessModel:
                 temperature=temperature,
                 top_p=float(options.get("top_p", 1.0)),
                 stop=tuple(text for text in ([until] if isinstance(until, str) else until) if text),
-                seed=0,
+                seed=number,  # samples of one prompt are to differ
             )
             room = max(1, self.engine.context - sampling.max_tokens)
             asked.append(Request(self._start(context)[-room:], sampling))

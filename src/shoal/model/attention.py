@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..config import ModelConfig
 from .documents import Documents
-from .layers import LinearFactory, RMSNorm, TokenTable
+from .layers import Linear, LinearFactory, RMSNorm, TokenTable
 from .rope import softmax_scale
 
 LATENT_NORM_EPS = 1e-6
@@ -123,7 +123,8 @@ class MLA(nn.Module):
 
     def absorbed(self, query: Tensor, cached: Tensor, mask: Tensor) -> Tensor:
         """Attention over `cached [B, S, R + P]` where `mask [B, 1, T, S]` is true; `[B, T, H * V]`."""
-        up = self.kv_b_proj.get_parameter("weight").unflatten(0, (self.heads, self.nope + self.value)).to(query.dtype)  # [H, N + V, R]
+        assert isinstance(self.kv_b_proj, Linear)
+        up = self.kv_b_proj.matrix().unflatten(0, (self.heads, self.nope + self.value)).to(query.dtype)  # [H, N + V, R]
         up_key, up_value = up.split([self.nope, self.value], dim=1)
         query_latent = torch.einsum("bthn,hnr->bhtr", query[..., : self.nope], up_key)
         query_rope = query[..., self.nope :].transpose(1, 2)  # [B, H, T, P]

@@ -19,6 +19,10 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.weight, self.bias)
 
+    def matrix(self) -> Tensor:
+        """What `forward` multiplies with, for those that multiply with parts of it."""
+        return self.weight
+
 
 def plain_linear(in_features: int, out_features: int, bias: bool = False) -> nn.Module:
     return Linear(in_features, out_features, bias=bias)

@@ -23,6 +23,8 @@ START = (1.0, 0.5, 1.5)
 """How much of the bonus `ONCE`, `OTHERWISE` and `AGAIN` begin with."""
 NOTHING = -1
 """In place of a token where the text has not begun."""
+APART = 2**32
+"""More than there are tokens."""
 
 
 class Repeats(nn.Module):
@@ -64,5 +66,8 @@ def find_repetitions(ids: Tensor, before: Tensor | None, end: int | None, window
     ends = (ended if end is None else ended | (text == end)).long()
     number = ends.cumsum(1) - ends
     if begins is not None:
-        number = number + begins.cumsum(1)
-    return kernels.find_repeats(text, number, ids.shape[1], window, REPEAT_LENGTHS)
+        # Every packed text gets tokens of its own: a run of tokens that reached back into the text before it equals no other.
+        text = text + begins.cumsum(1) * APART
+    found = kernels.find_repeats(text, number, ids.shape[1], window, REPEAT_LENGTHS)
+    found[..., 0] %= APART
+    return found

@@ -28,6 +28,9 @@ class AdaptedLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + self.adapter_scale * ((x @ self.adapter_a.T) @ self.adapter_b.T)
 
+    def matrix(self) -> Tensor:
+        return self.weight + self.adapter_scale * (self.adapter_b @ self.adapter_a)
+
 
 class AdaptedExperts(Experts):
     """Routed experts with an adapter for each of their matrices."""
@@ -77,9 +80,9 @@ def is_adapted(model: nn.Module) -> bool:
 
 def merged_weight(module: nn.Module, name: str) -> Tensor:
     """A weight of a module with its adapter added, if it has one; without gradient."""
-    weight = getattr(module, name).detach()
     if isinstance(module, AdaptedLinear) and name == "weight":
-        return weight + module.adapter_scale * (module.adapter_b @ module.adapter_a).detach()
+        return module.matrix().detach()
+    weight = getattr(module, name).detach()
     if isinstance(module, AdaptedExperts) and name in PARTS:
         return weight + module.adapter_scale * (getattr(module, f"{name}_b") @ getattr(module, f"{name}_a")).detach()
     return weight

@@ -74,7 +74,8 @@ def run_dpo(command: DPOCommand) -> dict[str, Any]:
     save(folder, done, model, tokenizer)
     summary = {
         "steps": done, "pairs": len(pairs), "seconds": round(time.perf_counter() - began, 2), "folder": str(folder.path),
-        "loss": row["loss"], "accuracy": row["accuracy"], "margin": row["margin"], "peak_memory": peak_memory(machine.device),
+        "loss": row["loss"], "accuracy": row["accuracy"], "margin": row["margin"], "stopped": stop.asked,
+        "peak_memory": peak_memory(machine.device),
     }  # fmt: skip
     folder.write_json("summary.json", summary)
     return summary
@@ -97,11 +98,12 @@ def read(tokenizer: Tokenizer, command: DPOCommand, longest: int) -> list[Pair]:
 
 
 def last_answer(tokenizer: Tokenizer, conversation: Conversation, place: str) -> Text:
-    """Only the last answer is judged: what was said before is the same in both."""
+    """Only the last answer is judged: what was said before is the same in both. The template may write something after it."""
     example = tokenize(tokenizer, conversation, place)
-    ends = np.flatnonzero(~example.written)
-    learnt = example.written & (np.arange(len(example.ids)) > (ends[-1] if len(ends) else -1))
-    return Text(example.ids, learnt)
+    if not example.written[1:].any():
+        raise UserError(f"{place}: the chat template marks nothing of an answer as the model's that follows a prompt: check both")
+    breaks = np.cumsum(~example.written)
+    return Text(example.ids, example.written & (breaks == breaks[example.written].max()))
 
 
 def refer(model: Transformer, machine: Machine, pairs: Sequence[Pair], command: DPOCommand) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..config import UserError
 from ..data.readers import read_rows
-from .problems import HELD_OUT, Problem, Split
+from .problems import HELD_OUT, Problem, Split, after_thought
 from .rewards import CODE_LIMITS, Judge, code_in, numeric
 from .rollouts import Sample
 from .sandbox import runs_to_end
@@ -19,32 +19,51 @@ STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")
 
 
 class FileTask:
-    """Rows of a file as problems: evaluation asks them in their order, training shuffles them anew every time."""
+    """Rows of a file as problems: evaluation asks them in their order, training shuffles them anew every time.
+
+    `training`: one row in `HELD_OUT` is kept for tests, the first among them; otherwise all rows are.
+    """
 
     continues = False
     """Whether the question is text to be continued, not a message to be answered."""
     stops: tuple[str, ...] = ()
 
-    def __init__(self, name: str, path: str) -> None:
-        self.name = name
+    def __init__(self, name: str, path: str, training: bool = False) -> None:
+        self.name, self._training = name, training
         file = Path(path).expanduser()
         if not file.is_file():
             raise UserError(f"{path} of task {name} is not a file: name a JSON Lines or Parquet file")
         self.rows = [self.problem(row, place) for place, row in read_rows(file)]
         if not self.rows:
             raise UserError(f"{path} of task {name} holds no problems")
+        self._refuse_too_few()
 
     def problem(self, row: Any, place: str) -> Problem:
         raise NotImplementedError
 
     def problems(self, split: Split, seed: int) -> Iterator[Problem]:
-        """All rows: a file belongs to the split that it is named for."""
+        """See `FileTask`; no question is in both splits."""
         if split == "test":
-            yield from self.rows
+            yield from self.rows[::HELD_OUT] if self._training else self.rows
             return
-        rng = random.Random(f"{self.name} {seed}")
+        rng, rows = random.Random(f"{self.name} {seed}"), self._learnt()
         while True:
-            yield from rng.sample(self.rows, len(self.rows))
+            yield from rng.sample(rows, len(rows))
+
+    def leave_out(self, problems: Sequence[Problem]) -> None:
+        """Forget some. Raises `UserError` where too few are left."""
+        unwanted = set(problems)
+        self.rows = [row for row in self.rows if row not in unwanted]
+        self._refuse_too_few()
+
+    def _learnt(self) -> list[Problem]:
+        """What is not kept for tests, though it may stand in the file twice."""
+        kept = {row.key for row in self.rows[::HELD_OUT]}
+        return [row for row in self.rows if row.key not in kept]
+
+    def _refuse_too_few(self) -> None:
+        if self._training and not self._learnt():
+            raise UserError(f"{self.name} has too few problems that the model can read: give at least two, as one is kept for tests")
 
     def grade(self, problem: Problem, sample: Sample) -> float:
         raise NotImplementedError
@@ -73,7 +92,10 @@ class HumanEval(FileTask):
 
     def grade(self, problem: Problem, sample: Sample) -> float:
         prompt, entry = map(str, problem.facts)
-        said = code_in(sample.text)
+        answer = after_thought(sample.text) if sample.finished else None
+        if answer is None:
+            return 0.0
+        said = code_in(answer)
         # A chat model writes the whole function, a base model goes on in it. The prompt's imports and helpers hold for both.
         program = f"{prompt}    pass\n\n{said}" if f"def {entry}(" in said else prompt + said
         return float(runs_to_end(f"{program}\n\n{problem.answer}", CODE_LIMITS))
@@ -83,20 +105,8 @@ class Rewarded(FileTask):
     """`prompt` (or `question`) and `answer` of a file, judged by rewards."""
 
     def __init__(self, name: str, path: str, judge: Judge) -> None:
-        super().__init__(name, path)
-        if len(self.rows) < 2:
-            raise UserError(f"{path} holds a single problem: give at least two, as one is kept for tests")
+        super().__init__(name, path, training=True)
         self.judge = judge
-
-    def problems(self, split: Split, seed: int) -> Iterator[Problem]:
-        """One row in `HELD_OUT` is kept for tests, the first among them."""
-        rows = [row for index, row in enumerate(self.rows) if (index % HELD_OUT == 0) == (split == "test")]
-        if split == "test":
-            yield from rows
-            return
-        rng = random.Random(f"{self.name} {seed}")
-        while True:
-            yield from rng.sample(rows, len(rows))
 
     def problem(self, row: Any, place: str) -> Problem:
         name = "question" if isinstance(row, dict) and "question" in row else "prompt"

@@ -27,10 +27,10 @@ from ..runtime import Machine, peak_memory
 from ..train.metrics import MetricsLog
 from ..train.run_folder import RunFolder
 from ..train.signals import StopRequest
-from .file_tasks import Rewarded
+from .file_tasks import FileTask, Rewarded
 from .losses import row_logprobs
 from .packing import Row, Text, best_fit, make_row
-from .policy_loss import advantages, policy_loss
+from .policy_loss import advantages, are_equal, policy_loss
 from .problems import Problem
 from .progress import Progress
 from .reference import Reference
@@ -51,22 +51,31 @@ class Episode:
 def run_grpo(command: GRPOCommand) -> dict[str, Any]:
     """Train as asked; figures go to the run folder, progress to stderr. Returns the summary."""
     command.validate()
-    tasks = [parse_task(text) for text in command.tasks]
-    judge = Judge(command.rewards)
-    if command.data is not None:
-        tasks.append(Rewarded(Path(command.data).name, command.data, judge))
-    if command.prompts < len(tasks):
-        raise UserError(f"--prompts is {command.prompts}: with {len(tasks)} tasks it must be at least that many")
-    plain = load_trainable(command.model, command.machine, command.tune)
-    if plain.tokenizer.chat_template is None:
-        raise UserError(f"{command.model} is a base model without a chat template: fine-tune it with shoal sft first")
-    folder = open_run(command.folder, "grpo", command.model)
-    folder.write_json("run.json", {"requested": dataclasses.asdict(command), "precision": plain.machine.precision})
-    with judge:
+    tasks = [parse_task(text, training=True) for text in command.tasks]
+    with Judge(command.rewards) as judge:
+        if command.data is not None:
+            tasks.append(Rewarded(Path(command.data).name, command.data, judge))
+        plain = load_trainable(command.model, command.machine, command.tune)
+        if plain.tokenizer.chat_template is None:
+            raise UserError(f"{command.model} is a base model without a chat template: fine-tune it with shoal sft first")
+        leave_out_long_prompts(tasks, plain.tokenizer, plain.model.config.max_position_embeddings)
+        folder = open_run(command.folder, "grpo", command.model)
+        folder.write_json("run.json", {"requested": dataclasses.asdict(command), "precision": plain.machine.precision})
         summary = Run(command, tasks, plain.model, plain.tokenizer, plain.machine).train(folder)
     for reason, count in judge.failures.items():
         print(f"{count:,} rewards were lost: {reason}", file=sys.stderr)
     return summary
+
+
+def leave_out_long_prompts(tasks: Sequence[Task], tokenizer: Tokenizer, context: int) -> None:
+    """Forget problems of files whose prompt leaves no room for a reply; they are counted on stderr."""
+    for task in tasks:
+        if not isinstance(task, FileTask):
+            continue
+        too_long = [problem for problem in task.rows if len(prompt_of(tokenizer, task, problem)) >= context]
+        if too_long:
+            print(f"{len(too_long):,} problems of {task.name} have {context:,} tokens or more and are left out", file=sys.stderr)
+            task.leave_out(too_long)
 
 
 class Run:
@@ -85,14 +94,14 @@ class Run:
         """Take all steps, evaluate, save; returns the summary."""
         command = self.command
         before = self.evaluate()
-        scores = before
+        scores: list[Score] | None = None
         began = time.perf_counter()
         done = 0
         with folder.held(), MetricsLog(folder.path, False) as log, Progress(command.steps) as progress, StopRequest() as stop:
             log.write({"step": 0, "scores": [score.row() for score in before]})
             for step in range(1, command.steps + 1):
                 row = {"step": step} | self.step(step) | {"seconds": round(time.perf_counter() - began, 2)}
-                last = step == command.steps
+                scores, last = None, step == command.steps
                 if command.eval_every and (step % command.eval_every == 0 or last):
                     scores = self.evaluate()
                     row["scores"] = [score.row() for score in scores]
@@ -103,14 +112,14 @@ class Run:
                     break
                 if command.save_every and step % command.save_every == 0 and not last:
                     save(folder, step, self.model, self.tokenizer)
-        if not command.eval_every:
+        if scores is None and not stop.asked:
             scores = self.evaluate()
         finish(self.model, command.tune)
         save(folder, done, self.model, self.tokenizer)
         summary = {
             "steps": done, "seconds": round(time.perf_counter() - began, 2), "folder": str(folder.path),
-            "before": [score.row() for score in before], "after": [score.row() for score in scores],
-            "peak_memory": peak_memory(self.machine.device),
+            "before": [score.row() for score in before], "after": None if scores is None else [score.row() for score in scores],
+            "stopped": stop.asked, "peak_memory": peak_memory(self.machine.device),
         }  # fmt: skip
         folder.write_json("summary.json", summary)
         return summary
@@ -133,7 +142,8 @@ class Run:
         seed = command.tune.seed * 1_000_000 + step
         groups = self.sampler.sample(prompts, command.group, command.max_tokens, seed, experts=command.routing_replay)
         sampled = time.perf_counter()
-        rewards = torch.tensor([[task.grade(problem, s) for s in group] for (task, problem), group in zip(asked, groups, strict=True)])
+        grades = [[task.grade(problem, sample) for sample in group] for (task, problem), group in zip(asked, groups, strict=True)]
+        rewards = torch.tensor(grades, dtype=torch.float64)
         graded = time.perf_counter()
         row = self._describe(groups, rewards)
         worth = advantages(rewards, command.policy.divide_by_std)
@@ -168,7 +178,7 @@ class Run:
             "reward": float(rewards.mean()),
             "length": mean([len(sample.ids) for sample in samples]),
             "finished": mean([float(sample.finished) for sample in samples]),
-            "decided": float((rewards.std(1) == 0).float().mean()),  # groups that teach nothing: all replies are worth the same
+            "decided": float(are_equal(rewards).float().mean()),
             "by_task": {task.name: float(rewards[i :: len(self.tasks)].mean()) for i, task in enumerate(self.tasks)},
         }
 

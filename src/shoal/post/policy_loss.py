@@ -15,10 +15,21 @@ from torch import Tensor
 from ..config import PolicyOptions
 
 
+def are_equal(rewards: Tensor) -> Tensor:
+    """Groups that teach nothing, as all of their replies are worth the same: `[groups, G]` -> `[groups]` bool."""
+    return rewards.amax(1) == rewards.amin(1)
+
+
 def advantages(rewards: Tensor, divide_by_std: bool) -> Tensor:
-    """Reward above the mean of its group, `[groups, G]` -> the same; also in units of the group's deviation if asked for."""
+    """Reward above the mean of its group, `[groups, G]` -> the same in fp32; also in units of the group's deviation if asked for.
+
+    In fp64, as the difference between nearly equal rewards may be all that there is; what is left of equal ones is rounding.
+    """
+    rewards = rewards.double()
     centred = rewards - rewards.mean(1, keepdim=True)
-    return centred / (rewards.std(1, keepdim=True) + 1e-6) if divide_by_std else centred
+    if divide_by_std:
+        centred = centred / (rewards.std(1, keepdim=True) + 1e-6)
+    return centred.masked_fill(are_equal(rewards).unsqueeze(1), 0.0).float()
 
 
 @dataclass

@@ -78,12 +78,16 @@ def problems(environment: Environment, split: Split, seed: int, difficulties: ra
         yield problem
 
 
-def answer_of(reply: str) -> str | None:
+def after_thought(reply: str) -> str | None:
     """What a reply says after its thought; None where the thought does not end."""
     _, end, answer = reply.rpartition("</think>")
-    if not end and "<think>" in reply:
-        return None
-    return answer.strip()
+    return None if not end and "<think>" in reply else answer
+
+
+def answer_of(reply: str) -> str | None:
+    """The same without the space around it."""
+    answer = after_thought(reply)
+    return None if answer is None else answer.strip()
 
 
 def with_thought(thought: str, answer: str) -> str:

@@ -1,7 +1,8 @@
 """Rewards: how much a reply is worth, as plain functions `(prompt, reply, answer) -> float`.
 
-`prompt` is the question, `reply` all that the model wrote, its thought included, `answer` the reference that came with the
-question. A user's own function has the same three arguments and is named as `FILE.py:NAME` or `MODULE:NAME`; see `Judge`.
+`prompt` is the question, `reply` all that the model wrote, its thought included (from `<think>` on, also where the template begins it),
+`answer` the reference that came with the question. A user's own function has the same three arguments and is named as `FILE.py:NAME` or
+`MODULE:NAME`; see `Judge`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ from .sandbox import Function, Limits, runs_to_end
 
 Reward = Callable[[str, str, str], float]
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
-BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?")
+"""A minus that follows a digit or a bracket subtracts."""
+SUM = re.compile(r"(?:[\d\s,+\-*/×·÷=)%]|\((?!\s*=)|\.\d)+")
+FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+DECORATION = re.compile(r"\\?\$|\\[,!;]")
+BOXED = "\\boxed{"
 FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 SHAPE = re.compile(r"\s*<think>.+</think>\s*\S.*", re.DOTALL)
 SAID = re.compile(r"####\s*(.+)|answer is:?\s*(.+)", re.IGNORECASE)
@@ -73,17 +78,34 @@ REWARDS: dict[str, Reward] = {
 
 def number_in(text: str) -> Fraction | None:
     """The number that a text gives as its answer; None if there is none."""
-    boxed = BOXED.findall(text)
+    text = DECORATION.sub("", text.replace("\N{MINUS SIGN}", "-").replace("{,}", ","))
+    text = FRACTION.sub(r"\1/\2", text)
     said = SAID.findall(text)
-    for place in (boxed[-1:], ["".join(said[-1])] if said else [], [text]):
-        if place and (found := NUMBER.findall(place[0])):
-            # What a place names, comes first in it; of a whole text the last number counts.
-            number = found[-1] if place[0] is text else found[0]
-            try:
-                return Fraction(number.replace(",", ""))
-            except (ValueError, ZeroDivisionError):
-                return None
-    return None
+    for place in (_boxed(text), "".join(said[-1]) if said else ""):
+        if found := NUMBER.search(place):
+            # What a place names, comes first in it; of a sum that is worked out there, the result.
+            worked_out = SUM.match(place, found.start())
+            results = NUMBER.findall(worked_out[0].rpartition("=")[2]) if worked_out else []
+            return _fraction(results[0] if len(results) == 1 else found[0])
+    numbers = NUMBER.findall(text)
+    return _fraction(numbers[-1]) if numbers else None
+
+
+def _boxed(text: str) -> str:
+    """What stands in the last `\\boxed{...}`, braces in it paired; nothing where there is none."""
+    rest, depth = text.rpartition(BOXED)[2] if BOXED in text else "", 1
+    for i, character in enumerate(rest):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return rest[:i]
+    return ""
+
+
+def _fraction(number: str) -> Fraction | None:
+    try:
+        return Fraction(number.replace(",", ""))
+    except (ValueError, ZeroDivisionError):
+        return None
 
 
 def code_in(text: str) -> str:
@@ -119,6 +141,10 @@ class Judge:
             self._parts.append((weight, REWARDS[name] if name in REWARDS else Function(name, FUNCTION_LIMITS)))
 
     def __enter__(self) -> Judge:
+        """Users' functions are loaded. Raises `UserError` on the first that cannot be."""
+        for _, part in self._parts:
+            if isinstance(part, Function):
+                part.load()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -7,6 +7,7 @@ computes with the trainer's modules themselves.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,8 @@ from ..runtime import Machine
 from .adapters import merged_weight
 from .packing import Text
 
+THOUGHT_BEGUN = re.compile(r"<think>\s*$")
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -40,6 +43,7 @@ class Sample:
     experts: np.ndarray | None
     """`[MoE layers, len(prompt) + len(ids) - 1, K]`: who computed every token that was read; None for dense models."""
     text: str
+    """Of the reply; behind the `<think>` with which the template may have begun it."""
     finished: bool
     """False where it was cut off."""
 
@@ -142,12 +146,21 @@ def draw(
     ]
     results = engine.run(requests)
     groups = [results[i : i + group] for i in range(0, len(results), group)]
+    assert engine.tokenizer is not None
+    begun = [thought_begun(engine.tokenizer, prompt) for prompt in prompts]
     return [
-        [_sample(list(prompt), result, members[0], experts) for result in members] for prompt, members in zip(prompts, groups, strict=True)
+        [_sample(list(prompt), text, result, members[0], experts) for result in members]
+        for prompt, text, members in zip(prompts, begun, groups, strict=True)
     ]
 
 
-def _sample(prompt: list[int], result: Result, first: Result, with_experts: bool) -> Sample:
+def thought_begun(tokenizer: Tokenizer, prompt: Sequence[int]) -> str:
+    """The `<think>` and space that a prompt ends with; nothing where it ends otherwise."""
+    found = THOUGHT_BEGUN.search(tokenizer.decode(prompt[-16:], skip_special=False))
+    return found[0] if found else ""
+
+
+def _sample(prompt: list[int], begun: str, result: Result, first: Result, with_experts: bool) -> Sample:
     experts = None
     if with_experts:
         read = first.prompt.experts
@@ -155,4 +168,4 @@ def _sample(prompt: list[int], result: Result, first: Result, with_experts: bool
         answered = [token.experts for token in result.tokens[1:]]
         experts = np.concatenate([read, np.stack(answered, 1)], 1) if answered else read  # type: ignore[arg-type]
     logprobs = np.array([token.logprob for token in result.tokens], np.float32)
-    return Sample(prompt, result.ids, logprobs, experts, result.text, result.finish_reason == "stop")
+    return Sample(prompt, result.ids, logprobs, experts, begun + result.text, result.finish_reason == "stop")

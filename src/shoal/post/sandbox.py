@@ -1,4 +1,15 @@
-"""Runs code that nobody has vouched for: in a process of its own, without network, children or files to write, within limits."""
+"""Runs code that nobody has vouched for: in a process of its own, without network, children or files to write, within limits.
+
+What is held on Linux (x86-64, AArch64): only the system calls that `confined.CALLS` lists are there, so that the code can neither change a
+file nor another process, send signals, or leave anything behind; address space, processor and wall-clock time are limited; root has no more
+rights than to read files. With Landlock (Linux 5.13), memory and environment of other processes cannot be read. Elsewhere only the limits
+hold.
+
+What is not: the code reads every file that the user may read, though it can send it nowhere; threads and pipes take kernel memory
+that is not counted. And code that shares an interpreter with its tests can deceive them: with an object that equals everything,
+or by doing what `confined.py` does when it reports an end that was not reached. What it is to report is in no variable and no
+memory of that process until then, but waits in a pipe that can be read. Look at what a policy writes before its rewards are believed.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from ..config import UserError
 
 CHILD = Path(__file__).with_name("confined.py")
 START_SECONDS = 60.0
@@ -86,7 +99,8 @@ class _Child:
 def runs_to_end(code: str, limits: Limits) -> bool:
     """Whether a Python program gets to its end without an error and within the limits."""
     secret = secrets.token_hex(16)
-    child = _Child({"code": code, "secret": secret, "seconds": limits.seconds, "memory": limits.memory})
+    child = _Child({"code": code, "seconds": limits.seconds, "memory": limits.memory})
+    child.tell(secret)
     try:
         return child.answer(limits.seconds) == secret
     finally:
@@ -108,26 +122,29 @@ class Function:
             self._child.kill()
             self._child = None
 
+    def load(self) -> None:
+        """Start the process that waits for calls. Raises `UserError` where it has no such function."""
+        # Processor time is counted over all calls, so it is the time of each that is watched from outside.
+        orders = {"function": self._where, "seconds": 10**6, "memory": self._limits.memory}
+        child = _Child(orders)
+        answer = child.answer(START_SECONDS)
+        if answer != "ready":
+            child.kill()
+            reason = answer if isinstance(answer, str) else f"it ends, or takes more than {START_SECONDS:g} s"
+            raise UserError(f"reward {self._where} cannot be loaded: {reason}; a function of (prompt, reply, answer) is expected")
+        self._child = child
+
     def call(self, **arguments: str) -> float | str:
         """Its result; or, in words, why there is none."""
-        child = self._ready()
-        if child is None:
-            return f"{self._where} cannot be loaded"
-        child.tell(arguments)
-        answer = child.answer(self._limits.seconds)
+        if self._child is None:  # not yet, or no longer
+            try:
+                self.load()
+            except UserError as error:
+                return str(error)
+        assert self._child is not None
+        self._child.tell(arguments)
+        answer = self._child.answer(self._limits.seconds)
         if isinstance(answer, float | str):
             return answer
         self.__exit__(None, None, None)
         return f"no result within {self._limits.seconds:g} s and {self._limits.memory >> 20} MiB"
-
-    def _ready(self) -> _Child | None:
-        """The process that waits for calls: a new one where the last was killed."""
-        if self._child is None:
-            # Processor time is counted over all calls, so it is the time of each that is watched from outside.
-            orders = {"function": self._where, "seconds": 10**6, "memory": self._limits.memory}
-            child = _Child(orders)
-            if child.answer(START_SECONDS) != "ready":
-                child.kill()
-                return None
-            self._child = child
-        return self._child

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from itertools import chain, count, islice
 from typing import Any
 
 from ..config import SFTCommand, UserError
@@ -63,7 +63,8 @@ def run_sft(command: SFTCommand) -> dict[str, Any]:
     save(folder, done, model, tokenizer)
     summary = {
         "steps": done, "tokens": seen, "seconds": round(time.perf_counter() - began, 2), "folder": str(folder.path),
-        "conversations": len(training), "val_loss_before": before, "val_loss": after, "peak_memory": peak_memory(machine.device),
+        "conversations": len(training), "val_loss_before": before, "val_loss": after, "stopped": stop.asked,
+        "peak_memory": peak_memory(machine.device),
     }  # fmt: skip
     folder.write_json("summary.json", summary)
     return summary
@@ -99,31 +100,35 @@ def split(texts: list[Text], command: SFTCommand) -> tuple[list[Text], list[Text
 
 
 class Plan:
-    """Which texts make up every update: about `batch_tokens` of them, in an order that depends on the seed."""
+    """Which texts make up every update: at most `batch_tokens` (or one longer text), in an order that depends on the seed."""
 
     def __init__(self, texts: list[Text], command: SFTCommand) -> None:
         self._texts, self._command = texts, command
-        tokens = sum(text.length for text in texts)
-        self.steps = command.steps or max(1, math.ceil(command.epochs * tokens / command.batch_tokens))
+        self.steps = command.steps or sum(1 for _ in self.batches())
 
     def batches(self) -> Iterator[list[Text]]:
-        """`steps` of them; every text is seen once before any is seen again."""
-        source = self._endless()
-        text = next(source)
-        for _ in range(self.steps):
-            batch, size = [text], text.length
-            while size + (text := next(source)).length <= self._command.batch_tokens:
-                batch.append(text)
-                size += text.length
-            yield batch
+        """`steps` of them. Epochs are cut one by one: every text is seen once before any is seen again."""
+        command, texts = self._command, self._texts
+        if command.steps:
+            yield from islice(chain.from_iterable(self._epoch(number, len(texts)) for number in count()), command.steps)
+            return
+        left = max(1, round(command.epochs * len(texts)))
+        for number, first in enumerate(range(0, left, len(texts))):
+            yield from self._epoch(number, min(left - first, len(texts)))
 
-    def _endless(self) -> Iterator[Text]:
-        epoch = 0
-        while True:
-            order = list(range(len(self._texts)))
-            random.Random(f"{self._command.tune.seed} {epoch}").shuffle(order)
-            yield from (self._texts[i] for i in order)
-            epoch += 1
+    def _epoch(self, number: int, size: int) -> Iterator[list[Text]]:
+        """The first `size` texts of an epoch in batches."""
+        order = list(range(len(self._texts)))
+        random.Random(f"{self._command.tune.seed} {number}").shuffle(order)
+        batch: list[Text] = []
+        tokens = 0
+        for text in (self._texts[i] for i in order[:size]):
+            if batch and tokens + text.length > self._command.batch_tokens:
+                yield batch
+                batch, tokens = [], 0
+            batch.append(text)
+            tokens += text.length
+        yield batch
 
 
 def rows_of(texts: Sequence[Text], command: SFTCommand, model: Transformer) -> list[Row]:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from ..config import UserError
 from ..data import Tokenizer
-from ..data.chat_template import render_chat
+from ..data.chat_template import encode_chat
 from ..engine import Engine
 from .environments import ENVIRONMENTS
 from .file_tasks import GSM8K, FileTask, HumanEval
@@ -56,11 +56,14 @@ class EnvironmentTask:
         return 0.0 if answer is None else self.environment.grade(problem, answer)
 
 
-def parse_task(text: str) -> Task:
-    """`NAME`, `NAME:DIFFICULTY` or `NAME:FROM-TO` of an environment, `gsm8k=FILE` or `humaneval=FILE`; else `UserError`."""
+def parse_task(text: str, training: bool = False) -> Task:
+    """`NAME`, `NAME:DIFFICULTY` or `NAME:FROM-TO` of an environment, `gsm8k=FILE` or `humaneval=FILE`; else `UserError`.
+
+    `training`: a file's problems are divided, see `FileTask`.
+    """
     name, is_file, path = text.partition("=")
     if is_file and name in FILES:
-        return FILES[name](name, path)
+        return FILES[name](name, path, training)
     match = SPEC.fullmatch(text)
     if match is None or match[1] not in ENVIRONMENTS:
         known = ", ".join([*ENVIRONMENTS, *(f"{name}=FILE" for name in FILES)])
@@ -77,7 +80,7 @@ def parse_task(text: str) -> Task:
 def prompt_of(tokenizer: Tokenizer, task: Task, problem: Problem) -> list[int]:
     """The question up to where the model begins to write: a chat, or plain text for a base model."""
     if tokenizer.chat_template is not None:
-        return tokenizer.encode(render_chat(tokenizer, [{"role": "user", "content": problem.question}]), special=True)
+        return encode_chat(tokenizer, [{"role": "user", "content": problem.question}])[1]
     text = problem.question if task.continues else f"{problem.question}\n"
     return tokenizer.encode(text, bos=True)
 

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ...config import (
     TuneOptions,
 )
 from ...engine import Engine, load
+from ...formats.locate import locate_model
 from ...train import train
 from ...train.run_folder import RunFolder, new_run
 from ..grpo import run_grpo
@@ -45,7 +47,7 @@ SAMPLES = 2
 
 def run_recipe(command: ReasoningCommand) -> dict[str, Any]:
     """All stages; figures go to the run folder, what happens to stderr, the outcome to stdout. Returns the summary."""
-    command.validate()
+    refuse_what_cannot_work(command)
     began = time.perf_counter()
     folder = new_run(command.folder, "reasoning")
     folder.write_json("run.json", {"requested": dataclasses.asdict(command)})
@@ -57,22 +59,22 @@ def run_recipe(command: ReasoningCommand) -> dict[str, Any]:
         say("1/4 pretraining on worked problems")
         count = 2 * command.pretrain_tokens // TOKENS_PER_DOCUMENT
         write_rows(data / "pretrain.jsonl", ({"text": text} for text in documents(READS, count, command.seed)))
-        train(pretraining(command, data / "pretrain.jsonl", Path(base)))
+        stop_if(not train(pretraining(command, data / "pretrain.jsonl", Path(base))).finished, folder)
 
     say("2/4 fine-tuning on right answers, few of which show their work")
     write_rows(data / "sft.jsonl", demonstrations(TASKS, command.demonstrations, command.seed, command.openness))
     tuned = folder.path / "sft"
-    run_sft(fine_tuning(command, base, data / "sft.jsonl", tuned))
+    stop_if(run_sft(fine_tuning(command, base, data / "sft.jsonl", tuned))["stopped"], folder)
 
     say("3/4 reinforcement")
     improved = folder.path / "grpo"
-    run_grpo(reinforcement(command, str(tuned), improved))
+    stop_if(run_grpo(reinforcement(command, str(tuned), improved))["stopped"], folder)
 
     say("4/4 for comparison: the fine-tuned model reads as many more right answers as reinforcement gave replies")
     presentations = command.steps * command.prompts * command.group
     write_rows(data / "more.jsonl", demonstrations(TASKS, presentations, command.seed + 1, command.openness))
     continued = folder.path / "more-sft"
-    run_sft(fine_tuning(command, str(tuned), data / "more.jsonl", continued))
+    stop_if(run_sft(fine_tuning(command, str(tuned), data / "more.jsonl", continued))["stopped"], folder)
 
     scores = {name: score(command, path) for name, path in (("sft", tuned), ("more sft", continued), ("grpo", improved))}
     summary = {
@@ -87,6 +89,27 @@ def run_recipe(command: ReasoningCommand) -> dict[str, Any]:
     folder.write_json("summary.json", summary)
     report(command, folder, summary, scores, improved)
     return summary
+
+
+def refuse_what_cannot_work(command: ReasoningCommand) -> None:
+    """Raise `UserError` on what would otherwise come up in a later stage."""
+    command.validate()
+    if command.base is not None:
+        locate_model(command.base)
+    nowhere = Path("nowhere")
+    pretraining(command, nowhere, nowhere).validate()
+    fine_tuning(command, "", nowhere, nowhere).validate()
+    reinforcement(command, "", nowhere).validate()
+    for task in TASKS:
+        for _ in islice(parse_task(task).problems("test", command.seed), command.eval_problems):
+            pass
+
+
+def stop_if(stopped: bool, folder: RunFolder) -> None:
+    """Leave as an interrupted command does, where a stage was asked to stop and has saved what it had."""
+    if stopped:
+        say(f"stopped: the later stages are left away; what there is lies in {folder.path}")
+        raise KeyboardInterrupt
 
 
 def say(text: str) -> None:

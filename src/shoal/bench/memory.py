@@ -71,7 +71,7 @@ def run_bench(command: BenchMemoryCommand) -> dict[str, Any]:
     """Run every side, one after the other, print the table, return the JSON object."""
     command.validate()
     if command.vs:
-        require_peer(command.vs)
+        require_peer(command.vs, "shoal[peers]")
     ours = [_run(command, name, {"side": "shoal", **asdict(chosen)}) for name, chosen in settings(command).items()]
     theirs = [_run(command, name, {"side": "transformers", **chosen}) for name, chosen in (peers(command) if command.vs else {}).items()]
     result = summarize(ours, theirs)

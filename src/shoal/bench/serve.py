@@ -48,7 +48,7 @@ def run_bench(command: BenchServeCommand) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "model.gguf"
         if command.vs is not None:  # before anything is measured
-            require_peer("llama_cpp.server", command.llama_python)
+            require_peer("llama_cpp.server.__main__", "llama-cpp-python[server]", command.llama_python)
             export_gguf(folder, tokenizer, file, "f16")
         result |= _measure_shoal(command, folder, prompts)
         if command.vs is not None:

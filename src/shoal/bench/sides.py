@@ -18,15 +18,15 @@ WORKERS = Path(__file__).parent / "peers"
 OR_ELSEWHERE = ", or name another Python with --llama-python"
 
 
-def require_peer(module: str, python: str | None = None) -> None:
-    """Raises `UserError` where a Python (None: this one) cannot import a peer; to be asked before the other sides are measured."""
+def require_peer(module: str, package: str, python: str | None = None) -> None:
+    """Raises `UserError` where a Python (None: this one) cannot import a peer of `package`; to be asked before anything is measured."""
     try:
         done = subprocess.run([python or sys.executable, "-c", f"import {module}"], capture_output=True, text=True, errors="replace")
     except OSError as error:
         raise UserError(f"{python} cannot be started ({error}): name a Python") from None
     if done.returncode:
         why = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise UserError(f"{module} cannot be imported ({why}): pip install 'shoal[peers]'{OR_ELSEWHERE if 'llama' in module else ''}")
+        raise UserError(f"{module} cannot be imported ({why}): pip install '{package}'{OR_ELSEWHERE if 'llama' in module else ''}")
 
 
 class Side:

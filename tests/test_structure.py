@@ -36,7 +36,7 @@ HEAVY |= SERVER
 TRITON = "shoal.kernels.fp8_triton"
 """Kernels are functions that Triton decorates: this module cannot be loaded without it, and is loaded by no other."""
 
-FLOOR = {"config", "runtime", "atomic", "memory", "apart"}
+FLOOR = {"config", "runtime", "atomic", "memory", "apart", "finite"}
 MATHS = FLOOR | {"kernels", "numerics", "model"}
 PARTS = {"formats", "data", "parallel", "plan"}
 WORK = {"train", "engine"}
@@ -44,6 +44,7 @@ WORK = {"train", "engine"}
 MAY_KNOW: dict[str, set[str]] = {
     "atomic": set(),
     "memory": set(),
+    "finite": set(),
     "config": set(),
     "runtime": {"config", "kernels"},
     "apart": {"config"},

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -43,6 +44,7 @@ from .config import (
     TrainConfig,
     UserError,
 )
+from .finite import finite
 
 if TYPE_CHECKING:
     from .plan.command import Measurements
@@ -71,7 +73,7 @@ def parse(cls: type[T], args: Sequence[str], verb: str, default: T | None = None
 def finish(result: dict[str, Any], as_json: bool) -> None:
     """The last line on stdout is one JSON object where that was asked for."""
     if as_json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(json.dumps(finite(result), ensure_ascii=False, allow_nan=False))
 
 
 def train(args: list[str]) -> None:
@@ -339,7 +341,12 @@ def bench(args: list[str]) -> None:
     command: Any = parse(BENCHES[name], args[1:], f"bench {name}")
     if name == "serve":
         _wait_asleep()
-    finish(importlib.import_module(f".bench.{name}", __package__).run_bench(command), as_json=True)
+    # What asks us to stop unwinds the stack, and so ends servers and workers, and removes folders and namespaces.
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        finish(importlib.import_module(f".bench.{name}", __package__).run_bench(command), as_json=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def doctor(args: list[str]) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +16,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.bench.made_up_runs import made_up_run
 
+from shoal.bench import ablation
+from shoal.bench.efficiency import runs
 from shoal.bench.efficiency.command import RATIOS, run_bench
-from shoal.bench.efficiency.runs import Runs
+from shoal.bench.efficiency.runs import Runs, Stopped, key_of, train_in
 from shoal.bench.efficiency.search import FACTORS, search
 from shoal.bench.efficiency.sides import BUDGETS, load_side
 from shoal.cli import main
-from shoal.config import BenchEfficiencyCommand, TrainConfig
+from shoal.config import BenchAblationCommand, BenchEfficiencyCommand, TrainConfig, UserError
 from shoal.config.huggingface import export_obstacles
+from shoal.config.recipes import load_recipe
 from shoal.plan.budget import step_flops
 from shoal.plan.rules import NAMES, Point, Rules
+from shoal.train import trainer
 
 pytest.importorskip("matplotlib")
 
@@ -168,6 +175,96 @@ def test_a_run_that_diverged_does_not_win_the_search(command: BenchEfficiencyCom
     for row in result["search"]["baseline"]:
         assert math.isfinite(row["bpb"])
         assert row["bpb"] <= row["start_bpb"]
+
+
+def test_a_point_that_cannot_be_trained_does_not_end_the_search(
+    command: BenchEfficiencyCommand, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Refusing(FakeTrainer):
+        def __call__(self, config: TrainConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+            if config.optimizer.name == "adamw" and config.optimizer.adam_lr > 0.01:
+                self.count += 1
+                raise UserError("no finite loss for 20 steps in a row")
+            return made_up_run(config, 1)
+
+    command.search = command.quick = True
+    trainer = Refusing()
+    found = run_bench(command, trainer)["search"]
+    assert set(found) == set(BUDGETS["small"])
+    assert all(math.isfinite(row["bpb"]) for rows in found.values() for row in rows if row["start_bpb"] < math.inf)
+    assert 0 < capsys.readouterr().err.count("no finite loss for 20 steps") == trainer.count, "a point is tried once"
+
+
+def test_a_signal_ends_the_search(command: BenchEfficiencyCommand) -> None:
+    def stopped(config: TrainConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        raise Stopped("stopped")
+
+    command.search = command.quick = True
+    with pytest.raises(Stopped):
+        run_bench(command, stopped)
+
+
+def test_a_signal_while_the_end_of_a_run_is_scored_ends_the_benchmark(
+    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(str(workshop / "recipe.toml"))
+    config = replace(recipe, steps=2, data=(str(workshop / "text.txt"),), corpus=replace(recipe.corpus, cache=str(workshop / "cache")))
+    score = trainer.score
+
+    def interrupted(*args: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        monkeypatch.setattr(trainer, "score", score)
+        return score(*args)
+
+    monkeypatch.setattr(trainer, "score", interrupted)
+    with pytest.raises(Stopped, match="the same command goes on"):
+        train_in(config, tmp_path / "run")
+    summary, rows = train_in(config, tmp_path / "run")
+    assert summary["steps"] == len(rows) == 2
+
+
+def test_a_folder_of_results_belongs_to_one_process(command: BenchEfficiencyCommand) -> None:
+    Path(command.out).mkdir()
+    program = "import sys; from pathlib import Path; from shoal.bench.efficiency.runs import open_runs"
+    program += "\nwith open_runs(Path(sys.argv[1]), ''):\n    print(flush=True)\n    input()"
+    with subprocess.Popen([sys.executable, "-c", program, command.out], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        trainer = FakeTrainer()
+        with pytest.raises(UserError, match="another process is training in"):
+            run_bench(command, trainer)
+        assert trainer.count == 0
+        other.kill()
+
+
+def test_half_a_line_does_not_swallow_the_next(tmp_path: Path) -> None:
+    trainer, rules = FakeTrainer(), Rules.load("baseline")
+    (tmp_path / "runs.jsonl").write_text('{"side": "baseline", "bud')
+    for _ in range(2):
+        Runs(tmp_path, "data", trainer).get("baseline", 1e11, rules.config(1e11))
+    assert trainer.count == 1
+
+
+def test_runs_of_other_code_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Rules.load("baseline").config(1e11)
+    before = key_of(config, "data")
+    assert key_of(replace(config, data=("elsewhere",)), "data") == before
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + (b" " if path.name == "loss.py" else b""))
+    runs.code_fingerprint.cache_clear()
+    assert key_of(config, "data") != before
+    runs.code_fingerprint.cache_clear()
+
+
+@pytest.mark.parametrize("bench", [run_bench, ablation.run_bench])
+def test_a_missing_matplotlib_is_noticed_before_anything_is_trained(
+    command: BenchEfficiencyCommand, bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    trainer = FakeTrainer()
+    with pytest.raises(UserError, match="matplotlib"):
+        bench(command if bench is run_bench else BenchAblationCommand(data=command.data, out=command.out), trainer)
+    assert trainer.count == 0
 
 
 def test_the_store_holds_one_line_a_run_and_tells_data_apart(tmp_path: Path) -> None:

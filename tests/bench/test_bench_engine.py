@@ -6,8 +6,10 @@ import json
 import os
 import signal
 import statistics
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from shoal.bench.quantization import cut
 from shoal.bench.sides import Side
 from shoal.cli import main
 from shoal.config import BenchEngineCommand, ModelConfig, UserError
+from shoal.formats.huggingface import read_config
 
 
 class Stub:
@@ -179,6 +182,57 @@ def test_windows_score_every_token_once(lengths: list[int], window: int) -> None
     assert sorted(scored) == [token for ids, _ in documents for token in ids[1:]]
     assert max(map(len, sample.windows)) <= window
     assert sample.tokens == len(scored)
+
+
+@pytest.mark.parametrize("folders", [("a/int4", "b/int4"), ("int8", "int8"), ("4 bits",)])
+def test_rows_of_the_same_name_are_refused(folders: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "quantization", "nowhere", "--data", "nothing", "--quantized", *folders]) == 2
+    assert "would be called" in capsys.readouterr().err
+
+
+@pytest.fixture
+def empty_python(tmp_path: Path) -> str:
+    """A Python without peers."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'llama_cpp'\" >&2\nexit 1\n")
+    python.chmod(0o755)
+    return str(python)
+
+
+def test_a_missing_peer_is_noticed_before_anything_is_measured(
+    trained: Path, workshop: Path, empty_python: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("shoal.bench.quantization._shoal", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr("shoal.bench.serve._measure_shoal", lambda *args: pytest.fail("measured"))
+    for name, options in (("quantization", ["--data", str(workshop / "text.txt")]), ("serve", ["--vs", "llama.cpp"])):
+        assert main(["bench", name, str(trained), *options, "--llama-python", empty_python]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "--llama-python" in error
+    monkeypatch.setattr("shoal.bench.memory._run", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr(sys, "executable", empty_python)
+    assert main(["bench", "memory", "--vs", "transformers"]) == 2
+    assert "transformers cannot be imported" in capsys.readouterr().err
+
+
+def test_models_of_other_shapes_have_folders_of_their_own(tmp_path: Path) -> None:
+    shape = ModelConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, intermediate_size=32, num_attention_heads=1, kv_lora_rank=32,
+        qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32, n_routed_experts=None,
+    )  # fmt: skip
+    for layers in (1, 2, 1):
+        contest = contestants._small("demo", replace(shape, num_hidden_layers=layers), BenchEngineCommand(), tmp_path)
+        assert read_config(contest.model).num_hidden_layers == layers
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_rollouts_of_what_transformers_does_not_have_are_refused(
+    train_args: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(train_args(tmp_path / "run", "--steps", "1", "--model.qk-norm")) == 0
+    capsys.readouterr()
+    assert main(["bench", "rollouts", str(tmp_path / "run"), "--vs", "transformers", "--prompt-tokens", "4", "--tokens", "4"]) == 2
+    assert "model.qk_norm is on" in capsys.readouterr().err
 
 
 def test_quantization_beside_llama_cpp(trained: Path, workshop: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.bench.efficiency.frontier import best_ratio, bound, cost_at, lower_hull, overlap, ratio_at
+from shoal.bench.efficiency.frontier import best_ratio, bound, cost_at, figures, lower_hull, overlap, ratio_at
 
 COSTS = (1.0, 4.0, 10.0)
 
@@ -77,3 +77,40 @@ def test_one_seed_has_no_interval() -> None:
     ratio = best_ratio([line(5)], [line(1)])
     assert ratio is not None
     assert (ratio.low, ratio.high, ratio.seeds) == (0.0, math.inf, 1)
+
+
+DIVERGED = st.sampled_from((math.nan, math.inf, -math.inf))
+
+
+@given(st.lists(st.tuples(st.floats(1, 1e6), DIVERGED), min_size=1, max_size=4), st.floats(0.01, 100))
+def test_runs_that_diverged_reach_no_loss(diverged: list[tuple[float, float]], shift: float) -> None:
+    one, other = line(shift), line(1)
+    assert lower_hull(one + diverged) == lower_hull(one)
+    assert lower_hull(diverged) == []
+    assert overlap([one, diverged]) is None
+    for first, second in ((one + diverged, other), (one, diverged + other)):
+        assert best_ratio([first], [second]) == best_ratio([one], [other])
+    assert best_ratio([one], [diverged]) is None
+
+
+@given(st.lists(st.tuples(st.floats(1, 1e6), DIVERGED), min_size=1, max_size=4))
+def test_no_bound_rests_on_runs_that_diverged(diverged: list[tuple[float, float]]) -> None:
+    better = [(cost, loss - 0.5) for cost, loss in line(1)]
+    assert bound([line(1)], [better + diverged]) is None, "not every run beats the other side"
+    assert bound([line(1) + diverged], [better]) == bound([line(1)], [better])
+    assert bound([diverged], [better]) is None
+
+
+def test_the_spread_is_that_of_budgets_at_which_no_seed_diverged() -> None:
+    random = Random(1)
+    first, second = noisy(random, 5.0, 0.01), noisy(random, 1.0, 0.005)
+    first[1][0] = (first[1][0][0], math.nan)
+    ratio = ratio_at(first, second, 2.75)
+    assert ratio is not None
+    assert 0 < ratio.low < ratio.value < ratio.high < math.inf
+    # Where every budget has lost a run, the ratio stays, without an interval.
+    gaps = [[(cost, math.nan if i == seed else loss) for i, (cost, loss) in enumerate(line(5))] for seed in range(3)]
+    alone = ratio_at(gaps, [line(1)] * 3, line(1)[1][1])
+    assert alone is not None
+    assert alone.value == pytest.approx(5)
+    assert figures("ratio", alone)["ratio_interval"] is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from shoal import __version__
-from shoal.cli import VERBS, main
+from shoal.cli import VERBS, finish, main
 
 FAST = ["--threads", "1", "--precision", "fp32", "--device", "cpu"]
 
@@ -43,6 +44,13 @@ def test_every_verb_explains_its_options(verb: str, capsys: pytest.CaptureFixtur
 def test_bench_names_its_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--help"]) == 0
     assert "train" in capsys.readouterr().out
+
+
+def test_figures_that_json_does_not_have_are_null(capsys: pytest.CaptureFixture[str]) -> None:
+    finish({"ratio": math.nan, "interval": (0.0, math.inf), "rows": [{"bpb": -math.inf, "é": 1}]}, as_json=True)
+    line = capsys.readouterr().out
+    assert json.loads(line) == {"ratio": None, "interval": [0.0, None], "rows": [{"bpb": None, "é": 1}]}
+    assert "NaN" not in line
 
 
 def test_recipe_names_its_demonstrations(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -105,7 +107,8 @@ def _exported(folder: Path, tokenizer: Tokenizer | None, command: BenchEngineCom
 
 
 def _small(name: str, config: ModelConfig, command: BenchEngineCommand, cache: Path) -> Contest:
-    folder = cache / name
+    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:12]
+    folder = cache / f"{name}-{digest}"  # shapes change between versions
     if not folder.is_dir():
         model = Transformer(config)
         init_weights(model, 0)

@@ -15,6 +15,7 @@ from ..config import BenchDispatchCommand, UserError
 from ..plan.communication import reach, simulated_places
 from .dispatch_worker import Task, model_of
 from .network import Network
+from .pictures import new_figure, require_picture, save
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("flat bf16", {"dispatch": "flat", "dispatch_format": "bf16"}),
@@ -34,6 +35,9 @@ Results = dict[str, dict[str, float]]
 def run_bench(command: BenchDispatchCommand) -> dict[str, Any]:
     """Measure, print the table and return what the last line says."""
     command.validate()
+    picture = None if command.picture is None else Path(command.picture)
+    if picture is not None:
+        require_picture(picture)
     task = Task(
         hidden=command.hidden, experts=256, expert_width=command.expert_width, layers=command.layers, sequence=command.sequence,
         batch=command.batch, per_node=command.per_node, steps=command.steps, variants=VARIANTS,
@@ -49,8 +53,8 @@ def run_bench(command: BenchDispatchCommand) -> dict[str, Any]:
     for name, row in measured.items():
         row["predicted_bytes"], row["predicted_router_bytes"] = expected[name]
     _print_table(measured)
-    if command.picture is not None:
-        draw(measured, command.picture)
+    if picture is not None:
+        draw(measured, picture)
     base, best = measured[BASE], measured[BEST]
     return {
         "nodes": command.nodes, "per_node": command.per_node, "link_mbit": mbit,
@@ -125,11 +129,9 @@ def _print_table(measured: Results) -> None:
         print(f"{name:<22} {bytes_} {row['step_seconds']:>9.3f} {row['exposed_seconds']:>11.3f} {row['loss']:>9.5f}")
 
 
-def draw(measured: Results, out: str) -> None:
+def draw(measured: Results, path: Path) -> None:
     """Bytes of a dispatch and seconds of a step, variant by variant. Raises `UserError` where the picture cannot be written."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = new_figure(10, 4)
     left, right = figure.subplots(1, 2)
     names = list(measured)
     left.barh(names, [measured[name]["dispatch_bytes"] / 1e6 for name in names], color="#35a7c9")
@@ -142,7 +144,4 @@ def draw(measured: Results, out: str) -> None:
     right.legend()
     for axes in (left, right):
         axes.invert_yaxis()
-    try:
-        figure.savefig(Path(out))
-    except (OSError, ValueError) as error:
-        raise UserError(f"the picture {out} cannot be written: {error}") from None
+    save(figure, path)

@@ -14,7 +14,7 @@ from typing import Any
 from ..apart import run_apart
 from ..config import BenchFP8Command, FP8Config, ModelConfig, OptimizerConfig, TrainConfig
 from ..config.recipes import load_recipe, to_toml
-from .pictures import new_figure, save
+from .pictures import new_figure, require_picture, save
 
 SMOOTHED = 0.15
 """Share of a run's steps, its last ones, over which the loss is averaged."""
@@ -78,6 +78,9 @@ def product_errors() -> list[dict[str, float]]:
 def run_bench(command: BenchFP8Command) -> dict[str, Any]:
     """Train every variant with every seed, one after the other, print the table, return the JSON object."""
     command.validate()
+    picture = Path(command.picture) if command.picture and command.seeds else None
+    if picture is not None:
+        require_picture(picture)
     errors = product_errors()
     _print_errors(errors)
     if not command.seeds:
@@ -91,19 +94,19 @@ def run_bench(command: BenchFP8Command) -> dict[str, Any]:
             print(f"seed {seed}, {name}: {smoothed(run[-1]):.4f} nats a token", file=sys.stderr, flush=True)
     result = compare(losses) | {"product_errors": errors}
     _print(result)
-    if command.picture:
-        draw(losses, Path(command.picture))
+    if picture is not None:
+        draw(losses, picture)
     return result
 
 
 def train(settings: TrainConfig) -> list[float]:
-    """`shoal train` in a process of its own: the loss of every step."""
+    """`shoal train` in a process of its own: the loss of every step; NaN where it was not finite."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "settings.toml"
         path.write_text(to_toml(replace(settings, out=str(Path(folder) / "run"))), encoding="utf-8")
         run_apart("shoal", "train", str(path), failed="a run did not get to its end")
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+    return [math.nan if row["loss"] is None else row["loss"] for row in map(json.loads, lines) if "loss" in row]
 
 
 def smoothed(losses: list[float]) -> float:
@@ -113,10 +116,13 @@ def smoothed(losses: list[float]) -> float:
 
 
 def compare(losses: dict[str, list[list[float]]]) -> dict[str, Any]:
-    """Final losses by variant and seed, and how far they are from those of the first variant with the same seed."""
+    """Final losses by variant and seed, and how far they are from those of the first variant with the same seed (NaN: that diverged)."""
     final = {name: [smoothed(run) for run in runs] for name, runs in losses.items()}
     baseline = next(iter(final))
-    relative = {name: [x / b - 1 for x, b in zip(found, final[baseline], strict=True)] for name, found in final.items()}
+    relative = {
+        name: [x / b - 1 if math.isfinite(b) else math.nan for x, b in zip(found, final[baseline], strict=True)]
+        for name, found in final.items()
+    }
     return {
         "baseline": baseline,
         "final_loss": final,

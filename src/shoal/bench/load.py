@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from ..runtime import give_way
@@ -14,11 +16,11 @@ from ..runtime import give_way
 
 @dataclass
 class Load:
-    """What clients do. `prompts` are token ids; an answer has `tokens`; a share `hang_up` of clients leaves before its end."""
+    """What clients do. `prompt` makes the text of every request; an answer has `tokens`; a share `hang_up` leaves before its end."""
 
     host: str
     port: int
-    prompts: list[str]
+    prompt: Callable[[], str]
     tokens: int
     hang_up: float
     clients: int
@@ -58,35 +60,38 @@ def run_load(load: Load) -> Seen:
 
     They work on a thread of low priority: from another machine they would take no time of the server's.
     """
+    seen: Future[Seen] = Future()
 
-    def work() -> Seen:
+    def work() -> None:
         give_way(19)
-        return asyncio.run(_run(load))
+        try:
+            seen.set_result(asyncio.run(_run(load)))
+        except BaseException as error:
+            seen.set_exception(error)
 
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(work).result()
+    threading.Thread(target=work, daemon=True).start()  # where a signal ends the wait, nothing else waits for the clients
+    return seen.result()
 
 
 async def _run(load: Load) -> Seen:
     seen = Seen()
-    requests = [_request(load, prompt) for prompt in load.prompts]
     began = time.perf_counter()
     until = began + load.seconds
     draws = (random.Random(load.seed * 10_007 + i) for i in range(load.clients))
-    await asyncio.gather(*(_client(load, requests, seen, until, draw) for draw in draws))
+    await asyncio.gather(*(_client(load, seen, until, draw) for draw in draws))
     seen.seconds = time.perf_counter() - began
     return seen
 
 
-def _request(load: Load, prompt: str) -> bytes:
+def _request(load: Load) -> bytes:
     """One streamed completion, as it goes over the wire."""
-    body = {"prompt": prompt, "max_tokens": load.tokens, "temperature": 1.0, "stream": True, "ignore_eos": True}
+    body = {"prompt": load.prompt(), "max_tokens": load.tokens, "temperature": 1.0, "stream": True, "ignore_eos": True}
     data = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {load.host}\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     return head.encode() + data
 
 
-async def _client(load: Load, requests: list[bytes], seen: Seen, until: float, draw: random.Random) -> None:
+async def _client(load: Load, seen: Seen, until: float, draw: random.Random) -> None:
     """One request after the other on one connection, which hanging up ends."""
     connection: _Connection | None = None
     while time.perf_counter() < until:
@@ -94,7 +99,7 @@ async def _client(load: Load, requests: list[bytes], seen: Seen, until: float, d
         try:
             if connection is None or connection.is_closed:
                 _, connection = await asyncio.get_running_loop().create_connection(lambda: _Connection(seen), load.host, load.port)
-            await connection.ask(draw.choice(requests), patience)
+            await connection.ask(_request(load), patience)
         except (OSError, ValueError) as error:
             seen.errors.append(f"{type(error).__name__}: {error}")
             await asyncio.sleep(0.1)

@@ -10,10 +10,12 @@ from typing import Any
 from ..apart import run_apart
 from ..config import BenchMemoryCommand
 from ..plan.measures import Measures
+from .sides import require_peer
 
 SLOWDOWN = 1.3
 """The lean setting may take so many times as long as the fastest."""
 PEERS = [(precision, experts) for precision in ("bf16", "fp32") for experts in ("grouped_mm", "eager")]
+"""The peer as it comes, and as it runs fastest."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Row:
 
 def settings(command: BenchMemoryCommand) -> dict[str, Measures]:
     """Shoal's runs: everything kept, then one measure after the other on top."""
-    few = max(1, command.batch_size // 8)
+    few = _few(command)
     both: Any = ("feed_forward", "attention")
     return {
         "everything kept": Measures(command.batch_size),
@@ -45,37 +47,60 @@ def settings(command: BenchMemoryCommand) -> dict[str, Measures]:
     }
 
 
+def peers(command: BenchMemoryCommand) -> dict[str, dict[str, Any]]:
+    """The peer's runs: the whole batch in one pass, as those who use AdamW run it, and then with what saves memory there."""
+    few = _few(command)
+    measures: dict[str, dict[str, Any]] = {
+        "": {"micro_batch": command.batch_size, "checkpointing": False},
+        f", micro-batches of {few}": {"micro_batch": few, "checkpointing": False},
+        f", micro-batches of {few}, checkpointing": {"micro_batch": few, "checkpointing": True},
+    }
+    return {
+        f"transformers, AdamW, {precision}, {experts}{name}": {"precision": precision, "experts": experts, **chosen}
+        for name, chosen in measures.items()
+        for precision, experts in PEERS
+    }
+
+
+def _few(command: BenchMemoryCommand) -> int:
+    """Sequences of a micro-batch."""
+    return max(1, command.batch_size // 8)
+
+
 def run_bench(command: BenchMemoryCommand) -> dict[str, Any]:
     """Run every side, one after the other, print the table, return the JSON object."""
     command.validate()
-    ours = [_run(command, name, {"side": "shoal", **asdict(chosen)}) for name, chosen in settings(command).items()]
-    theirs = []
     if command.vs:
-        theirs = [
-            _run(
-                command,
-                f"transformers, AdamW, {precision}, {experts}",
-                {"side": "transformers", "precision": precision, "experts": experts},
-            )
-            for precision, experts in PEERS
-        ]
+        require_peer(command.vs, "shoal[peers]")
+    ours = [_run(command, name, {"side": "shoal", **asdict(chosen)}) for name, chosen in settings(command).items()]
+    theirs = [_run(command, name, {"side": "transformers", **chosen}) for name, chosen in (peers(command) if command.vs else {}).items()]
+    result = summarize(ours, theirs)
+    _print(ours, theirs, result)
+    return result
+
+
+def summarize(ours: list[Row], theirs: list[Row]) -> dict[str, Any]:
+    """The JSON object; of `theirs`, the first take the whole batch in one pass."""
     fastest = min(ours, key=lambda row: row.seconds)
     lean = min((row for row in ours if row.seconds <= SLOWDOWN * fastest.seconds), key=lambda row: row.peak)
     result: dict[str, Any] = {
         "rows": [asdict(row) for row in (*ours, *theirs)],
         "lean": lean.name,
         "lean_peak": lean.peak,
+        "lean_seconds": lean.seconds,
         "lean_slowdown": lean.seconds / fastest.seconds,
     }
     if theirs:
-        least = min(theirs, key=lambda row: row.peak)
-        quickest = min(theirs, key=lambda row: row.seconds)
+        whole = theirs[: len(PEERS)]
+        leanest = min(theirs, key=lambda row: row.peak)
         result |= {
-            "transformers_least_peak": least.peak,
-            "ratio_to_least": least.peak / lean.peak,
-            "ratio_to_fastest": quickest.peak / lean.peak,
+            "memory_ratio": min(row.peak for row in whole) / lean.peak,
+            "ratio_to_fastest": min(whole, key=lambda row: row.seconds).peak / lean.peak,
+            "leanest_peer": leanest.name,
+            "leanest_peer_seconds": leanest.seconds,
+            "ratio_to_leanest": leanest.peak / lean.peak,
+            "ratios": {row.name: row.peak / lean.peak for row in theirs},
         }
-    _print(ours, theirs, fastest, result)
     return result
 
 
@@ -89,23 +114,29 @@ def _run(command: BenchMemoryCommand, name: str, options: dict[str, Any]) -> Row
     return row
 
 
-def _print(ours: list[Row], theirs: list[Row], fastest: Row, result: dict[str, Any]) -> None:
+def _print(ours: list[Row], theirs: list[Row], result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title="peak resident memory of training, each run in a process of its own")
     table.add_column("")
-    for column in ("MiB", "saved", "s a step", "of the fastest"):
+    fastest = min(row.seconds for row in ours)
+    for column in ("MiB", "saved", "of the lean one", "s a step", "of the fastest"):
         table.add_column(column, justify="right", no_wrap=True)
     previous: Row | None = None
     for row in (*ours, *theirs):
         stacked = row in ours and row.name.startswith("+") and previous is not None
         saved = f"{(previous.peak - row.peak) / 2**20:,.0f}" if stacked and previous else ""
-        table.add_row(row.name, f"{row.peak / 2**20:,.0f}", saved, f"{row.seconds:.2f}", f"{row.seconds / fastest.seconds:.2f}x")
+        share = f"{row.peak / result['lean_peak']:.2f}x"
+        table.add_row(row.name, f"{row.peak / 2**20:,.0f}", saved, share, f"{row.seconds:.2f}", f"{row.seconds / fastest:.2f}x")
         previous = row
-    console = Console(width=120, highlight=False)
+    console = Console(width=150, highlight=False)
     console.print(table)
     console.print(f"lean: {result['lean']}, {result['lean_peak'] / 2**20:.0f} MiB at {result['lean_slowdown']:.2f}x the time of a step")
     if theirs:
-        least, quickest = result["ratio_to_least"], result["ratio_to_fastest"]
-        console.print(f"transformers with AdamW takes {least:.2f} times that where it is leanest, {quickest:.2f} times where it is fastest")
+        console.print(
+            f"transformers with AdamW takes {result['memory_ratio']:.2f} times that for the whole batch in one pass "
+            f"({result['ratio_to_fastest']:.2f} times where it is fastest), {result['ratio_to_leanest']:.2f} times at its leanest "
+            f"({result['leanest_peer'].removeprefix('transformers, AdamW, ')}: {result['leanest_peer_seconds']:.2f} s a step, "
+            f"the lean one {result['lean_seconds']:.2f} s)"
+        )

@@ -59,9 +59,9 @@ def shoal(options: dict[str, Any], folder: Path) -> Callable[[Tensor], object]:
 
 
 def transformers(options: dict[str, Any]) -> Callable[[Tensor], object]:
-    """The peer's step, as `shoal bench train` has it."""
+    """The peer's step, as `shoal bench train` has it, with the measures of `options`."""
     torch.set_num_threads(options["threads"] or torch.get_num_threads())
-    return Transformers(options["precision"], options["experts"]).step
+    return Transformers(options["precision"], options["experts"], options["micro_batch"], options["checkpointing"]).step
 
 
 def main(options: dict[str, Any]) -> None:

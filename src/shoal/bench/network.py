@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
-import sys
 from types import TracebackType
 
 from ..config import UserError
@@ -29,8 +27,6 @@ class Network:
         self.nodes = [f"{self.switch}n{i}" for i in range(nodes)]
 
     def __enter__(self) -> Network:
-        # What asks us to stop must not leave namespaces behind.
-        self._before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
             self._ip("netns", "add", self.switch)
             self._ip("-n", self.switch, "link", "add", "bridge", "type", "bridge")
@@ -43,7 +39,7 @@ class Network:
                 self._ip("-n", node, "addr", "add", f"{self.address(i)}/16", "dev", "eth0")
                 for link in ("lo", "eth0"):
                     self._ip("-n", node, "link", "set", link, "up")
-        except UserError:
+        except BaseException:  # a signal must not leave namespaces behind
             self._remove()
             raise
         return self
@@ -66,7 +62,6 @@ class Network:
         return ["ip", "netns", "exec", self.nodes[node], *command]
 
     def _remove(self) -> None:
-        signal.signal(signal.SIGTERM, self._before)
         for namespace in (*self.nodes, self.switch):
             subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
 

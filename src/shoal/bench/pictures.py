@@ -21,6 +21,15 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def require_picture(path: Path) -> None:
+    """Raises `UserError` where no picture could be written there; to be asked before what it shows is measured."""
+    kinds = new_figure(1, 1).canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in kinds:
+        raise UserError(f"the picture {path} has no format that can be drawn: let its name end in .png or .svg")
+    if not path.parent.is_dir():
+        raise UserError(f"the picture {path} cannot be written: there is no folder {path.parent}")
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write the picture. Raises `UserError` where that cannot be done."""
     try:

@@ -55,15 +55,17 @@ def run_bench(command: BenchQuantizationCommand) -> dict[str, Any]:
     folder = locate_model(command.model)
     if is_quantized(folder):
         raise UserError(f"{folder} is quantized already: name the original model, and this one with --quantized")
+    quantized = [(Path(path).name, locate_model(path)) for path in command.quantized]
     tokenizer = Tokenizer.load(folder)
     window = min(command.window, read_config(folder).max_position_embeddings)
     sample = cut(_documents(command, tokenizer), window)
     threads = command.threads or available_cores()
-    scores = [_shoal("shoal", folder, None, sample, threads)]
-    scores += [_shoal(f"shoal, {bits} bits", folder, bits, sample, threads) for bits in (8, 4)]
-    scores += [_shoal(f"shoal, {Path(path).name}", locate_model(path), None, sample, threads) for path in command.quantized]
-    with tempfile.TemporaryDirectory(prefix="shoal-bench-") as place:
-        scores += _llama(folder, tokenizer, sample, threads, Path(place), command.llama_python)
+    with tempfile.TemporaryDirectory(prefix="shoal-bench-") as place:  # first, as most can be missing here
+        theirs = _llama(folder, tokenizer, sample, threads, Path(place), command.llama_python)
+    ours = [_shoal("shoal", folder, None, sample, threads)]
+    ours += [_shoal(f"shoal, {bits} bits", folder, bits, sample, threads) for bits in (8, 4)]
+    ours += [_shoal(f"shoal, {name}", path, None, sample, threads) for name, path in quantized]
+    scores = ours + theirs
     result = summarize(scores, sample)
     _print(scores, sample, result)
     return result

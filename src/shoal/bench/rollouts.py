@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..config import BenchRolloutsCommand, EngineOptions, SamplingOptions, UserError
+from ..config.huggingface import export_obstacles
 from ..engine import Request, load_plain
 from ..formats.huggingface import save_model
 from ..model import Transformer
@@ -28,6 +29,8 @@ def run_bench(command: BenchRolloutsCommand) -> dict[str, Any]:
         raise UserError(
             f"--prompt-tokens and --tokens together exceed the {plain.model.config.max_position_embeddings} that the model sees"
         )
+    if command.vs is not None and (obstacles := export_obstacles(plain.model.config)):
+        raise UserError(f"transformers would compute something else from this model ({'; '.join(obstacles)}): leave --vs away")
     generator = torch.Generator().manual_seed(0)
     if command.task is None:
         prompts = torch.randint(plain.tokenizer.vocab_size, (command.prompts, command.prompt_tokens), generator=generator).tolist()

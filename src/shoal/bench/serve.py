@@ -28,6 +28,7 @@ from ..formats.gguf import export_gguf
 from ..formats.locate import locate_model
 from .load import Load, Seen, run_load
 from .machine import family, memory_of
+from .sides import require_peer
 
 START_SECONDS = 120
 STOP_SECONDS = 40
@@ -41,32 +42,43 @@ def run_bench(command: BenchServeCommand) -> dict[str, Any]:
     """Measure, print a table, and return the JSON object."""
     command.validate()
     folder = locate_model(command.model)
-    prompts = make_prompts(Tokenizer.load(folder), command)
+    tokenizer = Tokenizer.load(folder)
+    prompts = Prompts(tokenizer, command)
     result: dict[str, Any] = {"clients": command.clients, "seconds": command.seconds, "rounds": command.rounds}
-    result |= _measure_shoal(command, folder, prompts)
-    if command.vs is not None:
-        result["llama_cpp"] = _measure_llama(command, folder, prompts)
-        result["times_llama_cpp"] = result["shoal"]["tokens_per_second"] / result["llama_cpp"]["tokens_per_second"]
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "model.gguf"
+        if command.vs is not None:  # before anything is measured
+            require_peer("llama_cpp.server.__main__", "llama-cpp-python[server]", command.llama_python)
+            export_gguf(folder, tokenizer, file, "f16")
+        result |= _measure_shoal(command, folder, prompts)
+        if command.vs is not None:
+            result["llama_cpp"] = _measure_llama(command, file, prompts)
+            result["times_llama_cpp"] = result["shoal"]["tokens_per_second"] / result["llama_cpp"]["tokens_per_second"]
     _print(result)
     return result
 
 
-def make_prompts(tokenizer: Tokenizer, command: BenchServeCommand) -> list[str]:
-    """Texts of about so many tokens, all different from the first token on, so that no prefix cache helps."""
-    draw = random.Random(command.seed)
-    return [
-        tokenizer.decode([draw.randrange(300, tokenizer.vocab_size) for _ in range(command.prompt_tokens)]) for _ in range(command.clients)
-    ]
+class Prompts:
+    """Random texts of about so many tokens, a new one for every request: a prefix cache finds a first token now and then, and no more."""
+
+    def __init__(self, tokenizer: Tokenizer, command: BenchServeCommand) -> None:
+        self._tokenizer, self._tokens = tokenizer, command.prompt_tokens
+        self._draw = random.Random(command.seed)
+        # Pieces of characters, and tags, become other tokens, and more of them, when their text is read again.
+        self._words = [token for token in range(tokenizer.vocab_size) if tokenizer.encode(tokenizer.decode([token])) == [token]]
+
+    def __call__(self) -> str:
+        return self._tokenizer.decode(self._draw.choices(self._words, k=self._tokens))
 
 
-def _measure_shoal(command: BenchServeCommand, folder: Path, prompts: list[str]) -> dict[str, Any]:
+def _measure_shoal(command: BenchServeCommand, folder: Path, prompts: Prompts) -> dict[str, Any]:
     """The server and the engine alone, in turns. Tokens are counted while all clients are busy, not while they come and go."""
     port = _free_port()
     server = [sys.executable, "-m", "shoal", "serve", str(folder), "--port", str(port), "--max-waiting", str(command.clients)]
     seconds, all_seen = command.seconds / command.rounds, Seen()
     watched: list[Watch] = []
     alone: list[float] = []
-    with _engine_alone(command, folder, prompts, min(seconds, MOST_ALONE_SECONDS)) as rate, _running(server, port, "/health") as process:
+    with _engine_alone(command, folder, min(seconds, MOST_ALONE_SECONDS)) as rate, _running(server, port, "/health") as process:
         _load(command, port, prompts, WARM_UP_SECONDS)
         for _ in range(command.rounds):
             watch = Watch(process.pid, port, seconds)
@@ -94,7 +106,7 @@ class Watch(threading.Thread):
     """Looks at a server under load from when it is warm: `rate` in tokens per second, `memory` after every tenth of the time."""
 
     def __init__(self, process: int, port: int, seconds: float) -> None:
-        super().__init__()
+        super().__init__(daemon=True)  # nobody waits for it where a signal ends the load
         self._process, self._port, self._seconds = process, port, seconds
         self.rate = 0.0
         self.memory: list[int] = []
@@ -110,11 +122,11 @@ class Watch(threading.Thread):
 
 
 @contextlib.contextmanager
-def _engine_alone(command: BenchServeCommand, folder: Path, prompts: list[str], seconds: float) -> Iterator[Callable[[], float]]:
+def _engine_alone(command: BenchServeCommand, folder: Path, seconds: float) -> Iterator[Callable[[], float]]:
     """A function that measures the engine without a server, in a process that stands still meanwhile."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve_rates, args=(theirs, command, folder, prompts, seconds), daemon=True)
+    process = context.Process(target=_serve_rates, args=(theirs, command, folder, seconds), daemon=True)
     process.start()
     theirs.close()
 
@@ -129,12 +141,13 @@ def _engine_alone(command: BenchServeCommand, folder: Path, prompts: list[str], 
     try:
         yield rate
     finally:
-        ours.close()
+        process.kill()
         process.join()
 
 
-def _serve_rates(pipe: Connection, command: BenchServeCommand, folder: Path, prompts: list[str], seconds: float) -> None:
+def _serve_rates(pipe: Connection, command: BenchServeCommand, folder: Path, seconds: float) -> None:
     """The process: one rate for every message, until there is nobody to send one."""
+    prompts = Prompts(Tokenizer.load(folder), command)
     loaded = load(str(folder), MachineOptions(), pin=True)
     engine = Engine(loaded.runner, loaded.tokenizer, EngineOptions())
     with contextlib.suppress(EOFError, OSError):
@@ -142,15 +155,13 @@ def _serve_rates(pipe: Connection, command: BenchServeCommand, folder: Path, pro
             pipe.send(_engine_rate(command, engine, prompts, seconds))
 
 
-def _engine_rate(command: BenchServeCommand, engine: Engine, prompts: list[str], seconds: float) -> float:
+def _engine_rate(command: BenchServeCommand, engine: Engine, prompts: Prompts, seconds: float) -> float:
     """Tokens per second of the engine with as many requests of the same kind: where one ends, the next begins."""
     draw = random.Random(command.seed)
 
     def request() -> int:
         cut = draw.randrange(1, command.tokens) if draw.random() < command.hang_up and command.tokens > 1 else command.tokens
-        return engine.add_request(
-            Request(engine.encode(draw.choice(prompts)), SamplingOptions(max_tokens=cut, temperature=1.0, ignore_eos=True))
-        )
+        return engine.add_request(Request(engine.encode(prompts()), SamplingOptions(max_tokens=cut, temperature=1.0, ignore_eos=True)))
 
     numbers = {request() for _ in range(command.clients)}
     began = time.perf_counter()
@@ -168,20 +179,17 @@ def _engine_rate(command: BenchServeCommand, engine: Engine, prompts: list[str],
     return made / (now - counts_from)
 
 
-def _measure_llama(command: BenchServeCommand, folder: Path, prompts: list[str]) -> dict[str, Any]:
+def _measure_llama(command: BenchServeCommand, file: Path, prompts: Prompts) -> dict[str, Any]:
     port = _free_port()
     python = command.llama_python or sys.executable
-    with tempfile.TemporaryDirectory() as place:
-        file = Path(place) / "model.gguf"
-        export_gguf(folder, Tokenizer.load(folder), file, "f16")
-        server = [python, "-m", "llama_cpp.server", "--model", str(file), "--port", str(port), "--n_ctx", "1024"]
-        # Without the last option, every new request breaks off the one that runs.
-        with _running([*server, "--interrupt_requests", "false"], port, "/v1/models"):
-            seen = _load(command, port, prompts, command.seconds)
+    server = [python, "-m", "llama_cpp.server", "--model", str(file), "--port", str(port), "--n_ctx", "1024"]
+    # Without the last option, every new request breaks off the one that runs.
+    with _running([*server, "--interrupt_requests", "false"], port, "/v1/models"):
+        seen = _load(command, port, prompts, command.seconds)
     return _figures(seen, seen.pieces / seen.seconds, command.tokens)
 
 
-def _load(command: BenchServeCommand, port: int, prompts: list[str], seconds: float) -> Seen:
+def _load(command: BenchServeCommand, port: int, prompts: Prompts, seconds: float) -> Seen:
     return run_load(Load("127.0.0.1", port, prompts, command.tokens, command.hang_up, command.clients, seconds, command.seed))
 
 

@@ -15,6 +15,18 @@ from ..config import UserError
 from .machine import Memory, memory_of
 
 WORKERS = Path(__file__).parent / "peers"
+OR_ELSEWHERE = ", or name another Python with --llama-python"
+
+
+def require_peer(module: str, package: str, python: str | None = None) -> None:
+    """Raises `UserError` where a Python (None: this one) cannot import a peer of `package`; to be asked before anything is measured."""
+    try:
+        done = subprocess.run([python or sys.executable, "-c", f"import {module}"], capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise UserError(f"{python} cannot be started ({error}): name a Python") from None
+    if done.returncode:
+        why = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise UserError(f"{module} cannot be imported ({why}): pip install '{package}'{OR_ELSEWHERE if 'llama' in module else ''}")
 
 
 class Side:
@@ -71,7 +83,7 @@ class Side:
         self._errors.seek(0)
         lines = [line for line in self._errors.read().splitlines() if line.strip()]
         if lines and "llama_cpp" in lines[-1]:
-            return f"{lines[-1]}: pip install 'shoal[peers]', or name another Python with --llama-python"
+            return f"{lines[-1]}: pip install 'shoal[peers]'{OR_ELSEWHERE}"
         if self._process.returncode == -signal.SIGKILL:
             return "it was killed, probably for want of memory"
         return lines[-1] if lines else f"exit code {self._process.returncode}"

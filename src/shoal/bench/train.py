@@ -66,31 +66,37 @@ class Shoal(Contestant):
 
 
 class Transformers(Contestant):
-    """transformers' DeepseekV3ForCausalLM with torch's fused AdamW and clipping."""
+    """transformers' DeepseekV3ForCausalLM with torch's fused AdamW and clipping; gradients of micro-batches add up."""
 
     name, optimizer = "transformers", "adamw"
 
-    def __init__(self, precision: str, experts: str) -> None:
+    def __init__(self, precision: str, experts: str, micro_batch: int | None = None, checkpointing: bool = False) -> None:
+        """`micro_batch`: sequences of a pass; None: all of a step."""
         try:
             from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
         except ImportError:
             raise UserError("--vs transformers needs the transformers package: pip install transformers") from None
-        self.precision, self.name = precision, f"transformers, {experts}"
+        self.precision, self.name, self.micro_batch = precision, f"transformers, {experts}", micro_batch
         settings = {key: value for key, value in model_config_to_dict(SHAPE).items() if key not in ("architectures", "model_type")}
         self.model = DeepseekV3ForCausalLM(DeepseekV3Config(**settings)).float().train()
         self.model.set_experts_implementation(experts)
+        if checkpointing:
+            self.model.gradient_checkpointing_enable()
         self.adam = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step(self, rows: torch.Tensor) -> float:
-        inputs = rows[:, :-1]
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            logits = self.model(input_ids=inputs, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
-        loss.backward()
+        total = 0.0
+        for part in rows.split(self.micro_batch or len(rows)):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+                logits = self.model(input_ids=part[:, :-1], use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten()) * len(part) / len(rows)
+            loss.backward()
+            total += float(loss.detach())
+            del logits, loss
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
-        return float(loss.detach())
+        return total
 
 
 def run_bench(command: BenchTrainCommand) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -155,7 +156,8 @@ class BenchMemoryCommand:
     """
 
     vs: Literal["transformers"] | None = None
-    """Peer to run in the same call, with AdamW: in both precisions and with both forms of its experts."""
+    """Peer to run in the same call, with AdamW: in both precisions and with both forms of its experts; each with the whole batch in one
+    pass, in micro-batches, and in micro-batches with gradient checkpointing."""
     batch_size: int = 8
     sequence_length: int = 512
     steps: int = 3
@@ -196,6 +198,10 @@ class BenchQuantizationCommand:
             raise UserError("there is nothing to score: give --data PATH...")
         if self.window < 2 or self.max_tokens < 2:
             raise UserError("--window and --max-tokens must be at least 2")
+        names = [Path(path).name for path in self.quantized]
+        twice = next((name for name in names if names.count(name) > 1 or name in ("8 bits", "4 bits")), None)
+        if twice is not None:
+            raise UserError(f"two rows of the table would be called {twice!r}: give the folders of --quantized names of their own")
 
 
 @dataclass

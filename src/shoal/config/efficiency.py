@@ -32,7 +32,7 @@ class BenchEfficiencyCommand:
     search: bool = False
     """Tune width, depth, batch and learning rate of every side by the same steps around its rule, and print what was found."""
     out: str = "runs/efficiency"
-    """Folder of results and picture. Runs that it holds already are not repeated."""
+    """Folder of results and picture. Runs of the same code that it holds already are not repeated."""
     threads: int = 1
     """CPU threads of a run; so small models gain little from more."""
     json: bool = False
@@ -61,7 +61,7 @@ class BenchAblationCommand:
     quick: bool = False
     """Budgets of 1%: whether all works, in a minute."""
     out: str = "runs/ablation"
-    """Folder of results and pictures. Runs that it holds already are not repeated; studies share those of equal arms."""
+    """Folder of results and pictures. Runs of the same code that it holds already are not repeated; studies share those of equal arms."""
     threads: int = 1
     """CPU threads of a run; so small models gain little from more."""
     json: bool = False

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from ..finite import finite
 from .tensorboard import TensorBoardLog
 
 
@@ -35,16 +35,7 @@ class MetricsLog:
         if not self._active:
             return
         assert self._file is not None
-        safe = _finite(row)
-        self._file.write(json.dumps(safe) + "\n")
+        safe = finite(row)
+        self._file.write(json.dumps(safe, allow_nan=False) + "\n")
         if self._tensorboard is not None:
             self._tensorboard.write(safe)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: a figure that is not finite is written as null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

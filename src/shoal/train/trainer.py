@@ -53,6 +53,8 @@ class Trained:
     summary: dict[str, Any]
     finished: bool
     """False where the run was asked to stop before its budget was spent."""
+    stop_asked: bool = False
+    """Also where that came too late to leave anything out: whoever has more to do than this run stops."""
     reports: bool = True
     """False in processes that leave it to the first of them to tell."""
 
@@ -229,7 +231,7 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
             state.save(None)
             state.finish_saving()
             display.message(f"stopped at step {at.step} and saved; go on with: shoal train --resume --out {state.folder.path}")
-            return Trained(state.folder.path, {"step": at.step}, finished=False, reports=team.is_first)
+            return Trained(state.folder.path, {"step": at.step}, finished=False, stop_asked=True, reports=team.is_first)
         if model.model.counted is not None and counts_while_training(config):
             at.counting_seconds += count_into(model, state.data.train)
         state.save(evaluate(state, passes, machine, log, display, config.eval_tokens))
@@ -242,10 +244,10 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
     if not math.isfinite(final.nats):
         raise UserError(f"the trained model gives numbers that are not finite: lower the learning rates; it is kept in {state.folder.path}")
     if not team.is_first:
-        return Trained(state.folder.path, {"step": at.step}, finished=True, reports=False)
+        return Trained(state.folder.path, {"step": at.step}, finished=True, stop_asked=stop.asked, reports=False)
     summary = summarize(state, machine, documents, final)
     state.folder.write_json("summary.json", summary)
-    return Trained(state.folder.path, summary, finished=True)
+    return Trained(state.folder.path, summary, finished=True, stop_asked=stop.asked)
 
 
 def score(state: TrainState, passes: Passes, machine: Machine, documents: list[Document]) -> Likelihood:

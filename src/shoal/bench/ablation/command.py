@@ -13,7 +13,8 @@ from typing import Any
 from ...config import BenchAblationCommand, CorpusConfig
 from ...data import open_corpus
 from ..efficiency.frontier import best_ratio, cost_at, figures
-from ..efficiency.runs import Run, Runs, Trainer, curves, only_the_end
+from ..efficiency.runs import Run, Trainer, curves, only_the_end, open_runs
+from ..pictures import require_picture
 from .picture import draw
 from .studies import Study
 
@@ -24,18 +25,19 @@ def run_bench(command: BenchAblationCommand, trainer: Trainer | None = None) -> 
     """Make the runs that are missing, print the table, draw the picture, return the JSON object. `trainer`: see `Runs`."""
     command.validate()
     study, folder = Study.load(command.study), Path(command.out)
-    runs = Runs(folder, open_corpus(command.data, CorpusConfig()).fingerprint, trainer)
+    picture = folder / f"{study.name}.png"
     made = []
-    for seed in range(command.seeds or (1 if command.quick else 3)):
-        for arm, budgets in study.budgets.items():
-            for budget in budgets:
-                flops = budget * (QUICK if command.quick else 1)
-                config = only_the_end(study.config(arm, flops), command.data, seed, command.threads, "cpu")
-                made.append(run := runs.get(arm, flops, config))
-                print(f"{arm} {flops:.1e} seed {seed}: {run.bpb:.4f} bits per byte ({run.tokens:,} tokens)", file=sys.stderr)
+    with open_runs(folder, open_corpus(command.data, CorpusConfig()).fingerprint, trainer) as runs:
+        require_picture(picture)
+        for seed in range(command.seeds or (1 if command.quick else 3)):
+            for arm, budgets in study.budgets.items():
+                for budget in budgets:
+                    flops = budget * (QUICK if command.quick else 1)
+                    config = only_the_end(study.config(arm, flops), command.data, seed, command.threads, "cpu")
+                    made.append(run := runs.get(arm, flops, config))
+                    print(f"{arm} {flops:.1e} seed {seed}: {run.bpb:.4f} bits per byte ({run.tokens:,} tokens)", file=sys.stderr)
     result = summarize(study, made)
     _print(study, made, result)
-    picture = folder / f"{study.name}.png"
     draw(study, made, result, picture)
     print(f"picture: {picture}")
     return result
@@ -101,6 +103,6 @@ def _spoken(study: Study, result: dict[str, Any], name: str, unit: str) -> str:
     if result[name] is None:
         return f"its losses and those of '{study.labels[study.reference]}' do not overlap in {unit}, and nothing is extrapolated"
     interval = result[f"{name}_interval"]
-    between = f", 95% interval {interval[0]:.2f} to {interval[1]:.2f}" if interval else ", one seed and no interval"
+    between = f", 95% interval {interval[0]:.2f} to {interval[1]:.2f}" if interval else ", no interval"
     dear = study.labels[study.reference]
     return f"{result[name]:.2f} times the {unit} for '{dear}' at {result[f'{name}_bpb']:.4f} bits per byte{between}"

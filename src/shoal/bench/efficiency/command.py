@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Sequence
@@ -9,12 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ...config import BenchEfficiencyCommand, CorpusConfig, TrainConfig
+from ...config import BenchEfficiencyCommand, CorpusConfig, TrainConfig, UserError
 from ...data import open_corpus
 from ...plan.rules import Point, Rules
+from ..pictures import require_picture
 from .frontier import Ratio, best_ratio, bound, figures
 from .picture import draw
-from .runs import Run, Runs, Trainer, curves, only_the_end
+from .runs import Run, Runs, Stopped, Trainer, curves, only_the_end, open_runs
 from .search import search
 from .sides import BUDGETS, load_side
 
@@ -34,18 +36,20 @@ def run_bench(command: BenchEfficiencyCommand, trainer: Trainer | None = None) -
     """Make the runs that are missing, print the table, draw the picture, return the JSON object. `trainer`: see `Runs`."""
     command.validate()
     folder = Path(command.out)
-    runs = Runs(folder, open_corpus(command.data, CorpusConfig()).fingerprint, trainer)
     sides = [load_side(name) for name in BUDGETS[command.scale]]
     budgets = {name: [flops * (QUICK if command.quick else 1) for flops in some] for name, some in BUDGETS[command.scale].items()}
-    if command.search:
-        return _search(command, sides, budgets, runs)
-    made = []
-    for seed in range(command.seeds or (1 if command.quick else 3)):
-        for side in sides:
-            for flops in budgets[side.name]:
-                made.append(runs.get(side.name, flops, _settings(command, side.config(flops), seed)))
-                _say(made[-1])
-    return _finish(made, folder)
+    with open_runs(folder, open_corpus(command.data, CorpusConfig()).fingerprint, trainer) as runs:
+        if command.search:
+            return _search(command, sides, budgets, runs)
+        picture = folder / "efficiency.png"
+        require_picture(picture)
+        made = []
+        for seed in range(command.seeds or (1 if command.quick else 3)):
+            for side in sides:
+                for flops in budgets[side.name]:
+                    made.append(runs.get(side.name, flops, _settings(command, side.config(flops), seed)))
+                    _say(made[-1])
+    return _finish(made, picture)
 
 
 def _settings(command: BenchEfficiencyCommand, config: TrainConfig, seed: int) -> TrainConfig:
@@ -59,8 +63,15 @@ def _search(command: BenchEfficiencyCommand, sides: Sequence[Rules], budgets: di
         found[side.name] = []
         for flops in budgets[side.name]:
 
+            @functools.cache
             def loss(point: Point, side: Rules = side, flops: float = flops) -> float:
-                run = runs.get(side.name, flops, _settings(command, side.config(flops, point), 0))
+                try:
+                    run = runs.get(side.name, flops, _settings(command, side.config(flops, point), 0))
+                except Stopped:
+                    raise
+                except UserError as error:  # a step too large for the budget, or a rate at which nothing is learnt
+                    print(f"{side.name} {flops:.1e} with {_point(asdict(point))}: {error}", file=sys.stderr)
+                    return math.inf
                 _say(run)
                 return run.bpb if math.isfinite(run.bpb) else math.inf
 
@@ -98,10 +109,9 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
     return result | {"seeds": len({run.seed for run in runs}), "runs": [asdict(run) for run in runs]}
 
 
-def _finish(runs: list[Run], folder: Path) -> dict[str, Any]:
+def _finish(runs: list[Run], picture: Path) -> dict[str, Any]:
     result = summarize(runs)
     _print(runs, result)
-    picture = folder / "efficiency.png"
     draw(runs, compare(runs, "baseline", "full", "flops")[0], picture)
     print(f"picture: {picture}")
     return result
@@ -138,5 +148,5 @@ def _spoken(result: dict[str, Any], name: str) -> str:
         if least is not None:
             return f"the curves do not overlap: every run beats all of the other side, so more than {least:.2f}; nothing is extrapolated"
         return "the curves do not overlap, and nothing is extrapolated: change the budgets"
-    between = f", 95% interval {interval[0]:.2f} to {interval[1]:.2f}" if interval else ", one seed and no interval"
+    between = f", 95% interval {interval[0]:.2f} to {interval[1]:.2f}" if interval else ", no interval"
     return f"{value:.2f} at {result[f'{name}_bpb']:.4f} bits per byte{between}"

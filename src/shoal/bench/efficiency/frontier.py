@@ -1,7 +1,7 @@
 """What equal loss costs on two sides: interpolation between whole runs, and an interval over seeds.
 
 A curve is the cost (FLOPs or seconds) of runs with their complete schedules and the loss that each ends with. Between neighbours
-log(cost) is linear in the loss; beyond the first and the last run nothing is said.
+log(cost) is linear in the loss; beyond the first and the last run nothing is said. A run whose loss is not finite reaches no loss.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ class Ratio:
 
     value: float
     low: float
-    """End of the 95% interval; minus infinity is 0: one seed says nothing about the spread."""
+    """End of the 95% interval."""
     high: float
+    """Infinite, and `low` 0, where nothing is known about the spread: with one seed, or where runs of every budget diverged."""
     loss: float
     """At which the ratio is taken."""
     seeds: int
 
 
 def figures(name: str, ratio: Ratio | None) -> dict[str, Any]:
-    """What a JSON object holds of a ratio called `name`; nulls where there is none, no interval where there is one seed."""
+    """What a JSON object holds of a ratio called `name`; nulls where there is none, or no interval."""
     return {
         name: None if ratio is None else ratio.value,
-        f"{name}_interval": None if ratio is None or ratio.seeds < 2 else [ratio.low, ratio.high],
+        f"{name}_interval": None if ratio is None or math.isinf(ratio.high) else [ratio.low, ratio.high],
         f"{name}_bpb": None if ratio is None else ratio.loss,
     }
 
@@ -45,10 +46,15 @@ def figures(name: str, ratio: Ratio | None) -> dict[str, Any]:
 def lower_hull(curve: Curve) -> Curve:
     """The runs that no cheaper run beats, by increasing cost: their losses fall."""
     kept: Curve = []
-    for cost, loss in sorted(curve):
+    for cost, loss in sorted(_finished(curve)):
         if not kept or loss < kept[-1][1]:
             kept.append((cost, loss))
     return kept
+
+
+def _finished(curve: Curve) -> Curve:
+    """The runs that did not diverge."""
+    return [(cost, loss) for cost, loss in curve if math.isfinite(loss)]
 
 
 def cost_at(curve: Curve, loss: float) -> float | None:
@@ -69,6 +75,8 @@ def _around(curve: Curve, loss: float) -> tuple[tuple[float, float], tuple[float
 def overlap(curves: Sequence[Curve]) -> tuple[float, float] | None:
     """Lowest and highest loss that all curves reach; None where there is no such range."""
     hulls = [lower_hull(curve) for curve in curves]
+    if not all(hulls):
+        return None
     low, high = max(hull[-1][1] for hull in hulls), min(hull[0][1] for hull in hulls)
     return (low, high) if low <= high else None
 
@@ -83,22 +91,28 @@ def ratio_at(first: Sequence[Curve], second: Sequence[Curve], loss: float) -> Ra
         logs.append(math.log(dear / cheap))
     count = len(logs)
     mean = fmean(logs)
-    if count == 1:
-        return Ratio(math.exp(mean), 0.0, math.inf, loss, 1)
-    freedom = (count - 1) * min(len(first[0]), len(second[0]))
-    reach = math.sqrt(_variance(first, loss) + _variance(second, loss)) * T_97_5[min(freedom, len(T_97_5)) - 1]
+    pooled = [_budgets(first), _budgets(second)]
+    if count == 1 or not all(pooled):
+        return Ratio(math.exp(mean), 0.0, math.inf, loss, count)
+    freedom = (count - 1) * min(map(len, pooled))
+    variances = (_variance(side, budgets, loss) for side, budgets in zip((first, second), pooled, strict=True))
+    reach = math.sqrt(sum(variances)) * T_97_5[min(freedom, len(T_97_5)) - 1]
     return Ratio(math.exp(mean), math.exp(mean - reach), math.exp(mean + reach), loss, count)
 
 
-def _variance(curves: Sequence[Curve], loss: float) -> float:
+def _budgets(curves: Sequence[Curve]) -> list[tuple[tuple[float, float], ...]]:
+    """(cost, loss) of every seed, budget by budget; without those at which a seed diverged."""
+    return [runs for runs in zip(*curves, strict=True) if all(math.isfinite(loss) for _, loss in runs)]
+
+
+def _variance(curves: Sequence[Curve], budgets: Sequence[Sequence[tuple[float, float]]], loss: float) -> float:
     """Variance of the logarithm of what `loss` costs, as a mean over the seeds `curves`, which all reach it.
 
-    How far a run's loss and cost lie from those of other seeds is taken from all budgets together: three seeds of a single budget lie
-    close together by chance too often.
+    How far a run's loss and cost lie from those of other seeds is taken from all `budgets` together, each with a run of every seed: three
+    seeds of a single budget lie close together by chance too often.
     """
-    budgets = [list(zip(*runs, strict=True)) for runs in zip(*curves, strict=True)]  # (costs, losses) of the seeds
-    of_losses = fmean(variance(losses) for _, losses in budgets)
-    of_costs = fmean(variance(map(math.log, costs)) for costs, _ in budgets)
+    of_losses = fmean(variance(loss for _, loss in runs) for runs in budgets)
+    of_costs = fmean(variance(math.log(cost) for cost, _ in runs) for runs in budgets)
     each = []
     for curve in curves:
         if (around := _around(curve, loss)) is not None:
@@ -117,10 +131,13 @@ def best_ratio(first: Sequence[Curve], second: Sequence[Curve]) -> Ratio | None:
 def bound(first: Sequence[Curve], second: Sequence[Curve]) -> float | None:
     """Where every run of `second` beats every one of `first`: the ratio is more than dearest first over cheapest second.
 
-    None where the curves overlap, or lie the other way round.
+    None where the curves overlap, or lie the other way round. The first side's dearest runs are those that did not diverge.
     """
-    best_first = min(loss for curve in first for _, loss in curve)
+    reached = [_finished(curve) for curve in first]
+    if not all(reached) or any(len(_finished(curve)) < len(curve) for curve in second):
+        return None
+    best_first = min(loss for curve in reached for _, loss in curve)
     worst_second = max(loss for curve in second for _, loss in curve)
     if worst_second >= best_first:
         return None
-    return min(max(cost for cost, _ in curve) for curve in first) / max(min(cost for cost, _ in curve) for curve in second)
+    return min(max(cost for cost, _ in curve) for curve in reached) / max(min(cost for cost, _ in curve) for curve in second)

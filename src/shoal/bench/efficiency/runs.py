@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import quantiles
 from typing import Any, Literal
 
+import torch
+
 from ...atomic import remove_folder
 from ...config import TrainConfig, UserError
+from ...kernels.selection import BACKEND
 from ...plan.cost import count_parameters
 from ...train import train
+from ...train.run_folder import RunFolder
 from .frontier import Curve
 
 Trainer = Callable[[TrainConfig], "tuple[dict[str, Any], list[dict[str, Any]]]"]
@@ -29,7 +35,7 @@ class Run:
     """FLOPs that were asked for."""
     seed: int
     key: str
-    """Of all settings that decide the result."""
+    """Of all that decides the result."""
     flops: float
     """FLOPs that were spent."""
     seconds: float
@@ -66,12 +72,15 @@ class Runs:
         self.file = folder / "runs.jsonl"
         self._known: dict[tuple[str, str], Run] = {}
         if self.file.exists():
-            for line in self.file.read_text(encoding="utf-8").splitlines():
+            text = self.file.read_text(encoding="utf-8")
+            for line in text.splitlines():
                 try:
                     run = Run(**json.loads(line))
                 except (ValueError, TypeError):
                     continue  # half a line of a run that was killed, or another version's
                 self._known[run.side, run.key] = run
+            if text and not text.endswith("\n"):
+                self.file.write_text(text + "\n", encoding="utf-8")  # half a line must not swallow the next
 
     def get(self, side: str, budget: float, config: TrainConfig) -> Run:
         """The result of `config`, trained now if it is not known yet."""
@@ -79,11 +88,22 @@ class Runs:
         if (side, key) not in self._known:
             summary, steps = self._trainer(config)
             run = _run(side, budget, config, key, summary, steps)
-            self.folder.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(run)) + "\n")
             self._known[side, key] = run
         return self._known[side, key]
+
+
+@contextmanager
+def open_runs(folder: Path, data: str, trainer: Trainer | None = None) -> Iterator[Runs]:
+    """The runs in `folder`, which is made where it is missing. Raises `UserError` where another process adds to them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with RunFolder(folder).held():
+        yield Runs(folder, data, trainer)
+
+
+class Stopped(UserError):
+    """A signal came: no further run begins."""
 
 
 def only_the_end(config: TrainConfig, data: tuple[str, ...], seed: int, threads: int, device: Literal["cuda", "cpu"]) -> TrainConfig:
@@ -94,17 +114,26 @@ def only_the_end(config: TrainConfig, data: tuple[str, ...], seed: int, threads:
 
 
 def key_of(config: TrainConfig, data: str) -> str:
-    """Equal for settings that give the same result on the same data, wherever it lies."""
-    settings = [data, asdict(replace(config, data=(), out=None, resume=False, overwrite=False, json=False))]
+    """Equal for settings that give the same result on the same data, wherever it lies, by the same code."""
+    settings = [data, code_fingerprint(), asdict(replace(config, data=(), out=None, resume=False, overwrite=False, json=False))]
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+@functools.cache
+def code_fingerprint() -> str:
+    """Of the code that runs, changes that were not committed and compiled kernels included, and of torch's version."""
+    files = sorted(Path(__file__).parents[2].rglob("*.py"))
+    if BACKEND.module is not None:
+        files.append(Path(BACKEND.module.__file__))
+    return hashlib.sha256(b"".join([torch.__version__.encode(), *(file.read_bytes() for file in files)])).hexdigest()
+
+
 def train_in(config: TrainConfig, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Train, and remove the run's folder. Raises `UserError` where the run was asked to stop."""
+    """Train, and remove the run's folder. Raises `Stopped` where a signal asked for it, be it while the end was scored."""
     remove_folder(folder)
     trained = train(replace(config, out=str(folder)))
-    if not trained.finished:
-        raise UserError("stopped; what is finished is kept, the same command goes on")
+    if trained.stop_asked:
+        raise Stopped("stopped; what is finished is kept, the same command goes on")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     remove_folder(folder)
     return trained.summary, [row for row in rows if "loss" in row]

@@ -213,3 +213,28 @@ def test_after_the_time_of_grace_clients_are_told(serve: Serve) -> None:
         assert b"shutting_down" in received
         thread.join()
         assert (plain[0][0], plain[0][1]["error"]["code"]) == (503, "shutting_down")
+
+
+def test_a_grammar_that_takes_minutes_is_refused_and_stops_nobody(base: Served) -> None:
+    endless = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "integer", "multipleOf": 999_983}}}
+    told: list[tuple[int, Any, Any]] = []
+    body = {"prompt": "the", "max_tokens": 1, "response_format": endless}
+    thread = threading.Thread(target=lambda: told.append(ask(f"{base.url}/v1/completions", body)))
+    thread.start()
+    served = 0
+    while thread.is_alive():
+        assert ask(f"{base.url}/v1/completions", {"prompt": "the", "max_tokens": 2})[0] == 200
+        served += 1
+    assert served > 10
+    status, answer, _ = told[0]
+    assert (status, answer["error"]["param"]) == (400, "response_format")
+    assert "too complex" in answer["error"]["message"]
+    assert ask(f"{base.url}/v1/completions", {"prompt": "the", "max_tokens": 9, "guided_choice": ["yes"]})[1]["choices"][0]["text"] == "yes"
+
+
+def test_texts_of_one_request_are_read_together(base: Served) -> None:
+    texts = [f"the red fish {i}" for i in range(64)]
+    for path, body in (("embeddings", {"input": texts}), ("completions", {"prompt": texts, "max_tokens": 0, "echo": True, "logprobs": 0})):
+        before = base.host.engine.stats().steps
+        assert ask(f"{base.url}/v1/{path}", body)[0] == 200
+        assert base.host.engine.stats().steps - before < 32

@@ -16,8 +16,8 @@ from ..data.chat_template import read_template
 from ..engine import AsyncEngine, Increment, Place, Request
 from ..engine.async_engine import Ticket
 from .errors import APIError, bad, broken, busy, closing, loading, too_long
-from .grammar import Grammars
 from .metrics import Metrics
+from .trial import Trial
 
 LOG = logging.getLogger("shoal.serve")
 Load = Callable[[], tuple[Place, Tokenizer]]
@@ -44,7 +44,7 @@ class Host:
         self._load = load
         self._engine: AsyncEngine | None = None
         self._tokenizer: Tokenizer | None = None
-        self._grammars: Grammars | None = None
+        self._trial: Trial | None = None
         self._draining = False
         self._in_flight = 0
 
@@ -81,10 +81,10 @@ class Host:
         return self._tokenizer
 
     @property
-    def grammars(self) -> Grammars:
-        if self._grammars is None:
+    def trial(self) -> Trial:
+        if self._trial is None:
             raise loading()
-        return self._grammars
+        return self._trial
 
     @property
     def context(self) -> int:
@@ -98,7 +98,7 @@ class Host:
             if self.command.chat_template is not None:
                 tokenizer = Tokenizer(tokenizer.json, tokenizer.config, read_template(self.command.chat_template))
             self._tokenizer = tokenizer
-            self._grammars = await asyncio.to_thread(Grammars, tokenizer, place.config.vocab_size)
+            self._trial = Trial(tokenizer, place.config.vocab_size)
             self._engine = AsyncEngine(place)
             self.metrics.watch(self._engine.stats)
         except Exception as error:
@@ -114,6 +114,8 @@ class Host:
     async def close(self) -> None:
         """Stop at once; unfinished answers end with reason `abort`."""
         self._draining = True
+        if self._trial is not None:
+            self._trial.close()
         if self._engine is not None:
             await self._engine.close()
 
@@ -145,8 +147,7 @@ class Host:
         tickets: list[Ticket] = []
         self._in_flight += len(requests)
         try:
-            for request in requests:
-                tickets.append(await engine.submit(request))
+            tickets = await engine.submit_all(requests)
             yield tickets
         finally:
             self._in_flight -= len(requests)

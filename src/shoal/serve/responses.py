@@ -44,7 +44,7 @@ class ResponsesBody(Body):
 
 async def create(host: Host, body: ResponsesBody, http: HTTPRequest) -> Response:
     """Answer a conversation."""
-    turn = prepare(host, as_chat(body))
+    turn = await prepare(host, as_chat(body))
     record = _Record(turn, body)
     if body.stream:
         return EventStream(record.stream(), failed)

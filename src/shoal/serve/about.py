@@ -56,6 +56,7 @@ def tokenize(host: Host, body: TokenizeBody) -> JSON:
         ids = Dialect(host.tokenizer).prompt(ChatBody(messages=body.messages))
     else:
         ids = host.tokenizer.encode(body.prompt or "", bos=body.add_special_tokens)
+    host.log_prompt(ids)
     return JSON({"tokens": ids, "count": len(ids), "max_model_len": host.context})
 
 

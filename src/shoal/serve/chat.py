@@ -29,6 +29,10 @@ async def prepare(host: Host, body: ChatBody) -> Turn:
     host.check_model(body.model)
     if body.functions:
         raise bad("functions are not supported any more: use tools", "functions")
+    if set(body.modalities or ()) - {"text"}:
+        raise bad("this model writes text only: leave modalities away", "modalities")
+    if body.prompt_logprobs is not None:
+        raise bad("prompt_logprobs are not told here: use /v1/completions", "prompt_logprobs")
     vocab_size = host.engine.config.vocab_size
     dialect = Dialect(host.tokenizer)
     prompt = dialect.prompt(body)

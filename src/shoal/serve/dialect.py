@@ -46,7 +46,19 @@ class Dialect:
                 variables[name] = value
         variables.setdefault("enable_thinking", variables["thinking"])
         messages = [written(message, index) for index, message in enumerate(body.messages)]
+        if body.continue_final_message:
+            return self._begun(messages, tools, variables)
         return encode_chat(self.tokenizer, messages, tools, body.add_generation_prompt, **variables)[1]
+
+    def _begun(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, variables: dict[str, Any]) -> list[int]:
+        """A conversation whose last message is the beginning of the answer: the turn goes on behind it."""
+        last = messages[-1]
+        if last["role"] != "assistant" or "tool_calls" in last:
+            raise bad("only a text of the assistant can be continued", "messages")
+        prompt = encode_chat(self.tokenizer, messages[:-1], tools, True, **variables)[1]
+        if thought_of(self.tokenizer, prompt)[0]:
+            raise bad("the answer begins with a thought here, so that its text cannot be begun: end with a message of the user", "messages")
+        return prompt + self.tokenizer.encode(last["content"])
 
     async def form(self, body: ChatBody, prompt: Sequence[int], trial: Trial, answer: str | None) -> AnswerForm | None:
         """What the answers have to look like; None where they are free. `answer` is the grammar of `response_format`."""
@@ -99,6 +111,8 @@ def chosen_tools(body: ChatBody) -> tuple[list[Tool], bool]:
 def written(message: Message, index: int) -> dict[str, Any]:
     """A message as templates take it: `content` a text, `tool_calls` of one shape."""
     param = f"messages[{index}]"
+    if message.function_call is not None:
+        raise bad("function_call is not supported any more: use tool_calls", param)
     result: dict[str, Any] = {"role": message.role, "content": text_of(message.content, param)}
     if message.name is not None:
         result["name"] = message.name

@@ -47,7 +47,10 @@ class Matcher:
         if self._mask is None:
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
             if self._matcher.is_error():
-                raise SamplingError(f"the form of the answer cannot be kept: {self._matcher.get_error().splitlines()[0]}")
+                reason = self._matcher.get_error().splitlines()[0]
+                if "forced bytes" in reason:  # llguidance would write them with the token
+                    reason = "it prescribes a text that spells a control token of this model"
+                raise SamplingError(f"the form of the answer cannot be kept: {reason}")
             self._mask = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
         return self._mask
 

@@ -131,6 +131,11 @@ class Host:
         if len(prompt) >= self.context:
             raise too_long(f"the prompt has {len(prompt)} tokens, the model sees {self.context}: shorten it")
 
+    def log_prompt(self, prompt: Sequence[int]) -> None:
+        """Write what a client sent to the log, where that was asked for."""
+        if self.command.log_prompts:
+            LOG.info("prompt: %r", self.tokenizer.decode(list(prompt), skip_special=False))
+
     @contextlib.asynccontextmanager
     async def serving(self, requests: Sequence[Request]) -> AsyncIterator[list[Ticket]]:
         """The requests in the engine; at the end of the block, whatever is unfinished is cancelled and its pages are free.
@@ -142,8 +147,8 @@ class Host:
         engine, options = self.engine, self.command
         if self._in_flight and self._in_flight + len(requests) > options.engine.max_running + options.max_waiting:
             raise busy()
-        if options.log_prompts:
-            LOG.info("prompt: %r", self.tokenizer.decode(list(requests[0].prompt), skip_special=False))
+        for prompt in dict.fromkeys(tuple(request.prompt) for request in requests):
+            self.log_prompt(prompt)
         tickets: list[Ticket] = []
         self._in_flight += len(requests)
         try:

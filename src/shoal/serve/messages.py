@@ -72,6 +72,7 @@ def count(host: Host, body: CountBody) -> JSON:
     """Tokens of a conversation."""
     host.check_model(body.model)
     ids = Dialect(host.tokenizer).prompt(as_chat(body))
+    host.log_prompt(ids)
     return JSON({"input_tokens": len(ids)})
 
 
@@ -88,6 +89,7 @@ def as_chat(body: CountBody) -> ChatBody:
     for index, message in enumerate(body.messages):
         messages += _as_messages(message, f"messages[{index}]")
     fields: dict[str, Any] = {"model": body.model, "messages": messages}
+    fields["continue_final_message"] = messages[-1]["role"] == "assistant"
     fields["chat_template_kwargs"] = {"thinking": (body.thinking or {}).get("type") in ("enabled", "adaptive")}
     if body.tools:
         fields["tools"] = [

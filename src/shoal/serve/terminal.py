@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import signal
 import sys
 import threading
@@ -23,6 +24,7 @@ from .reader import END_THINK, THINK, AnswerReader, reader_behind
 
 HELP = """/system TEXT sets the system prompt, /reset starts over, /save FILE writes the conversation as JSON, /stats tells its speed,
 /quit (or Ctrl-D) leaves. A line that ends in \\ goes on in the next; \"\"\" begins and ends a longer text. Ctrl-C stops an answer."""
+COMMANDS = ("/system", "/reset", "/save", "/stats", "/quit")
 QUOTES = '"""'
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
@@ -45,8 +47,9 @@ def run_chat(command: ChatCommand) -> None:
     talk = Talk(engine_for_one(loaded, command.run), loaded.tokenizer, command.sampling, command.system)
     while (text := read_text()) is not None:
         try:
-            if text.startswith("/"):
-                if not talk.obey(*text.strip().partition(" ")[::2]):
+            name, _, rest = text.strip().partition(" ")
+            if name in COMMANDS or re.fullmatch(r"/\w*", text.strip()):  # a text may begin with a path
+                if not talk.obey(name, rest):
                     return
             elif text.strip():
                 talk.answer(text)

@@ -119,7 +119,10 @@ class Trial:
         self._send(grammar)
         assert self._process.stdout is not None
         told = self._process.stdout.readline()
-        return json.loads(told) if told else f"it is too complex, to build it takes more than {trying.MOST_SECONDS:g} s"
+        if told:
+            return str(json.loads(told))
+        self._process.wait()
+        return f"it is too complex, to build it takes more than {trying.MOST_SECONDS:g} s"
 
     def _send(self, value: Any) -> None:
         assert self._process is not None

@@ -60,7 +60,7 @@ def parse(cls: type[T], args: Sequence[str], verb: str, default: T | None = None
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(cls, config=(tyro.conf.FlagCreatePairsOff,), **options)
+            return tyro.cli(cls, **options)
     except SystemExit as stop:
         if not stop.code:
             raise

@@ -97,6 +97,12 @@ def test_arms_spend_their_budgets_and_have_as_many_active_parameters(name: str) 
         assert len(set(active)) == 1, "but for the router"
 
 
+def test_the_help_names_the_largest_budget() -> None:
+    assert BenchAblationCommand.__doc__ is not None
+    largest = max(flops for name in STUDIES for budgets in Study.load(name).budgets.values() for flops in budgets)
+    assert float(BenchAblationCommand.__doc__.split(" up to ")[1].split()[0]) == largest
+
+
 def test_a_study_that_does_not_exist_is_refused() -> None:
     with pytest.raises(UserError, match="there is no study 'depth': use one of experts"):
         Study.load("depth")

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,10 @@ def test_every_verb_explains_its_options(verb: str, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])
     assert not stop.value.code
-    assert f"usage: shoal {verb}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"usage: shoal {verb}" in out
+    # What is said of an option is said of --x, so --no-x never stands alone.
+    assert not re.search(r"│ --(?:[\w.]+\.)?no-", out)
 
 
 def test_bench_names_its_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -238,6 +238,8 @@ def test_a_full_cache_or_context_ends_an_answer() -> None:
 class Broken:
     """A grammar with a bug, or one that leads into a dead end."""
 
+    is_whole = True
+
     def __init__(self, dead_end: bool) -> None:
         self.left, self.dead_end = 3, dead_end
 
@@ -263,6 +265,8 @@ def test_what_breaks_one_request_does_not_disturb_another(dead_end: bool) -> Non
 
 class EvenOnly:
     """Allows even tokens; counts what it was told."""
+
+    is_whole = True
 
     def __init__(self) -> None:
         self.accepted: list[int] = []

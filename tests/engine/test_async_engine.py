@@ -220,3 +220,28 @@ def test_an_event_loop_that_has_gone_leaves_nothing_behind() -> None:
         await engine.close()
 
     run(test)
+
+
+def test_a_mask_in_the_making_keeps_nobody_waiting() -> None:
+    """Also where it is given up before it is there."""
+    go = threading.Event()
+
+    def make_mask(form: str) -> None:
+        assert go.wait(10)
+        if form == "broken":
+            raise ValueError(form)
+
+    async def test() -> None:
+        engine = Engine(Slow(), None, EngineOptions(), make_mask)  # type: ignore[arg-type]
+        async with AsyncEngine(engine) as server:
+            waiting = [asyncio.ensure_future(server.generate(Request([5], greedy(3), mask=form))) for form in ("fine", "broken", "fine")]
+            assert len((await server.generate(Request([6], greedy(3)))).ids) == 3
+            assert not any(task.done() for task in waiting)
+            waiting[2].cancel()
+            go.set()
+            results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert results[0].ids == continuation([5], 3, 97)  # type: ignore[union-attr]
+        assert isinstance(results[1], RuntimeError)
+        assert isinstance(results[2], asyncio.CancelledError)
+
+    run(test)

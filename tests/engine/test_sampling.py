@@ -96,6 +96,8 @@ def test_stop_tokens_are_held_back_until_there_are_enough_tokens() -> None:
 class Digits:
     """Allows 3 and 4 in turn."""
 
+    is_whole = True
+
     def __init__(self) -> None:
         self.accepted: list[int] = []
 

@@ -107,6 +107,8 @@ def test_deeper_guesses_save_more_steps() -> None:
 class BreaksOff:
     """A mask that fails after some tokens, as a grammar does that has become too large."""
 
+    is_whole = True
+
     def __init__(self, after: int) -> None:
         self._left = after
 

@@ -8,14 +8,18 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import pytest
 from served import Serve, Served, serving, tiny
 
-from shoal.config import EngineOptions
+from shoal.config import EngineOptions, UserError, serve_options
 from shoal.data import Tokenizer
+from shoal.data.chat_template import encode_chat
 from shoal.engine import Loaded
+from shoal.serve.dialect import Dialect
+from shoal.serve.messages import CountBody, as_chat
 
 LONG = {"prompt": "the red", "max_tokens": 400, "ignore_eos": True}
 
@@ -213,3 +217,94 @@ def test_after_the_time_of_grace_clients_are_told(serve: Serve) -> None:
         assert b"shutting_down" in received
         thread.join()
         assert (plain[0][0], plain[0][1]["error"]["code"]) == (503, "shutting_down")
+
+
+def test_a_grammar_that_takes_minutes_is_refused_and_stops_nobody(base: Served) -> None:
+    endless = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "integer", "multipleOf": 999_983}}}
+    told: list[tuple[int, Any, Any]] = []
+    body = {"prompt": "the", "max_tokens": 1, "response_format": endless}
+    thread = threading.Thread(target=lambda: told.append(ask(f"{base.url}/v1/completions", body)))
+    thread.start()
+    served = 0
+    while thread.is_alive():
+        assert ask(f"{base.url}/v1/completions", {"prompt": "the", "max_tokens": 2})[0] == 200
+        served += 1
+    assert served > 10
+    status, answer, _ = told[0]
+    assert (status, answer["error"]["param"]) == (400, "response_format")
+    assert "too complex" in answer["error"]["message"]
+    assert ask(f"{base.url}/v1/completions", {"prompt": "the", "max_tokens": 9, "guided_choice": ["yes"]})[1]["choices"][0]["text"] == "yes"
+
+
+def test_texts_of_one_request_are_read_together(base: Served) -> None:
+    texts = [f"the red fish {i}" for i in range(64)]
+    for path, body in (("embeddings", {"input": texts}), ("completions", {"prompt": texts, "max_tokens": 0, "echo": True, "logprobs": 0})):
+        before = base.host.engine.stats().steps
+        assert ask(f"{base.url}/v1/{path}", body)[0] == 200
+        assert base.host.engine.stats().steps - before < 32
+
+
+def test_every_prompt_is_logged_where_that_was_asked_for(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "shoal.serve")
+    with serve(log_prompts=True, chat_template="v3.1") as served:
+        ask(f"{served.url}/v1/completions", {"prompt": ["red one", "blue two"], "n": 2, "max_tokens": 1})
+        ask(f"{served.url}/tokenize", {"prompt": "green three"})
+        ask(f"{served.url}/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "white four"}]})
+    said = [message for message in caplog.messages if message.startswith("prompt: ")]
+    assert [sum(word in line for line in said) for word in ("red one", "blue two", "green three", "white four")] == [1, 1, 1, 1]
+
+
+USER = {"role": "user", "content": "the"}
+DEEP: Any = {"type": "object", "description": "<think>"}
+for _ in range(300):
+    DEEP = {"type": "object", "properties": {"a": DEEP}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "says"),
+    [
+        ("chat/completions", {"messages": [USER, {"role": "function", "name": "f", "content": "42"}]}, "role"),
+        ("chat/completions", {"messages": [USER, {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}}]}, "tool_calls"),
+        ("chat/completions", {"messages": [USER], "modalities": ["text", "audio"]}, "modalities"),
+        ("chat/completions", {"messages": [USER], "prompt_logprobs": 1}, "prompt_logprobs"),
+        ("chat/completions", {"messages": [USER], "stop": ["a"] * 17}, "16"),
+        ("chat/completions", {"messages": [USER], "tools": [{"function": {"name": "f", "parameters": DEEP}}]}, "nested"),
+        ("chat/completions", {"messages": [USER], "continue_final_message": True}, "assistant"),
+        ("messages", {"messages": [USER], "max_tokens": 1, "stop_sequences": ["a"] * 17}, "16"),
+        ("responses", {"input": "the", "conversation": "conv_1"}, "conversation"),
+        ("responses", {"input": "the", "prompt": {"id": "pmpt_1"}}, "instructions"),
+        ("responses", {"input": "the", "include": ["message.output_text.logprobs"], "top_logprobs": 3}, "log-probabilities"),
+    ],
+)
+def test_what_would_change_the_answer_is_refused_in_a_line(chat: Served, path: str, body: dict[str, Any], says: str) -> None:
+    status, answer, _ = ask(f"{chat.url}/v1/{path}", {"max_tokens": 1} | body)
+    assert status == 400
+    assert says in answer["error"]["message"]
+    assert "\n" not in answer["error"]["message"]
+
+
+def test_a_form_that_only_a_control_token_spells_is_one_clear_line(chat: Served) -> None:
+    status, answer, _ = ask(f"{chat.url}/v1/completions", {"prompt": "the", "max_tokens": 30, "guided_choice": ["<｜User｜>"]})
+    assert (status, "control token" in answer["error"]["message"]) == (400, True)
+
+
+def test_a_turn_that_the_client_began_goes_on(chat: Served) -> None:
+    """As Anthropic's clients do it: the last message is the beginning of the answer."""
+    tokenizer = chat.host.tokenizer
+    begun = {"messages": [USER, {"role": "assistant", "content": "The answer <｜User｜> is"}]}
+    prompt = encode_chat(tokenizer, [USER])[1] + tokenizer.encode("The answer <｜User｜> is")
+    assert Dialect(tokenizer).prompt(as_chat(CountBody(**begun))) == prompt
+    assert ask(f"{chat.url}/v1/messages", begun | {"max_tokens": 2})[1]["usage"]["input_tokens"] == len(prompt)
+    status, answer, _ = ask(f"{chat.url}/v1/messages", begun | {"max_tokens": 2, "thinking": {"type": "enabled"}})
+    assert (status, "thought" in answer["error"]["message"]) == (400, True)
+
+
+def test_a_file_of_keys(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_bytes(b"\xef\xbb\xbffirst-key-12\r\n\r\n  # comment line\r\n second-key-12\r\n")
+    assert serve_options("tiny", api_key_file=str(file)).keys() == ("first-key-12", "second-key-12")
+    file.write_text("schlüssel-geheim\n", encoding="utf-8")
+    with pytest.raises(UserError, match="ASCII"):
+        serve_options("tiny", api_key_file=str(file)).keys()
+    with pytest.raises(UserError, match=r"as https://chat\.example\.com$"):
+        serve_options("tiny", cors_origin=("https://chat.example.com/",)).validate()

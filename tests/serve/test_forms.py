@@ -10,7 +10,9 @@ from typing import Any
 import anthropic
 import openai
 import pytest
-from served import Serve, Served
+from served import Serve, Served, serving, tiny
+
+from shoal.data import Tokenizer
 
 SCHEMA = {
     "type": "object",
@@ -94,11 +96,78 @@ def test_a_conversation_with_tools_is_written_as_the_model_knows_it(served: Serv
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call_1", "content": "sun"},
     ]
-    text, ids = Dialect(served.host.tokenizer).prompt(ChatBody(messages=messages, tools=TOOLS))  # type: ignore[arg-type]
+    ids = Dialect(served.host.tokenizer).prompt(ChatBody(messages=messages, tools=TOOLS))  # type: ignore[arg-type]
+    text = served.host.tokenizer.decode(ids, skip_special=False)
     assert '{"city":"Paris","days":1}' in text
     assert text.startswith("<｜begin▁of▁sentence｜>")
     assert ids.count(0) == 1  # one begin-of-text
     assert text.endswith(("<｜tool▁output▁begin｜>sun<｜tool▁output▁end｜>", "sun<｜tool▁output▁end｜><｜tool▁outputs▁end｜>"))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stops_do_not_cut_a_call(chat: Served, stream: bool) -> None:
+    """Half of a call's arguments, closed as JSON, would be a command that nobody gave."""
+    client = openai.OpenAI(base_url=f"{chat.url}/v1", api_key="none", max_retries=0)
+    properties = {"path": {"enum": ["/home/me END of it"]}}
+    schema = {"type": "object", "properties": properties, "required": ["path"], "additionalProperties": False}
+    options: dict[str, Any] = {"model": "tiny", "messages": ASK, "max_tokens": 300, "parallel_tool_calls": False, "tool_choice": "required"}
+    options |= {"tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}], "stop": ["END", "/"]}
+    options |= {"extra_body": {"stop_token_ids": chat.host.tokenizer.encode("/")}}
+    if stream:
+        chunks = list(client.chat.completions.create(**options, stream=True))
+        calls = [part for chunk in chunks for part in chunk.choices[0].delta.tool_calls or ()]
+        arguments, finish = "".join(call.function.arguments for call in calls), chunks[-1].choices[0].finish_reason
+    else:
+        choice = client.chat.completions.create(**options).choices[0]
+        arguments, finish = choice.message.tool_calls[0].function.arguments, choice.finish_reason  # type: ignore[index, union-attr]
+    assert finish == "tool_calls"
+    assert json.loads(arguments) == {"path": "/home/me END of it"}
+
+
+PLAIN = {"type": "string"}
+UNUSUAL = [
+    {"type": "object", "propertyNames": PLAIN, "additionalProperties": PLAIN},
+    {"type": "array", "uniqueItems": True, "items": PLAIN},
+    {"not": PLAIN},
+    {"type": "string", "format": "no-such-format"},
+    {"type": "string", "pattern": "^(?!a).*$"},
+    {"oneOf": [PLAIN, {"type": "string", "maxLength": 3}]},
+]
+
+
+@pytest.mark.parametrize("schema", UNUSUAL)
+def test_schemas_of_tools_are_kept_as_far_as_they_can_be(client: openai.OpenAI, schema: dict[str, Any]) -> None:
+    """Whoever uses an agent cannot change them; `strict` says that its author means every word."""
+    parameters = {"type": "object", "properties": {"a": schema}}
+    for strict in (None, False, True):
+        function = {"name": "f", "parameters": parameters} | ({} if strict is None else {"strict": strict})
+        options: dict[str, Any] = {"model": "tiny", "messages": ASK, "max_tokens": 1, "tools": [{"type": "function", "function": function}]}
+        if strict:
+            with pytest.raises(openai.BadRequestError):
+                client.chat.completions.create(**options)
+        else:
+            client.chat.completions.create(**options)
+
+
+@pytest.mark.parametrize("schema", [schema for schema in UNUSUAL if "pattern" not in schema])
+def test_schemas_of_answers_are_kept_as_far_as_they_can_be(client: openai.OpenAI, schema: dict[str, Any]) -> None:
+    for strict in (False, True):
+        form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": strict}}
+        options: dict[str, Any] = {"model": "tiny", "messages": ASK, "max_tokens": 1, "response_format": form}
+        if strict:
+            with pytest.raises(openai.BadRequestError):
+                client.chat.completions.create(**options)
+        else:
+            client.chat.completions.create(**options)
+
+
+def test_a_tokenizer_without_marks_of_thoughts_knows_none(tokenizer: Tokenizer) -> None:
+    """The template opens a thought; as nothing could end it, the answer's form would never be kept."""
+    renamed = tokenizer.json.replace('"</think>"', '"<|a|>"').replace('"<think>"', '"<|b|>"')
+    with serving(lambda: tiny(Tokenizer(renamed, tokenizer.config)), chat_template="r1") as served:
+        client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+        answer = client.chat.completions.create(model="tiny", messages=ASK, max_tokens=30, extra_body={"guided_choice": ["yes"]})
+    assert answer.choices[0].message.content == "yes"
 
 
 @pytest.mark.parametrize("seed", [1, 2])

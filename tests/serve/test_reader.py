@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.serve.reader import AnswerReader, CallPart, Piece
+from shoal.data import Tokenizer
+from shoal.engine import TextStream
+from shoal.serve.reader import AnswerReader, CallPart, Marks, Piece
 from shoal.serve.turn import Answer, Step
 
 V31 = (
@@ -23,57 +25,99 @@ R1 = (
 )
 
 
-def read(text: str, cuts: list[int], **options: bool) -> Answer:
-    reader, answer = AnswerReader(**options), Answer()
-    places = [0, *sorted(cut for cut in cuts if cut < len(text)), len(text)]
+def read(tokenizer: Tokenizer, ids: list[int], cuts: list[int], **options: bool) -> Answer:
+    """What becomes of an answer of these tokens that comes in pieces."""
+    reader, answer, stream = AnswerReader(Marks(tokenizer), **options), Answer(), TextStream(tokenizer)
+    places = [0, *sorted(cut for cut in cuts if cut < len(ids)), len(ids)]
     for start, end in itertools.pairwise(places):
-        answer.add(Step(0, reader.push(text[start:end]), (), None))
+        text = "".join(map(stream.push, ids[start:end]))
+        answer.add(Step(0, reader.push(text, ids[start:end]), (), None))
     answer.add(Step(0, reader.finish(), (), None))
     return answer
 
 
 @pytest.mark.parametrize("text", [V31, R1])
 @given(cuts=st.lists(st.integers(0, 300), max_size=12))
-def test_both_dialects(text: str, cuts: list[int]) -> None:
-    answer = read(text, cuts, thinking=True, calls=True)
+def test_both_dialects(tokenizer: Tokenizer, text: str, cuts: list[int]) -> None:
+    answer = read(tokenizer, tokenizer.encode(text, special=True), cuts, thinking=True, calls=True)
     assert (answer.reasoning, answer.content) == ("let me see", "Looking.")
     assert [(call.name, json.loads(call.arguments)) for call in answer.calls] == [("get_weather", {"city": "Paris <｜tool"}), ("stop", {})]
     assert len({call.id for call in answer.calls}) == 2
 
 
 @given(cuts=st.lists(st.integers(0, 300), max_size=12), end=st.integers(0, 300))
-def test_arguments_are_json_wherever_the_answer_ends(cuts: list[int], end: int) -> None:
-    for text in (V31[:end], R1[:end]):
-        for call in read(text, cuts, thinking=True, calls=True).calls:
+def test_arguments_are_json_wherever_the_answer_ends(tokenizer: Tokenizer, cuts: list[int], end: int) -> None:
+    for text in (V31, R1):
+        ids = tokenizer.encode(text, special=True)[:end]
+        for call in read(tokenizer, ids, cuts, thinking=True, calls=True).calls:
             assert isinstance(json.loads(call.arguments), dict)
 
 
 @given(st.text(alphabet="<think>/ a\n｜") | st.text(), st.lists(st.integers(0, 40), max_size=6))
-def test_text_without_marks_is_content(text: str, cuts: list[int]) -> None:
-    assert read(text, cuts).content == text
-    answer = read(text + "</think>x", cuts, thinking=True)
-    if "</think>" not in text:
-        assert answer.reasoning == text.strip()
-        assert answer.content == "x"
+def test_text_without_marks_is_content(tokenizer: Tokenizer, text: str, cuts: list[int]) -> None:
+    ids = tokenizer.encode(text)
+    assert read(tokenizer, ids, cuts).content == text
+    answer = read(tokenizer, [*ids, *tokenizer.encode("</think>x", special=True)], cuts, thinking=True)
+    assert answer.reasoning == text.strip()
+    assert answer.content == "x"
 
 
-def test_a_thought_may_be_opened_by_the_model_itself() -> None:
-    assert read("<think>a</think>b", [2], may_think=True) == Answer("a", "b")
-    assert read("no <think>", [2], may_think=True) == Answer("", "no <think>")
+@given(st.lists(st.integers(0, 300), max_size=12))
+def test_what_ordinary_tokens_spell_is_text(tokenizer: Tokenizer, cuts: list[int]) -> None:
+    """Nobody who gets a model to write a text can make it a call, the end of one, or the end of a thought."""
+    spelled = tokenizer.encode(f"<think>{V31}")
+    assert read(tokenizer, spelled, cuts, may_think=True, calls=True) == Answer(content=f"<think>{V31}")
+    assert read(tokenizer, spelled, cuts, thinking=True, calls=True) == Answer(reasoning=f"<think>{V31}")
+    begin, end = (tokenizer.encode(part, special=True) for part in V31.split('{"city": "Paris <｜tool"}'))
+    arguments = tokenizer.encode('{"city": "a<｜tool▁call▁end｜>b"}')
+    calls = read(tokenizer, [*begin, *arguments, *end], cuts, thinking=True, calls=True).calls
+    assert [(call.name, json.loads(call.arguments)) for call in calls] == [("get_weather", {"city": "a<｜tool▁call▁end｜>b"}), ("stop", {})]
 
 
-def test_one_call_where_only_one_is_wanted() -> None:
-    assert len(read(V31, [], thinking=True, calls=True, parallel=False).calls) == 1
+@given(st.lists(st.integers(0, 300), max_size=12), st.booleans())
+def test_tokens_of_the_thought_are_counted_one_by_one(tokenizer: Tokenizer, cuts: list[int], opens: bool) -> None:
+    thought, rest = tokenizer.encode("let me </think> see"), tokenizer.encode("</think>\nthe <think> red fish", special=True)
+    ids = [*([tokenizer.token_id("<think>")] if opens else []), *thought, *rest]
+    reader = AnswerReader(Marks(tokenizer), thinking=not opens, may_think=opens)
+    for start, end in itertools.pairwise([0, *sorted(cut for cut in cuts if cut < len(ids)), len(ids)]):
+        reader.push("", ids[start:end])  # type: ignore[arg-type]
+    assert reader.thought_tokens == len(thought)
 
 
-def test_the_first_part_of_a_call_names_it() -> None:
-    reader = AnswerReader(calls=True)
-    piece = reader.push('<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a"')
+def test_marks_that_mean_nothing_are_text(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a</think>b<｜tool▁sep｜>", special=True)
+    assert read(tokenizer, ids, [], calls=True) == Answer(content="a</think>b<｜tool▁sep｜>")
+
+
+def test_text_may_lag_behind_the_tokens(tokenizer: Tokenizer) -> None:
+    """As it does while a stop string may have begun; one that ends within a mark leaves nothing of it."""
+    ids = tokenizer.encode("ab</think>cd", special=True)
+    reader, answer = AnswerReader(Marks(tokenizer), thinking=True), Answer()
+    for text, tokens in (("a", ids), ("b</th", []), ("ink>c", [])):
+        answer.add(Step(0, reader.push(text, tokens), (), None))
+    assert answer == Answer("ab", "c")
+    reader = AnswerReader(Marks(tokenizer), thinking=True)
+    assert reader.push("ab</", ids) == Piece("ab")
+    assert not reader.finish()
+
+
+def test_a_thought_may_be_opened_by_the_model_itself(tokenizer: Tokenizer) -> None:
+    for text, answer in (("<think>a</think>b", Answer("a", "b")), ("no <think>", Answer("", "no <think>"))):
+        assert read(tokenizer, tokenizer.encode(text, special=True), [2], may_think=True) == answer
+
+
+def test_one_call_where_only_one_is_wanted(tokenizer: Tokenizer) -> None:
+    assert len(read(tokenizer, tokenizer.encode(V31, special=True), [], thinking=True, calls=True, parallel=False).calls) == 1
+
+
+def test_the_first_part_of_a_call_names_it(tokenizer: Tokenizer) -> None:
+    text = '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a"'
+    piece = AnswerReader(Marks(tokenizer), calls=True).push(text, tokenizer.encode(text, special=True))
     assert piece == Piece(calls=(CallPart(0, piece.calls[0].id, "f", '{"a"'),))
 
 
-@pytest.mark.parametrize("cuts", [[], [70], [60, 75, 80]])
-def test_a_tool_may_be_called_function(cuts: list[int]) -> None:
+@pytest.mark.parametrize("cuts", [[], [5], [3, 4, 12]])
+def test_a_tool_may_be_called_function(tokenizer: Tokenizer, cuts: list[int]) -> None:
     text = '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜> {"a": 1}<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
-    calls = [(call.name, call.arguments) for call in read(text, cuts, calls=True).calls]
-    assert [(name, json.loads(arguments)) for name, arguments in calls] == [("function", {"a": 1})]
+    answer = read(tokenizer, tokenizer.encode(text, special=True), cuts, calls=True)
+    assert [(call.name, json.loads(call.arguments)) for call in answer.calls] == [("function", {"a": 1})]

@@ -102,6 +102,14 @@ def test_long_texts_and_commands(chat_model: Path, say: Say, prompts: list[str],
     assert "tokens/s" in out
 
 
+def test_a_text_may_begin_with_a_path(chat_model: Path, say: Say, prompts: list[str]) -> None:
+    out = say(chat_model, b"/home/me/x.py explain this\n/home/me/x.py\n/what is this\n/what\n")
+    assert [prompt.rpartition("[user]")[2] for prompt in prompts] == [
+        f"{text}[assistant]" for text in ("/home/me/x.py explain this", "/home/me/x.py", "/what is this")
+    ]
+    assert out.count(HELP) == 2
+
+
 def test_a_base_model_has_no_system_prompt_to_set(trained: Path, say: Say) -> None:
     assert "base model" in say(trained, b"/system Be kind.\n")
 

@@ -27,7 +27,8 @@ class MachineOptions:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto` takes the faster one that this machine supports."""
+    """Of products. `auto`: the C++ kernels, which run models on CPUs, keep the numbers that the files hold; elsewhere bf16 where it is
+    faster than fp32 by a factor of 1.3 (on a CPU 4)."""
     threads: int = 0
     """CPU threads; 0: one per core."""
 

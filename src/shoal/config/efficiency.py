@@ -24,7 +24,7 @@ class BenchEfficiencyCommand:
     data: tuple[str, ...] = ()
     """Files or folders as for `shoal train`. None: the Python standard library's source on this machine."""
     scale: Scale = "small"
-    """Budgets: small up to 1e13 FLOPs (an hour on two cores), medium up to 1e15, gpu from 1e17 on."""
+    """Budgets: small up to 1e13 FLOPs (an hour on two cores), medium up to 1e15, gpu from 1e16 on."""
     seeds: int | None = None
     """Runs of every budget; the interval is over seeds. None: 3, with --quick 1."""
     quick: bool = False
@@ -45,7 +45,7 @@ class BenchEfficiencyCommand:
 
 @dataclass
 class BenchAblationCommand:
-    """What one ingredient is worth: small models of one shape whose arms differ in one thing, up to 6e13 FLOPs.
+    """What one ingredient is worth: small models of one shape whose arms differ in one thing, up to 4e13 FLOPs.
 
     experts: a mixture against a dense layer of as many active parameters. attention: MLA against multi-head attention; anchored: the same
     two, as models of the rules begin, and MLA that begins copying. granularity: few wide experts against many narrow ones. balance: the

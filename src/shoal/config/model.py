@@ -53,8 +53,8 @@ class ModelConfig:
     `model_type` decides the attention: `deepseek_v2` and `deepseek_v3` use MLA, `llama` uses GQA. A DeepSeek model
     with `n_routed_experts = None` is dense throughout.
 
-    The last fields are Shoal's own. Each defaults to off, because a model that uses them cannot be exported as plain
-    `deepseek_v3` or `llama` files; the two initialisation settings never hinder export.
+    The last fields are Shoal's own. Those that plain `deepseek_v3` or `llama` files cannot hold are off unless asked for; how a model
+    begins (`init`, `zero_init_output`) never hinders export.
     """
 
     model_type: ModelType = "deepseek_v3"

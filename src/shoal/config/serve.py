@@ -63,6 +63,8 @@ class ServeCommand:
         for origin in self.cors_origin:
             if origin != "*" and not origin.startswith(("http://", "https://")):
                 raise UserError(f"--cors-origin is {origin}: it must begin with http:// or https://, or be *")
+            if origin.count("/") > 2:
+                raise UserError(f"--cors-origin is {origin}: browsers name a site without a slash or path behind it, as {_site(origin)}")
         self.keys()
 
     def keys(self) -> tuple[str, ...]:
@@ -72,19 +74,25 @@ class ServeCommand:
             file = Path(self.api_key_file).expanduser()
             if not file.is_file():
                 raise UserError(f"there is no file of API keys at {file}")
-            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-            from_file = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+            lines = [line.strip() for line in file.read_text(encoding="utf-8-sig", errors="replace").splitlines()]
+            from_file = [line for line in lines if line and not line.startswith("#")]
             if not from_file:
                 raise UserError(f"{file} holds no API key: write one a line")
             keys += from_file
         if any(len(key) < LEAST_KEY for key in keys):
             raise UserError(f"an API key is shorter than {LEAST_KEY} characters: take a longer one")
+        if not all(key.isascii() and key.isprintable() for key in keys):
+            raise UserError("an API key holds other than printable ASCII characters, which clients cannot send: take another one")
         return tuple(keys)
 
     @property
     def is_local(self) -> bool:
         """Whether only this machine can reach the server."""
         return self.host in LOOPBACK
+
+
+def _site(origin: str) -> str:
+    return "/".join(origin.split("/")[:3])
 
 
 def serve_options(model: str, **options: Any) -> ServeCommand:

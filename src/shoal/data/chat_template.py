@@ -144,13 +144,16 @@ def _broken_controls(
     Also that character; none ("") where nothing looks like one.
     """
     controls = tokenizer.control_texts
-    said = json.dumps([messages, tools], ensure_ascii=False)
-    if not any(control in said for control in controls):
-        return messages, tools, ""
-    mark = next(chr(code) for code in PRIVATE_USE if chr(code) not in said)
     own = {control for control in controls if control not in THOUGHT_MARKS}
-    messages = [_broken_up(message, own if message.get("role") == "assistant" else controls, mark) for message in messages]
-    return messages, _broken_up(tools, controls, mark), mark
+    try:
+        said = json.dumps([messages, tools], ensure_ascii=False)
+        if not any(control in said for control in controls):
+            return messages, tools, ""
+        mark = next(chr(code) for code in PRIVATE_USE if chr(code) not in said)
+        messages = [_broken_up(message, own if message.get("role") == "assistant" else controls, mark) for message in messages]
+        return messages, _broken_up(tools, controls, mark), mark
+    except RecursionError:
+        raise UserError("this conversation is nested too deeply: make its tools and messages flatter") from None
 
 
 def _encode(tokenizer: Tokenizer, text: str, mark: str) -> list[int]:

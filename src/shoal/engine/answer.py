@@ -54,14 +54,15 @@ class Answer:
         self._tokens.append(Token(token, logprob, top, guess, experts))
         self.sequence.tokens.append(token)
         self._made += 1
-        if token in self.sampler.stops:
+        may_stop = self.sampler.may_stop
+        if token in self.sampler.stops and may_stop:
             self.finish("stop", token)
             return
         self.sampler.accept(token)
         if self._stream is not None:
             piece = self._stream.push(token)
-            if self._made < self.request.sampling.min_tokens:
-                self._text += piece
+            if self._made < self.request.sampling.min_tokens or not may_stop:
+                self._text += self._stops.finish() + piece
             else:
                 self._text += self._stops.push(piece)
                 if self._stops.found is not None:

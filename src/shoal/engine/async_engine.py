@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 
 from ..config import ModelConfig
@@ -117,6 +117,22 @@ class AsyncEngine:
             EngineClosed: the engine is draining or has stopped.
             EngineFailed: the engine broke down.
         """
+        return (await self.submit_all([request]))[0]
+
+    async def submit_all(self, requests: Sequence[Request]) -> list[Ticket]:
+        """Queue requests that the same steps may compute; returns once all are accepted. Where one is not, as `submit` has it, none is."""
+        tickets: list[Ticket] = []
+        try:
+            for request in requests:
+                tickets.append(self._send(request))
+            await asyncio.gather(*(ticket.decision for ticket in tickets))
+        except BaseException:
+            for ticket in tickets:
+                self.cancel(ticket)
+            raise
+        return tickets
+
+    def _send(self, request: Request) -> Ticket:
         with self._gate:
             if self._ended or not self._accepts:
                 raise self._refusal()
@@ -124,11 +140,6 @@ class AsyncEngine:
             self._keys += 1
             self._tickets[ticket.key] = ticket
             self._place.send(Add(ticket.key, request))
-        try:
-            await ticket.decision
-        except BaseException:
-            self.cancel(ticket)
-            raise
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:

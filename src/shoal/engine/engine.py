@@ -77,7 +77,8 @@ class EngineStats:
 class Engine:
     """Serves many requests at once with one runner. Not thread-safe: see `AsyncEngine`.
 
-    Without a `tokenizer`, answers hold tokens and no text. `make_mask` makes the masks of requests, where they do not bring their own.
+    Without a `tokenizer`, answers hold tokens and no text. `make_mask` is for its worker: it makes the masks of requests that bring none,
+    but plain data to make it of.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class Engine:
         self.scheduler = Scheduler(self.pool, Limits(options.step_tokens, options.max_running, speculates), runner.copy_page)
         self._answers: dict[int, Answer] = {}
         self._numbers = 0
-        self._make_mask = make_mask
+        self.make_mask = make_mask
         self._eos = stop_set(tokenizer, runner.config)
         self._stats = EngineStats(pages=pages)
         config = runner.config
@@ -138,8 +139,7 @@ class Engine:
         if sampling.stop and self.tokenizer is None:
             raise UserError("stop strings need a tokenizer: use stop_token_ids")
         limit = min(len(prompt) + sampling.max_tokens, self.context, self.pool.pages * PAGE)
-        mask = request.mask if request.mask is None or self._make_mask is None else self._make_mask(request.mask)
-        sampler = Sampler(sampling, prompt, vocab_size, self._eos, mask)
+        sampler = Sampler(sampling, prompt, vocab_size, self._eos, request.mask)
         sequence = Sequence(self._numbers, prompt, limit)
         answer = Answer(request, sequence, sampler, self.tokenizer, sampling.max_tokens)
         assert answer.prompt is not None

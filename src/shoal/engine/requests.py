@@ -27,6 +27,11 @@ class TokenMask(Protocol):
         """`token` was chosen. With speculation, guesses are checked one after the other, and only chosen tokens come here."""
         ...
 
+    @property
+    def is_whole(self) -> bool:
+        """False where the answer must not end yet, such as within a tool call: stop tokens and stop strings then end nothing."""
+        ...
+
 
 @dataclass
 class Request:
@@ -37,7 +42,7 @@ class Request:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     """`max_tokens` 0 only reads the prompt: for scoring and embedding."""
     mask: Any = None
-    """A `TokenMask`, or what the engine's `make_mask` makes one of: plain data, that can be sent to another process."""
+    """A `TokenMask`; on its way to a worker, plain data of which the engine's `make_mask` makes one."""
     embed: bool = False
     """Return the mean of the prompt's hidden states."""
     experts: bool = False

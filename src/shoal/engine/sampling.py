@@ -49,6 +49,11 @@ class Sampler:
         """Whether the answer is still shorter than `min_tokens`."""
         return self._length < self.options.min_tokens
 
+    @property
+    def may_stop(self) -> bool:
+        """Whether a stop may end the answer here."""
+        return self.mask is None or self.mask.is_whole
+
     def accept(self, token: int) -> None:
         """`token` is the next one of the answer."""
         self._length += 1

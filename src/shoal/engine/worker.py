@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from ..config import UserError
 from .engine import Engine, EngineStats
@@ -18,6 +20,8 @@ PROMPT_READERS = 8
 GATHER_SECONDS, MOST_GATHER_SECONDS = 0.003, 0.2
 """For every answer beyond those, tokens wait longer for each other: passing on a piece of text costs a server about as much as computing
 one token of a small model."""
+MASK_MAKERS = 2
+"""Masks that are made at the same time."""
 
 
 class Add(NamedTuple):
@@ -71,13 +75,20 @@ class Worker:
         """When more of an answer may be told (by the monotonic clock); its beginning and end are at once."""
         self._told = 0.0
         """When news were told last."""
+        self._makers = ThreadPoolExecutor(MASK_MAKERS, "shoal-mask")
+        self._making: dict[int, tuple[Request, Future[Any]]] = {}
+        """Requests, by key, whose masks are being made: that may take long, and the others shall not wait for it."""
 
     def run(self, take: Callable[[bool], Iterable[Command]]) -> None:
         """Obey and compute until told to stop. `take(wait)` gives the commands there are, at least one with `wait`."""
-        while self._obey(take(not self._engine.has_work)):
+        while self._obey(take(not self._engine.has_work and not self._making)):
+            if not self._engine.has_work:
+                wait([mask for _, mask in self._making.values()], DELIVERY_SECONDS, FIRST_COMPLETED)
+            self._add_made()
             self._collect(self._engine.step())
             if self._decided or not self._engine.has_work or time.monotonic() - self._told >= DELIVERY_SECONDS:
                 self._report()
+        self._makers.shutdown(wait=False, cancel_futures=True)
         self._collect({number: last for number in self._keys if (last := self._engine.abort(number)) is not None})
         self._report()
 
@@ -87,18 +98,31 @@ class Worker:
             if isinstance(command, Stop):
                 return False
             if isinstance(command, Add):
-                self._decided.append((command.key, self._add(command)))
+                key, request = command
+                if request.mask is None or self._engine.make_mask is None:
+                    self._decided.append((key, self._add(key, request)))
+                else:
+                    self._making[key] = request, self._makers.submit(self._engine.make_mask, request.mask)
+            elif (made := self._making.pop(command.key, None)) is not None:
+                made[1].cancel()
             elif (number := self._numbers.get(command.key)) is not None:
                 self._engine.abort(number)
                 self._forget(command.key)
         return True
 
-    def _add(self, command: Add) -> Exception | None:
+    def _add_made(self) -> None:
+        """Add the requests whose masks are there."""
+        for key in [key for key, (_, mask) in self._making.items() if mask.done()]:
+            request, mask = self._making.pop(key)
+            error = mask.exception()
+            self._decided.append((key, as_told(error) if error is not None else self._add(key, replace(request, mask=mask.result()))))
+
+    def _add(self, key: int, request: Request) -> Exception | None:
         try:
-            number = self._engine.add_request(command.request)
+            number = self._engine.add_request(request)
         except Exception as error:  # a request that cannot be served, say: the business of who sent it
             return as_told(error)
-        self._numbers[command.key], self._keys[number], self._due[command.key] = number, command.key, 0.0
+        self._numbers[key], self._keys[number], self._due[key] = number, key, 0.0
         return None
 
     def _collect(self, increments: dict[int, Increment]) -> None:

@@ -53,9 +53,10 @@ def tokenize(host: Host, body: TokenizeBody) -> JSON:
     if (body.prompt is None) == (body.messages is None):
         raise bad("give either prompt or messages", "prompt")
     if body.messages is not None:
-        _, ids = Dialect(host.tokenizer).prompt(ChatBody(messages=body.messages))
+        ids = Dialect(host.tokenizer).prompt(ChatBody(messages=body.messages))
     else:
         ids = host.tokenizer.encode(body.prompt or "", bos=body.add_special_tokens)
+    host.log_prompt(ids)
     return JSON({"tokens": ids, "count": len(ids), "max_model_len": host.context})
 
 

@@ -17,35 +17,40 @@ from .form import answer_grammar
 from .host import Host, numbered
 from .options import sampling_of
 from .protocol import ChatBody
-from .reader import CallPart
+from .reader import CallPart, reader_behind
 from .sse import DONE, JSON, EventStream, event, unless_gone
 from .tokens import chat_logprobs, expert_report
 from .turn import Answer, Step, Turn
 
 
-def prepare(host: Host, body: ChatBody) -> Turn:
+async def prepare(host: Host, body: ChatBody) -> Turn:
     """The engine's requests for a conversation. Raises `APIError` 400 if it cannot be served."""
     began = time.perf_counter()
     host.check_model(body.model)
     if body.functions:
         raise bad("functions are not supported any more: use tools", "functions")
+    if set(body.modalities or ()) - {"text"}:
+        raise bad("this model writes text only: leave modalities away", "modalities")
+    if body.prompt_logprobs is not None:
+        raise bad("prompt_logprobs are not told here: use /v1/completions", "prompt_logprobs")
     vocab_size = host.engine.config.vocab_size
     dialect = Dialect(host.tokenizer)
-    text, prompt = dialect.prompt(body)
+    prompt = dialect.prompt(body)
     host.check_prompt(prompt)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     sampling = sampling_of(body, most, logprobs, vocab_size)
-    grammar = answer_grammar(body, host.grammars)
-    request = Request(prompt, sampling, mask=dialect.form(body, text, host.grammars, grammar), experts=body.experts)
+    form = await dialect.form(body, prompt, host.trial, await answer_grammar(body, host.trial))
+    request = Request(prompt, sampling, mask=form, experts=body.experts)
     requests = [numbered(request, index) for index in range(body.n or 1)]
-    readers = [dialect.reader(body, text) for _ in requests]
+    calls = bool(body.tools) and body.tool_choice != "none"
+    readers = [reader_behind(host.tokenizer, prompt, calls, body.parallel_tool_calls is not False) for _ in requests]
     return Turn(host, requests, readers, began, len(requests))
 
 
 async def create(host: Host, body: ChatBody, http: HTTPRequest) -> Response:
     """Answer a conversation."""
-    turn = prepare(host, body)
+    turn = await prepare(host, body)
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": host.name, "system_fingerprint": None}
     if body.stream:
         return EventStream(_stream(turn, body, head), failed)

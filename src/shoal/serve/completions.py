@@ -32,7 +32,7 @@ MOST_ANSWERS = 256
 
 async def create(host: Host, body: CompletionBody, http: HTTPRequest) -> Response:
     """Continue one or several prompts."""
-    turn = prepare(host, body)
+    turn = await prepare(host, body)
     head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": host.name}
     if body.stream:
         return EventStream(_stream(turn, body, head), failed)
@@ -41,7 +41,7 @@ async def create(host: Host, body: CompletionBody, http: HTTPRequest) -> Respons
     return JSON(head | {"choices": choices, "usage": turn.usage()})
 
 
-def prepare(host: Host, body: CompletionBody) -> Turn:
+async def prepare(host: Host, body: CompletionBody) -> Turn:
     """The engine's requests: `n` for each prompt. Raises `APIError` 400 if one cannot be served."""
     began = time.perf_counter()
     host.check_model(body.model)
@@ -51,7 +51,7 @@ def prepare(host: Host, body: CompletionBody) -> Turn:
     if body.best_of not in (None, count):
         raise bad("best_of is not supported: leave it away", "best_of")
     vocab_size = host.engine.config.vocab_size
-    grammar = answer_grammar(body, host.grammars)
+    grammar = await answer_grammar(body, host.trial)
     most = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
     sampling = sampling_of(body, most, body.logprobs, vocab_size)
     if body.echo and body.logprobs is not None:

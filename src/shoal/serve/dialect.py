@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from ..data import Tokenizer
 from ..data.chat_template import encode_chat
 from .errors import bad
-from .grammar import AnswerForm, Grammars, bounded
+from .grammar import AnswerForm
 from .protocol import ChatBody, Message, Tool
-from .reader import CALL, CALLS, END_CALL, END_CALLS, END_THINK, SEPARATOR, THINK, AnswerReader
+from .reader import CALL, CALLS, END_CALL, END_CALLS, END_THINK, SEPARATOR, THINK, thinks, thought_of
+from .trial import Trial
 
 TEXT_PARTS = ("text", "input_text", "output_text")
 NO_THINKING = ("none", "minimal", "off")
@@ -23,15 +25,15 @@ class Dialect:
         self.tokenizer = tokenizer
         template = tokenizer.chat_template or ""
         self.has_chat = bool(template)
-        self.thinks = THINK in template
+        self.thinks = thinks(tokenizer)
         self.think_is_optional = "thinking" in template
         markers = (CALLS, CALL, SEPARATOR, END_CALL, END_CALLS)
         self.calls_tools = CALL in template and "tools" in template and None not in map(tokenizer.token_id, markers)
         self._names_functions = "function'+" in template.replace(" ", "") or f"function{SEPARATOR}" in template
         """R1's form of calls; V3.1's names the tool alone."""
 
-    def prompt(self, body: ChatBody) -> tuple[str, list[int]]:
-        """The conversation as text and as tokens."""
+    def prompt(self, body: ChatBody) -> list[int]:
+        """The tokens of the conversation."""
         if not self.has_chat:
             raise bad("this is a base model without a chat template: use /v1/completions, or give the server --chat-template", "model")
         wants_tools = bool(body.tools) and body.tool_choice != "none"
@@ -44,43 +46,44 @@ class Dialect:
                 variables[name] = value
         variables.setdefault("enable_thinking", variables["thinking"])
         messages = [written(message, index) for index, message in enumerate(body.messages)]
-        return encode_chat(self.tokenizer, messages, tools, body.add_generation_prompt, **variables)
+        if body.continue_final_message:
+            return self._begun(messages, tools, variables)
+        return encode_chat(self.tokenizer, messages, tools, body.add_generation_prompt, **variables)[1]
 
-    def reader(self, body: ChatBody, prompt: str) -> AnswerReader:
-        """For one answer to the conversation that `prompt` writes."""
-        calls = bool(body.tools) and body.tool_choice != "none"
-        thinking = prompt.rstrip().endswith(THINK)
-        return AnswerReader(thinking, self._may_think(prompt), calls, body.parallel_tool_calls is not False)
+    def _begun(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, variables: dict[str, Any]) -> list[int]:
+        """A conversation whose last message is the beginning of the answer: the turn goes on behind it."""
+        last = messages[-1]
+        if last["role"] != "assistant" or "tool_calls" in last:
+            raise bad("only a text of the assistant can be continued", "messages")
+        prompt = encode_chat(self.tokenizer, messages[:-1], tools, True, **variables)[1]
+        if thought_of(self.tokenizer, prompt)[0]:
+            raise bad("the answer begins with a thought here, so that its text cannot be begun: end with a message of the user", "messages")
+        return prompt + self.tokenizer.encode(last["content"])
 
-    def form(self, body: ChatBody, prompt: str, grammars: Grammars, answer: str | None) -> AnswerForm | None:
+    async def form(self, body: ChatBody, prompt: Sequence[int], trial: Trial, answer: str | None) -> AnswerForm | None:
         """What the answers have to look like; None where they are free. `answer` is the grammar of `response_format`."""
         tools, must_call = chosen_tools(body)
-        calls = self._calls_grammar(tools, body.parallel_tool_calls is not False, grammars) if tools else None
+        calls = await self._calls_grammar(tools, body.parallel_tool_calls is not False, trial) if tools else None
         if answer is None and calls is None:
             return None
-        token = self.tokenizer.token_id
-        thinking = prompt.rstrip().endswith(THINK)
+        thinking, may_think = thought_of(self.tokenizer, prompt)
         return AnswerForm(
             answer,
             calls=calls,
-            calls_begin=token(CALLS) if calls is not None else None,
+            calls_begin=self.tokenizer.token_id(CALLS) if calls is not None else None,
             must_call=must_call,
             thinking=thinking,
-            think_end=token(END_THINK),
-            may_think=token(THINK) if self._may_think(prompt) else None,
+            think_end=self.tokenizer.token_id(END_THINK),
+            may_think=self.tokenizer.token_id(THINK) if may_think else None,
         )
 
-    def _may_think(self, prompt: str) -> bool:
-        """Whether the answer may open a thought by itself: the model thinks, and the prompt has not decided it."""
-        return self.thinks and not prompt.rstrip().endswith((THINK, END_THINK))
-
-    def _calls_grammar(self, tools: list[Tool], parallel: bool, grammars: Grammars) -> str:
+    async def _calls_grammar(self, tools: list[Tool], parallel: bool, trial: Trial) -> str:
         """What may follow `CALLS`, in llguidance's Lark."""
         call, separator, end, all_end = (f"<[{self.tokenizer.token_id(marker)}]>" for marker in (CALL, SEPARATOR, END_CALL, END_CALLS))
         more = '("\\n"? call)*' if parallel else ""
         lines = [f"start: call {more} {all_end}", "call: " + " | ".join(f"call_{i}" for i in range(len(tools)))]
         for i, tool in enumerate(tools):
-            schema = json.dumps(bounded({"type": "object", **(tool.function.parameters or {})}))
+            schema = await trial.arguments(tool.function.name, tool.function.parameters or {}, tool.function.strict is True)
             name = json.dumps(tool.function.name)
             if self._names_functions:
                 fenced = json.dumps(f"{tool.function.name}\n```json\n")
@@ -88,7 +91,7 @@ class Dialect:
             else:
                 lines.append(f"call_{i}: {call} {name} {separator} arguments_{i} {end}")
             lines.append(f"arguments_{i}: %json {schema}")
-        return grammars.lark("\n".join(lines), "tools")
+        return await trial.calls("\n".join(lines))
 
 
 def chosen_tools(body: ChatBody) -> tuple[list[Tool], bool]:
@@ -108,6 +111,8 @@ def chosen_tools(body: ChatBody) -> tuple[list[Tool], bool]:
 def written(message: Message, index: int) -> dict[str, Any]:
     """A message as templates take it: `content` a text, `tool_calls` of one shape."""
     param = f"messages[{index}]"
+    if message.function_call is not None:
+        raise bad("function_call is not supported any more: use tool_calls", param)
     result: dict[str, Any] = {"role": message.role, "content": text_of(message.content, param)}
     if message.name is not None:
         result["name"] = message.name

@@ -16,8 +16,8 @@ from ..data.chat_template import read_template
 from ..engine import AsyncEngine, Increment, Place, Request
 from ..engine.async_engine import Ticket
 from .errors import APIError, bad, broken, busy, closing, loading, too_long
-from .grammar import Grammars
 from .metrics import Metrics
+from .trial import Trial
 
 LOG = logging.getLogger("shoal.serve")
 Load = Callable[[], tuple[Place, Tokenizer]]
@@ -44,7 +44,7 @@ class Host:
         self._load = load
         self._engine: AsyncEngine | None = None
         self._tokenizer: Tokenizer | None = None
-        self._grammars: Grammars | None = None
+        self._trial: Trial | None = None
         self._draining = False
         self._in_flight = 0
 
@@ -81,10 +81,10 @@ class Host:
         return self._tokenizer
 
     @property
-    def grammars(self) -> Grammars:
-        if self._grammars is None:
+    def trial(self) -> Trial:
+        if self._trial is None:
             raise loading()
-        return self._grammars
+        return self._trial
 
     @property
     def context(self) -> int:
@@ -98,7 +98,7 @@ class Host:
             if self.command.chat_template is not None:
                 tokenizer = Tokenizer(tokenizer.json, tokenizer.config, read_template(self.command.chat_template))
             self._tokenizer = tokenizer
-            self._grammars = await asyncio.to_thread(Grammars, tokenizer, place.config.vocab_size)
+            self._trial = Trial(tokenizer, place.config.vocab_size)
             self._engine = AsyncEngine(place)
             self.metrics.watch(self._engine.stats)
         except Exception as error:
@@ -114,6 +114,8 @@ class Host:
     async def close(self) -> None:
         """Stop at once; unfinished answers end with reason `abort`."""
         self._draining = True
+        if self._trial is not None:
+            self._trial.close()
         if self._engine is not None:
             await self._engine.close()
 
@@ -129,6 +131,11 @@ class Host:
         if len(prompt) >= self.context:
             raise too_long(f"the prompt has {len(prompt)} tokens, the model sees {self.context}: shorten it")
 
+    def log_prompt(self, prompt: Sequence[int]) -> None:
+        """Write what a client sent to the log, where that was asked for."""
+        if self.command.log_prompts:
+            LOG.info("prompt: %r", self.tokenizer.decode(list(prompt), skip_special=False))
+
     @contextlib.asynccontextmanager
     async def serving(self, requests: Sequence[Request]) -> AsyncIterator[list[Ticket]]:
         """The requests in the engine; at the end of the block, whatever is unfinished is cancelled and its pages are free.
@@ -140,13 +147,12 @@ class Host:
         engine, options = self.engine, self.command
         if self._in_flight and self._in_flight + len(requests) > options.engine.max_running + options.max_waiting:
             raise busy()
-        if options.log_prompts:
-            LOG.info("prompt: %r", self.tokenizer.decode(list(requests[0].prompt), skip_special=False))
+        for prompt in dict.fromkeys(tuple(request.prompt) for request in requests):
+            self.log_prompt(prompt)
         tickets: list[Ticket] = []
         self._in_flight += len(requests)
         try:
-            for request in requests:
-                tickets.append(await engine.submit(request))
+            tickets = await engine.submit_all(requests)
             yield tickets
         finally:
             self._in_flight -= len(requests)

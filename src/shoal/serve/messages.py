@@ -59,7 +59,7 @@ class MessagesBody(CountBody):
 
 async def create(host: Host, body: MessagesBody, http: HTTPRequest) -> Response:
     """Answer a conversation."""
-    turn = prepare(host, as_chat(body))
+    turn = await prepare(host, as_chat(body))
     head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": host.name}
     if body.stream:
         return EventStream(_stream(turn, body, head), failed)
@@ -71,7 +71,8 @@ async def create(host: Host, body: MessagesBody, http: HTTPRequest) -> Response:
 def count(host: Host, body: CountBody) -> JSON:
     """Tokens of a conversation."""
     host.check_model(body.model)
-    _, ids = Dialect(host.tokenizer).prompt(as_chat(body))
+    ids = Dialect(host.tokenizer).prompt(as_chat(body))
+    host.log_prompt(ids)
     return JSON({"input_tokens": len(ids)})
 
 
@@ -88,6 +89,7 @@ def as_chat(body: CountBody) -> ChatBody:
     for index, message in enumerate(body.messages):
         messages += _as_messages(message, f"messages[{index}]")
     fields: dict[str, Any] = {"model": body.model, "messages": messages}
+    fields["continue_final_message"] = messages[-1]["role"] == "assistant"
     fields["chat_template_kwargs"] = {"thinking": (body.thinking or {}).get("type") in ("enabled", "adaptive")}
     if body.tools:
         fields["tools"] = [

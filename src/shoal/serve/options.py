@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..config import SamplingOptions
 from .errors import bad
-from .protocol import SamplingBody
+from .protocol import MOST_STOPS, SamplingBody
 
 MOST_TOKENS = 2**31
 
@@ -12,6 +12,8 @@ MOST_TOKENS = 2**31
 def sampling_of(body: SamplingBody, max_tokens: int | None, logprobs: int | None, vocab_size: int) -> SamplingOptions:
     """How to sample; without `max_tokens`, up to the end of the context."""
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    if len(stop) > MOST_STOPS:
+        raise bad(f"stop holds {len(stop)} texts: {MOST_STOPS} are the most", "stop")
     options = SamplingOptions(
         max_tokens=MOST_TOKENS if max_tokens is None else max_tokens,
         temperature=_or(body.temperature, 1.0),

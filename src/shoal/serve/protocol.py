@@ -50,7 +50,7 @@ class SamplingBody(Body):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
+    stop: str | list[str] | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=MOST_STOPS)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
@@ -77,12 +77,13 @@ class CompletionBody(SamplingBody):
 class Message(Body):
     """One turn."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[dict[str, Any]] | None = None
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    function_call: Any = None
 
 
 class Function(Body):
@@ -113,7 +114,10 @@ class ChatBody(SamplingBody):
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    """The last message is the beginning of the answer (vLLM's name for it)."""
     functions: list[Any] | None = None
+    modalities: list[str] | None = None
 
 
 class EmbeddingBody(Body):

@@ -40,11 +40,15 @@ class ResponsesBody(Body):
     metadata: dict[str, Any] | None = None
     previous_response_id: str | None = None
     background: bool | None = None
+    conversation: Any = None
+    prompt: Any = None
+    include: list[str] | None = None
+    top_logprobs: int | None = None
 
 
 async def create(host: Host, body: ResponsesBody, http: HTTPRequest) -> Response:
     """Answer a conversation."""
-    turn = prepare(host, as_chat(body))
+    turn = await prepare(host, as_chat(body))
     record = _Record(turn, body)
     if body.stream:
         return EventStream(record.stream(), failed)
@@ -66,6 +70,12 @@ def as_chat(body: ResponsesBody) -> ChatBody:
         raise bad("responses are not stored here: send the whole conversation as input", "previous_response_id")
     if body.background:
         raise bad("background is not supported", "background")
+    if body.conversation is not None:
+        raise bad("conversations are not stored here: send the whole conversation as input", "conversation")
+    if body.prompt is not None:
+        raise bad("prompts are not stored here: send their text as instructions and input", "prompt")
+    if body.top_logprobs or "message.output_text.logprobs" in (body.include or ()):
+        raise bad("log-probabilities are not told here: use /v1/chat/completions", "top_logprobs")
     messages: list[dict[str, Any]] = [{"role": "system", "content": body.instructions}] if body.instructions else []
     if isinstance(body.input, str):
         messages.append({"role": "user", "content": body.input})

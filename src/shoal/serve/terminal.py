@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import signal
 import sys
 import threading
@@ -18,11 +19,12 @@ from ..data.chat_template import encode_chat
 from ..engine.command import engine_for_one
 from ..engine.engine import Engine
 from ..engine.load import load
-from ..engine.requests import Request
-from .reader import END_THINK, THINK, AnswerReader
+from ..engine.requests import Increment, Request
+from .reader import END_THINK, THINK, AnswerReader, reader_behind
 
 HELP = """/system TEXT sets the system prompt, /reset starts over, /save FILE writes the conversation as JSON, /stats tells its speed,
 /quit (or Ctrl-D) leaves. A line that ends in \\ goes on in the next; \"\"\" begins and ends a longer text. Ctrl-C stops an answer."""
+COMMANDS = ("/system", "/reset", "/save", "/stats", "/quit")
 QUOTES = '"""'
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
@@ -45,8 +47,9 @@ def run_chat(command: ChatCommand) -> None:
     talk = Talk(engine_for_one(loaded, command.run), loaded.tokenizer, command.sampling, command.system)
     while (text := read_text()) is not None:
         try:
-            if text.startswith("/"):
-                if not talk.obey(*text.strip().partition(" ")[::2]):
+            name, _, rest = text.strip().partition(" ")
+            if name in COMMANDS or re.fullmatch(r"/\w*", text.strip()):  # a text may begin with a path
+                if not talk.obey(name, rest):
                     return
             elif text.strip():
                 talk.answer(text)
@@ -104,8 +107,8 @@ class Talk:
             prompt, reader = self.tokenizer.encode(text, bos=True), AnswerReader()
         else:
             system = [{"role": "system", "content": self.system}] if self.system else []
-            written, prompt = encode_chat(self.tokenizer, [*system, *conversation])
-            reader = AnswerReader(thinking=written.rstrip().endswith(THINK), may_think=THINK in self.tokenizer.chat_template)
+            _, prompt = encode_chat(self.tokenizer, [*system, *conversation])
+            reader = reader_behind(self.tokenizer, prompt)
         try:
             said = self._say(Request(prompt, self.sampling), _Printer(reader))
         except UserError as error:
@@ -156,7 +159,7 @@ class Talk:
                 for increment in self.engine.step().values():
                     answer += increment.text
                     self._tokens += len(increment.tokens)
-                    printer.push(increment.text)
+                    printer.push(increment)
                     if increment.error:
                         raise UserError(increment.error)
                 self._seconds = time.perf_counter() - began
@@ -175,8 +178,8 @@ class _Printer:
         self._before, self._behind = (DIM, f"{PLAIN}\n\n") if sys.stdout.isatty() else (f"{THINK}\n", f"\n{END_THINK}\n\n")
         self._thinks = False
 
-    def push(self, text: str) -> None:
-        piece = self._reader.push(text)
+    def push(self, increment: Increment) -> None:
+        piece = self._reader.push(increment.text, [token.id for token in increment.tokens])
         self._print(piece.reasoning, piece.content)
 
     def finish(self) -> None:

@@ -54,7 +54,6 @@ class Turn:
         self.host, self.requests, self.readers, self.choices = host, requests, readers, choices
         self._clocks = [host.metrics.clock(began) for _ in requests]
         self.made = 0
-        self.reasoned = 0
         self.reports: list[PromptReport | None] = [None] * len(requests)
         """Of the prompts, once they are read."""
         self.stopped_by: list[int | str | None] = [None] * len(requests)
@@ -68,9 +67,7 @@ class Turn:
             self.made += len(tokens)
             self.reports[index] = self.reports[index] or increment.prompt
             reader = self.readers[index]
-            if reader.is_thinking:
-                self.reasoned += len(tokens)
-            piece = reader.push(increment.text)
+            piece = reader.push(increment.text, [token.id for token in tokens])
             finish = None
             if increment.finish_reason is not None:
                 check_end(increment)
@@ -103,7 +100,7 @@ class Turn:
             "completion_tokens": self.made,
             "total_tokens": prompt + self.made,
             "prompt_tokens_details": {"cached_tokens": cached},
-            "completion_tokens_details": {"reasoning_tokens": self.reasoned},
+            "completion_tokens_details": {"reasoning_tokens": sum(reader.thought_tokens for reader in self.readers)},
         }
 
 

@@ -18,6 +18,8 @@ from .config import UserError
 from .kernels import linear
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""Where a container finds its own limits (Linux, version 2)."""
 BF16_MARGIN = {"cuda": 1.3, "cpu": 4.0}
 """bf16 autocast pays only where bf16 matmul is faster than fp32, as linear layers compute it, by this factor. It costs casts; on a CPU
 also Shoal's own kernels, which are fp32, and up to a GiB of compiled products, one for every number of rows that an expert gets."""
@@ -163,6 +165,16 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def total_memory(device: torch.device) -> int:
+    """Bytes of the GPU, or of the machine, at most what the control group this process runs in may have."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):
+        total = min(total, _control_group_limit())
+    return total
+
+
 def available_memory(device: torch.device) -> int:
     """Bytes that can still be taken: of the GPU, or of the machine and the control group this process runs in."""
     if device.type == "cuda":
@@ -172,11 +184,17 @@ def available_memory(device: torch.device) -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         room = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     with contextlib.suppress(OSError, ValueError, KeyError):
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        kept = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        room = min(room, max(limit - used + int(kept["inactive_file"]) + int(kept["active_file"]), 0))  # files it would drop
+        used = int((CONTROL_GROUP / "memory.current").read_text())
+        kept = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
+        room = min(
+            room, max(_control_group_limit() - used + int(kept["inactive_file"]) + int(kept["active_file"]), 0)
+        )  # files it would drop
     return room
+
+
+def _control_group_limit() -> int:
+    """Bytes. Raises `OSError` or `ValueError` where there is no limit."""
+    return int((CONTROL_GROUP / "memory.max").read_text())
 
 
 def require_memory(needed: int, what: str, remedy: str = "use a smaller format") -> None:

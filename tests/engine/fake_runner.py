@@ -2,7 +2,7 @@
 
 The cache entry of a position is a hash of the entry before it and its token, read through the page table: whoever is given a wrong
 page, or has its page overwritten, goes on with other tokens than `continuation` says. An MTP entry is the hash of the entry and
-the next token, which is what the main model will find at the next position: entries that are wrong there are counted.
+the next token, which is what the main model will find at the next position: wrong ones among those that the module sees are counted.
 """
 
 from __future__ import annotations
@@ -90,8 +90,9 @@ class FakeRunner:
         out = np.zeros((len(batch.ids), 1), np.float32)
         for i, s, position, _ in self._walk(batch):
             now = int(hidden[i, 0])
-            if position and now == self._entry(0, batch, s, position):
-                self.wrong_mtp_entries += self._entry(1, batch, s, position - 1) != now
+            if now == self._entry(0, batch, s, position):
+                seen = self._cache[:, batch.tables[s, : position // PAGE + 1].numpy()].reshape(2, -1)
+                self.wrong_mtp_entries += int((seen[1, :position] != seen[0, 1 : position + 1]).sum())
             ahead = mix(now, int(next_ids[i]))
             self._cache[1, int(batch.tables[s, position // PAGE]), position % PAGE] = ahead
             out[i] = ahead + 1 if self._wrong_every and ahead % self._wrong_every == 0 else ahead

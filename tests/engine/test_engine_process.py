@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -97,6 +98,18 @@ def test_a_request_larger_than_a_pipe_holds_up_nobody() -> None:
         with pytest.raises(UserError, match="the model sees"):
             await server.submit(Request([5] * 1_000_000))
         assert (await running).ids == continuation([5], 60, 97)
+
+    run(test)
+
+
+def test_a_request_that_cannot_be_sent_is_refused_and_holds_up_nobody() -> None:
+    async def test(server: AsyncEngine) -> None:
+        running = asyncio.create_task(server.generate(Request([5], greedy(60))))
+        with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
+            await server.submit(Request([5], mask=lambda: None))
+        assert (await server.generate(Request([6], greedy(5)))).ids == continuation([6], 5, 97)
+        assert (await running).ids == continuation([5], 60, 97)
+        await server.drain()
 
     run(test)
 

@@ -20,7 +20,7 @@ def fill(pool: PagePool, tokens: list[int]) -> list[int]:
     serial = ROOT
     for i, page in enumerate(pages):
         if pool.can_publish(len(tokens), PAGE * i):
-            serial = pool.publish(serial, tokens, PAGE * i, page, True)
+            serial = pool.publish(serial, tokens, PAGE * i, page)
     pool.release(pages)
     return pages
 
@@ -55,6 +55,20 @@ def test_where_the_next_token_matters_it_is_part_of_a_page() -> None:
     match = pool.match([*TOKENS[:PAGE], 99])
     # The MTP entry of the last position of the page was made with another token: all but that one can be copied.
     assert (match.pages, match.partial, match.positions) == ([], pages[0], PAGE - 1)
+
+
+def test_mtp_entries_count_from_where_they_were_made_for_one_text() -> None:
+    pool = PagePool(8, ahead=1)
+    tokens = [*TOKENS, *TOKENS[:10]]
+    pages = fill(pool, tokens)
+    assert pool.match(tokens).origin == 4 * PAGE, "nothing there: the module begins with the next page"
+    for page, origin in zip(pages, (0, 0, 2 * PAGE, 2 * PAGE), strict=False):
+        pool.publish_drafts(page, origin)
+    origins = [pool.match([*tokens[:end], 99, 99]).origin for end in (PAGE + 1, 2 * PAGE + 1, 2 * PAGE + 9, 3 * PAGE + 1, 4 * PAGE + 1)]
+    assert origins == [0, 0, 2 * PAGE, 2 * PAGE, 2 * PAGE]
+    pool.publish_drafts(pages[2], PAGE)
+    assert pool.match([*tokens[: 2 * PAGE + 9], 99]).origin == 3 * PAGE, "made for a text that began within another page"
+    assert pool.match(tokens).origin == 4 * PAGE
 
 
 def test_the_page_unused_longest_goes_first_and_the_ends_of_texts_before_their_beginnings() -> None:

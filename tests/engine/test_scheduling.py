@@ -149,3 +149,26 @@ def test_ten_thousand_operations(setup: int) -> None:
     life.engine.pool.forget_all()
     assert life.engine.pool.known == 0
     check_pages(life.engine)
+
+
+@pytest.mark.parametrize(
+    "setup", [{"cache_tokens": 20 * PAGE, "max_running": 4}, {"cache_tokens": 60 * PAGE, "max_running": 6, "draft_tokens": 1}]
+)
+def test_whenever_guesses_are_wanted_the_module_sees_right_entries_alone(setup: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, way = random.Random(0), 0
+
+    def guesses(switch: object, answering: list[int]) -> int:
+        nonlocal way
+        if draw.random() < 0.03:
+            way = draw.choice((0, 1, setup.get("draft_tokens", 3)))
+        return way
+
+    monkeypatch.setattr("shoal.engine.engine.Switch.guesses", guesses)
+    monkeypatch.setattr("shoal.engine.speculate.MOST_BEHIND", 40)
+    life = Life(EngineOptions(**{"step_tokens": 50, "max_running": 6} | setup), mtp=True)
+    for _ in range(3000):
+        if draw.random() < 0.05 and len(life.open) < 8:
+            life.add(draw.randrange(8), [draw.randrange(2) for _ in range(draw.randrange(6))], draw.choice([1, 20, 150]))
+        life.step()
+    life.finish()
+    assert life.runner.draft_passes > 500

@@ -15,9 +15,10 @@ from test_sampling import chi_square
 from torch import Tensor
 
 from shoal.config import EngineOptions, ModelConfig, SamplingOptions
-from shoal.engine import Batch, Engine, Forward, Request
+from shoal.engine import PAGE, Batch, Engine, Forward, Request
 from shoal.engine.runner import guess_step_by_step
-from shoal.engine.speculate import PROBE, REST, STALE, Switch
+from shoal.engine.scheduler import Sequence
+from shoal.engine.speculate import MOST_BEHIND, PROBE, REST, STALE, Switch, keep_behind
 
 VOCABULARY = 5
 
@@ -131,12 +132,25 @@ def test_a_mask_that_fails_ends_its_own_answer_alone(after: int) -> None:
     assert other.ids == continuation([7, 8], 30, 97)
 
 
+class Clock:
+    """As the engine sees it, a step takes half a second however many tokens it computes, and a pass of the module `cost`."""
+
+    def __init__(self, runner: FakeRunner) -> None:
+        self.cost = 0.0
+        self._runner, self._passes, self._now = runner, 0, 0.0
+
+    def __call__(self) -> float:
+        self._now += 0.5 + self.cost * (self._runner.draft_passes - self._passes)
+        self._passes = self._runner.draft_passes
+        return self._now
+
+
 @pytest.mark.parametrize(("cost", "pays"), [(0.0, True), (1.0, False)])
 def test_guessing_goes_on_only_where_it_saves_time(cost: float, pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = FakeRunner(context=2000, wrong_every=5)
-    # As the engine sees it, a step takes half a second however many tokens it computes, and a pass of the module `cost`.
-    ticks = itertools.count()
-    monkeypatch.setattr("shoal.engine.engine.time.perf_counter", lambda: 0.5 * next(ticks) + cost * runner.draft_passes)
+    clock = Clock(runner)
+    clock.cost = cost
+    monkeypatch.setattr("shoal.engine.engine.time.perf_counter", clock)
     engine = Engine(runner, None, EngineOptions(speculate="auto", draft_tokens=1))  # type: ignore[arg-type]
     result = engine.generate([[5, 6]], SamplingOptions(max_tokens=600, temperature=0, ignore_eos=True))[0]
     assert result.ids == continuation([5, 6], 600, 97)
@@ -145,6 +159,53 @@ def test_guessing_goes_on_only_where_it_saves_time(cost: float, pays: bool, monk
     assert (guessed < 60) == (not pays)
     assert guessed > 0, "it looks again now and then"
     assert runner.wrong_mtp_entries == 0, "the module has caught up with what it missed"
+
+
+def test_guesses_follow_prompts_that_are_long_and_prompts_that_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = FakeRunner(context=4000, wrong_every=20)
+    monkeypatch.setattr("shoal.engine.engine.time.perf_counter", Clock(runner))
+    engine = Engine(runner, None, EngineOptions(speculate="auto"))  # type: ignore[arg-type]
+    long = [i * 7 % 89 for i in range(800)]
+    turn = [*long, *continuation(long, 600, 97), 5, 9]
+    for prompt, known in ((long[:100], 0), (long[:100], 99), (long, 100), (long, 799), (turn, 1376)):
+        before = engine.stats().steps
+        result = engine.generate([prompt], SamplingOptions(max_tokens=600, temperature=0, ignore_eos=True))[0]
+        assert result.ids == continuation(prompt, 600, 97)
+        assert result.prompt.cached_tokens >= known - PAGE
+        assert engine.stats().steps - before < 200, f"a prompt of {len(prompt)}, {result.prompt.cached_tokens} of them known"
+    assert runner.wrong_mtp_entries == 0
+    assert engine.pool.match(turn).origin == len(long) - MOST_BEHIND, "whoever asks next finds the entries too"
+
+
+def test_an_answer_that_did_without_guesses_for_long_takes_them_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = FakeRunner(context=4000, wrong_every=20)
+    clock = Clock(runner)
+    monkeypatch.setattr("shoal.engine.engine.time.perf_counter", clock)
+    engine = Engine(runner, None, EngineOptions(speculate="auto"))  # type: ignore[arg-type]
+    engine.add_request(Request([5, 6], SamplingOptions(max_tokens=3500, temperature=0, ignore_eos=True)))
+    clock.cost = 9.0
+    while engine.stats().steps < 1500:
+        engine.step()
+    assert engine.stats().drafted_tokens < 150
+    clock.cost = 0.0
+    while engine.has_work:
+        engine.step()
+    assert engine.stats().drafted_tokens > 700
+    assert engine.stats().steps < 2900
+    assert runner.wrong_mtp_entries == 0
+
+
+def test_what_is_kept_for_the_module_holds_no_more_memory_than_its_rows() -> None:
+    sequence = Sequence(0, [7] * 3000, 3000)
+    for step in range(400):
+        count = 1 + step % 5
+        sequence.computed += count
+        keep_behind(sequence, torch.zeros(100, 8), 60, count)
+        rows = sum(map(len, sequence.behind))
+        assert rows == sequence.computed - sequence.ahead <= MOST_BEHIND
+        assert sequence.origin == sequence.ahead
+        assert sum(part.untyped_storage().nbytes() for part in sequence.behind) == rows * 8 * 4
+    assert rows > MOST_BEHIND - 2 * PAGE
 
 
 def answer(switch: Switch, steps: int, seconds: Callable[[int], float], right: float = 0.0, number: int = 7) -> Counter[int]:

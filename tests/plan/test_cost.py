@@ -15,6 +15,7 @@ from shoal.formats.parts import parts_of
 from shoal.kernels.reference import newton_schulz
 from shoal.model import Transformer
 from shoal.plan import cost
+from shoal.plan.layout import Stage, stage_parameters
 from shoal.plan.models import BUILT_IN
 from shoal.train.optimizer import Optimizers
 
@@ -118,6 +119,8 @@ def test_parameters_and_bytes_equal_what_the_transformer_allocates(config: Model
         model = Transformer(config).double()  # fused kernels, which the counter does not know, leave fp64 to plain torch
     counted = cost.count_parameters(config)
     assert counted.trained == sum(parameter.numel() for parameter in model.parameters())
+    whole = Stage(tuple(range(config.num_hidden_layers + config.num_nextn_predict_layers)), embedding=True, head=True)
+    assert sum(stage_parameters(config, whole)) == counted.trained
     mtp = sum(parameter.numel() for module in model.mtp_modules for parameter in module.parameters())
     assert counted.mtp == mtp
     entries = {"entries", "counts"}

@@ -66,6 +66,7 @@ def test_experts_that_divide_only_with_their_copies(model: str, tmp_path: Path) 
         ({"redundant_experts": 3}, "15 places do not divide by 4"),
         ({"redundant_experts": -1}, "--redundant-experts is -1"),
         ({"nodes": 2, "devices": None}, "--machine"),
+        ({"machine": "h100", "devices": 12}, "12 devices leave 4 on a node of 8: use 8 or 16"),
         ({"model": "llama-3.1-8b"}, "models with experts"),
         ({"model": "deepseek-v3"}, "12 experts, but the model has 256"),
         ({"expert_load": "nowhere"}, "cannot be read"),

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,6 +96,8 @@ def test_files_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (PlanCommand(model="deepseek-v3", published=True, expert=48), "Nearest plan that works"),
         (PlanCommand(model="deepseek-v3", machine="h200", serve=True, devices=2), "int4 weights on 4 device"),
         (PlanCommand(model="deepseek-v3", check=True), "--here"),
+        (PlanCommand(model="llama-3.1-8b", sequence_length=131_073), "--sequence-length is 131073: the model sees 131072"),
+        (PlanCommand(model="llama-3.1-8b", machine="h100", serve=True, context=10**6), "--context is 1000000: the model sees 131072"),
         (PlanCommand(model="deepseek-v3", machine="h800", devices=0), "--devices is 0"),
         (PlanCommand(model="deepseek-v3", published=True, micro_batch=-1), "--micro-batch is -1"),
         (PlanCommand(model="deepseek-v3", published=True, tokens=float("nan")), "--tokens is nan"),
@@ -115,6 +118,41 @@ def test_files_that_are_something_else_are_refused(tmp_path: Path) -> None:
         run(PlanCommand(model=str(tmp_path / "deep.json")))
     with pytest.raises(UserError, match="not valid TOML"):
         run(PlanCommand(model="deepseek-v3", machine=str(tmp_path / "machine")))
+
+
+def test_a_model_that_sees_little_is_planned_for_what_it_sees(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(model_config_to_dict(replace(LITE, max_position_embeddings=2048))))
+    figures = run(PlanCommand(model=str(tmp_path), machine="h100", serve=True))
+    assert (figures["sequence_length"], figures["serving"][0]["context"]) == (2048, 2048)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"pipeline": 4, "schedule": "interleaved"}, {"micro_batch": 8, "recompute": "full"}, {"zero": 0, "pipeline": 4}, {"expert": 2}],
+)
+def test_a_search_keeps_what_was_given(given: dict[str, Any]) -> None:
+    found = run(PlanCommand(model="deepseek-v2-lite", machine="h200", devices=8, search=True, **given))
+    assert given.items() <= found["training"]["layout"].items()
+
+
+def test_a_search_that_cannot_keep_what_was_given_says_so() -> None:
+    with pytest.raises(UserError, match="PP 3 does not divide 8 devices"):
+        run(PlanCommand(model="llama-3.1-8b", machine="h200", devices=8, search=True, pipeline=3))
+    with pytest.raises(UserError, match=r"does not fit: .* Nearest plan that works"):
+        run(PlanCommand(model="llama-3.1-8b", machine="h100", devices=8, search=True, zero=0, pipeline=1))
+
+
+def test_a_container_has_the_memory_of_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shoal import runtime
+
+    machine, limit = runtime.total_memory(runtime.choose_device("cpu")), 4 << 20
+    for name, content in (("memory.max", limit), ("memory.current", 1 << 20), ("memory.stat", "inactive_file 0\nactive_file 0")):
+        (tmp_path / name).write_text(f"{content}\n")
+    monkeypatch.setattr(runtime, "CONTROL_GROUP", tmp_path)
+    assert runtime.total_memory(runtime.choose_device("cpu")) == limit < machine
+    assert runtime.available_memory(runtime.choose_device("cpu")) == 3 << 20
+    (tmp_path / "memory.max").write_text("max\n")
+    assert runtime.available_memory(runtime.choose_device("cpu")) > limit
 
 
 def test_a_named_machine_that_cannot_train_still_gets_its_serving_plan() -> None:

@@ -69,6 +69,9 @@ def test_states_of_one_device_are_counted_to_the_byte() -> None:
     memory = plan_step(LITE, replace(H100, memory_gib=1000), Layout(zero=0), 1, 128).memory
     assert (memory.weights, memory.master_weights, memory.gradients) == (2 * parameters, 4 * parameters, 4 * parameters)
     assert memory.optimizer == 8 * parameters
+    ngrams = replace(LITE, ngram_order=3, ngram_rows=1000)
+    tables = 2 * 1000 * LITE.hidden_size
+    assert plan_step(ngrams, replace(H100, memory_gib=1000), Layout(zero=0), 1, 128).memory.optimizer == 8 * parameters + 4 * tables
     muon = plan_step(LITE, H100, Layout(zero=0, optimizer="muon"), 1, 128).memory
     embeddings = 2 * LITE.vocab_size * LITE.hidden_size
     assert muon.optimizer == pytest.approx(4 * parameters + 4 * embeddings, rel=0.01)
@@ -84,7 +87,8 @@ def test_states_of_one_device_are_counted_to_the_byte() -> None:
 )
 def test_partition_is_whole_and_its_slowest_part_is_small(costs: list[float], tail: float, stages: int, mtp: int, tied: bool) -> None:
     stages = min(stages, len(costs) + 1)
-    model = ModelConfig(num_hidden_layers=len(costs), num_nextn_predict_layers=mtp, tie_word_embeddings=tied and stages == 1)
+    own = {"ngram_order": 3, "value_embedding": True, "convolution": 2, "embedding_skip": True} if tied else {}
+    model = ModelConfig(num_hidden_layers=len(costs), num_nextn_predict_layers=mtp, tie_word_embeddings=tied and stages == 1, **own)
     parts = partition(model, stages, costs, tail)
     assert len(parts) == stages
     assert [layer for part in parts for layer in part.layers] == list(range(len(costs) + mtp))

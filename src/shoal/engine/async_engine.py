@@ -112,7 +112,7 @@ class AsyncEngine:
     async def submit(self, request: Request) -> Ticket:
         """Queue a request; returns once it is accepted.
 
-        Raises:
+        Raises what `Place.send` does, and:
             UserError: it can never be served.
             EngineClosed: the engine is draining or has stopped.
             EngineFailed: the engine broke down.
@@ -138,8 +138,8 @@ class AsyncEngine:
                 raise self._refusal()
             ticket = Ticket(self._keys, asyncio.get_running_loop())
             self._keys += 1
-            self._tickets[ticket.key] = ticket
             self._place.send(Add(ticket.key, request))
+            self._tickets[ticket.key] = ticket
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:

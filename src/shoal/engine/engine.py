@@ -103,7 +103,7 @@ class Engine:
         """Of every sequence, after the last step."""
         self._room = Room()
         self.pool = PagePool(pages, prefix_cache=options.prefix_cache, ahead=int(speculates))
-        self.scheduler = Scheduler(self.pool, Limits(options.step_tokens, options.max_running, speculates), runner.copy_page)
+        self.scheduler = Scheduler(self.pool, Limits(options.step_tokens, options.max_running), runner.copy_page)
         self._answers: dict[int, Answer] = {}
         self._numbers = 0
         self.make_mask = make_mask
@@ -279,8 +279,7 @@ class Engine:
         for share, start in zip(work, starts, strict=False):
             sequence = share.sequence
             if sequence.computed + share.length < len(sequence.tokens):
-                sequence.computed += share.length
-                keep_behind(sequence, forward.hidden, start, share.length)
+                self._move_on(sequence, forward, start, share.length)
                 continue
             answer = self._answers[sequence.number]
             answer.prompt_is_read()
@@ -327,10 +326,14 @@ class Engine:
                 self._stats.accepted_tokens += guess == token
             if answer.finish_reason or guess != token:
                 break
-        valid = share.length - share.drafts + max(made - 1, 0)
-        sequence.computed += valid
-        keep_behind(sequence, forward.hidden, start, valid)
+        self._move_on(sequence, forward, start, share.length - share.drafts + max(made - 1, 0))
         return made
+
+    def _move_on(self, sequence: Sequence, forward: Forward, start: int, count: int) -> None:
+        """`count` more positions of `sequence` are computed: the rows from `start` on."""
+        sequence.computed += count
+        if self._drafter is not None:
+            keep_behind(sequence, forward.hidden, start, count)
 
     def _guess(self, work: list[Work]) -> int:
         """Guess the tokens that follow, if that is expected to pay; how many of each sequence."""

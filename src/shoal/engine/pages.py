@@ -34,8 +34,8 @@ class Known:
     before: int
     """Serial number of the page before it."""
     tokens: bytes
-    drafted: bool
-    """Whether the entries of the MTP layer are there too."""
+    origin: int | None = None
+    """Where the text begins for the entries of the MTP layer; None: there are none."""
 
 
 @dataclass
@@ -45,8 +45,8 @@ class Match:
     pages: list[int] = field(default_factory=list)
     serial: int = ROOT
     """Of the last of them."""
-    drafted: bool = True
-    """All of them hold MTP entries."""
+    origin: int = 0
+    """From this position on, where a page begins, there are MTP entries of one text: the next page to come if there are none."""
     partial: int | None = None
     """A page that goes on the same for some positions: to be copied."""
     positions: int = 0
@@ -129,8 +129,9 @@ class PagePool:
             if known is None:
                 break
             found.pages.append(known.page)
+            found.origin = _origin(found, known)
             found.positions += PAGE
-            found.serial, found.drafted = known.serial, found.drafted and known.drafted
+            found.serial = known.serial
         self._match_part(found, tokens)
         return found
 
@@ -144,14 +145,14 @@ class PagePool:
                 best = count, known
         if best:
             found.partial = best[1].page
+            found.origin = _origin(found, best[1])
             found.positions += best[0]
-            found.drafted = found.drafted and best[1].drafted
 
     def can_publish(self, tokens: int, start: int) -> bool:
         """Whether so many tokens say all about the page at position `start`."""
         return start + PAGE + self._ahead <= tokens
 
-    def publish(self, before: int, tokens: Sequence[int], start: int, page: int, drafted: bool) -> int:
+    def publish(self, before: int, tokens: Sequence[int], start: int, page: int) -> int:
         """Make `page` known: it holds positions `start` ... `start + PAGE - 1` of `tokens`, after the page with serial `before`.
 
         Returns its serial number; if such a page is known already, that one's.
@@ -163,9 +164,14 @@ class PagePool:
         if known is not None:
             return known.serial
         self._serials += 1
-        known = Known(page, self._serials, before, content, drafted)
+        known = Known(page, self._serials, before, content)
         self._after.setdefault(before, {})[content] = self._by_page[page] = known
         return self._serials
+
+    def publish_drafts(self, page: int, origin: int) -> None:
+        """`page` holds the MTP entries of a text that begins at `origin` too; nothing happens where another page is known in its place."""
+        if page in self._by_page:
+            self._by_page[page].origin = origin
 
     def forget_all(self) -> None:
         """No page is known any more: for when the model's weights have changed."""
@@ -184,6 +190,11 @@ class PagePool:
     def _tokens(self, tokens: Sequence[int], start: int) -> bytes:
         """What the page at `start` depends on, besides the pages before it."""
         return array("i", tokens[start : start + PAGE + self._ahead]).tobytes()
+
+
+def _origin(found: Match, after: Known) -> int:
+    """Where MTP entries begin once the page `after` follows on `found`: those made for another beginning are of no use."""
+    return after.origin if after.origin in (found.origin, found.positions) else found.positions + PAGE
 
 
 def _common(a: bytes, b: bytes) -> int:

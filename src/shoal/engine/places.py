@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import pickle
 import queue
 import select
 import signal
@@ -33,7 +34,7 @@ class Place(Protocol):
     def start(self, hear: Hear, end: End) -> None: ...
 
     def send(self, command: Command) -> None:
-        """Never blocks. Commands after the end are lost."""
+        """Never blocks. Commands after the end are lost. Raises what `pickle` does about a command that cannot go to another process."""
         ...
 
     def join(self) -> None:
@@ -101,7 +102,7 @@ class EngineProcess:
             self._process.join()
             raise first if isinstance(first, Exception) else RuntimeError(self._how_it_ended())
         self.config, self.context, self.stats = first
-        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
     def start(self, hear: Hear, end: End) -> None:
         # Its own thread sends, so that a process that is busy with a step keeps no event loop waiting for room in the pipe.
@@ -111,7 +112,7 @@ class EngineProcess:
         self._receiver.start()
 
     def send(self, command: Command) -> None:
-        self._commands.put(command)
+        self._commands.put(pickle.dumps(command))  # here, where whoever sends what cannot be pickled is told
 
     def join(self) -> None:
         self._receiver.join()
@@ -119,7 +120,7 @@ class EngineProcess:
     def _send_all(self) -> None:
         try:
             while (command := self._commands.get()) is not None:
-                self._pipe.send(command)
+                self._pipe.send_bytes(command)
         except OSError:
             pass  # the process has gone, which the other thread tells
 

@@ -44,10 +44,10 @@ class Sequence:
         """Positions whose entries are in the cache."""
         self.published, self.serial = 0, ROOT
         """Pages that others may use, and the serial number of the last of them."""
-        self.drafting = False
-        """Whether MTP entries are kept, so that tokens can be guessed."""
-        self.ahead = 0
-        """Positions that have their MTP entries."""
+        self.origin = self.ahead = 0
+        """Between these positions there are MTP entries: to the module, the text begins at `origin`, where a page begins."""
+        self.drafted = 0
+        """Pages that are done with: others may use their MTP entries, or they have none."""
         self.behind: list[Tensor] = []
         """Hidden states `[n, D]` of the positions from `ahead` to `computed`."""
         self.drafts = []
@@ -56,6 +56,10 @@ class Sequence:
     def todo(self) -> int:
         """Tokens to compute before the next one can be chosen."""
         return len(self.tokens) - self.computed
+
+    def begin_drafts(self, origin: int, ahead: int) -> None:
+        """There are MTP entries from `origin`, where a page begins, to `ahead`."""
+        self.origin, self.ahead, self.drafted = origin, ahead, ahead // PAGE
 
     def add_pages(self, pages: list[int]) -> None:
         end = len(self.pages) + len(pages)
@@ -81,8 +85,6 @@ class Limits:
 
     step_tokens: int
     max_running: int
-    drafts: bool = False
-    """Multi-token prediction guesses ahead."""
 
 
 class Scheduler:
@@ -186,9 +188,9 @@ class Scheduler:
         if match.partial is not None:
             self._copy_page(match.partial, sequence.pages[len(match.pages)])
             pool.release([match.partial])
-        sequence.computed = sequence.ahead = match.positions
+        sequence.computed = match.positions
+        sequence.begin_drafts(match.origin, max(match.origin, match.positions))
         sequence.published, sequence.serial = len(match.pages), match.serial
-        sequence.drafting = self._limits.drafts and match.drafted
         return True
 
     def _is_being_computed(self, sequence: Sequence, known: int) -> bool:
@@ -201,11 +203,13 @@ class Scheduler:
         )
 
     def publish(self, sequence: Sequence) -> None:
-        """Let others use the full pages of `sequence`."""
+        """Let others use the full pages of `sequence`, and their MTP entries as soon as they are made."""
         end = PAGE * (sequence.published + 1)
         while end <= sequence.computed and self._pool.can_publish(len(sequence.tokens), end - PAGE):
-            drafted = sequence.drafting and sequence.ahead >= end
             page = sequence.pages[sequence.published]
-            sequence.serial = self._pool.publish(sequence.serial, sequence.tokens, end - PAGE, page, drafted)
+            sequence.serial = self._pool.publish(sequence.serial, sequence.tokens, end - PAGE, page)
             sequence.published += 1
             end += PAGE
+        while sequence.drafted < min(sequence.published, sequence.ahead // PAGE):
+            self._pool.publish_drafts(sequence.pages[sequence.drafted], sequence.origin)
+            sequence.drafted += 1

@@ -2,7 +2,8 @@
 
 Nothing changes but the speed: see `race` for why the text stays the same. The MTP module runs over the same positions as the
 main model, one step later in effect, because its entry at position i needs token i + 1. While guessing is switched off, the
-hidden states of the positions it misses are kept (some hundred at most), so that it can catch up in one pass.
+hidden states of the last positions that it misses are kept, so that it can catch up in one pass. What is before those, and what
+the prefix cache knows without entries, it does without: it sees the text as if that began with a later page.
 """
 
 from __future__ import annotations
@@ -36,12 +37,19 @@ after some steps, what is not tried is missed for many."""
 
 
 def keep_behind(sequence: Sequence, hidden: torch.Tensor, first: int, count: int) -> None:
-    """Remember some rows of hidden states `[N, D]`, those of positions just computed, until the MTP module has seen them."""
-    if not sequence.drafting:
-        return
-    sequence.behind.append(hidden if count == len(hidden) else hidden[first : first + count])
+    """Remember some rows of hidden states `[N, D]`, those of positions just computed, until the MTP module has seen them.
+
+    If they become too many, the module never sees the oldest: to it, the text begins with a later page.
+    """
+    wanted = min(count, sequence.computed - sequence.ahead)
+    if wanted > 0:
+        rows = hidden[first + count - wanted : first + count]
+        # A view of some rows would keep all of them in memory.
+        sequence.behind.append(rows if wanted == len(hidden) else rows.clone())
     if sequence.computed - sequence.ahead > MOST_BEHIND:
-        sequence.drafting, sequence.behind = False, []
+        origin = -(-(sequence.computed - MOST_BEHIND) // PAGE) * PAGE
+        sequence.behind = [torch.cat(sequence.behind)[origin - sequence.ahead :].clone()]
+        sequence.begin_drafts(origin, origin)
 
 
 class Drafter:
@@ -52,7 +60,7 @@ class Drafter:
 
     def run(self, sequences: Iterable[tuple[Sequence, Sampler]], most: int) -> None:
         """Bring the MTP cache of all sequences up to date; up to `most` guesses for those whose next token is to be chosen next."""
-        active = [(sequence, sampler) for sequence, sampler in sequences if sequence.drafting and sequence.behind]
+        active = [(sequence, sampler) for sequence, sampler in sequences if sequence.behind]
         if not active:
             return
         ids, next_ids, firsts = [], [], []
@@ -61,12 +69,12 @@ class Drafter:
         for sequence, sampler in active:
             ids.append(sequence.tokens[sequence.ahead : sequence.computed])
             next_ids += sequence.tokens[sequence.ahead + 1 : sequence.computed + 1]
-            firsts.append(sequence.ahead)
+            firsts.append(sequence.ahead - sequence.origin)
             hidden += sequence.behind
             first = len(sequence.tokens)
             races.temperatures.append(sampler.options.temperature)
             races.starts.append([sampler.race_start(first + i) for i in range(_count(sequence, sampler, most))])
-        batch = Batch.lay_out(ids, firsts, [sequence.table for sequence, _ in active], most - 1)
+        batch = Batch.lay_out(ids, firsts, [sequence.table[sequence.origin // PAGE :] for sequence, _ in active], most - 1)
         guesses = self._runner.guess(
             batch, hidden[0] if len(hidden) == 1 else torch.cat(hidden), torch.from_numpy(np.array(next_ids)), races
         )

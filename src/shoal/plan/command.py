@@ -27,7 +27,7 @@ from .cost import (
 )
 from .expert_load import balance, read_expert_load
 from .hardware import MACHINES, Machine, load_machine
-from .layout import Layout
+from .layout import Layout, unfilled_node
 from .models import BUILT_IN, PUBLISHED
 from .scaling import scaled
 from .search import explain, find_best
@@ -69,7 +69,8 @@ class PlanCommand:
     """Measure this machine and plan for it; without a model, say which ones it can serve."""
     check: bool = False
     """With --here: train and decode for some seconds and compare with the prediction."""
-    sequence_length: int = 4096
+    sequence_length: int | None = None
+    """Of training and prefill. Default: 4096, or what the model sees if that is less."""
     json: bool = False
     """End stdout with one JSON object."""
     markdown: str | None = None
@@ -84,7 +85,7 @@ class PlanCommand:
     published: bool = False
     """Use the machine, layout and batch that the model was published with (deepseek-v3)."""
     search: bool = False
-    """Look for the fastest layout that fits on --devices."""
+    """Look for the fastest layout that fits on --devices; what is given of it stays."""
     devices: int | None = None
     nodes: int | None = None
     """Instead of --devices: whole nodes of the machine."""
@@ -109,7 +110,8 @@ class PlanCommand:
 
     serve: bool = False
     """Plan serving on --devices of the machine."""
-    context: int = 4096
+    context: int | None = None
+    """Tokens of a sequence that is served. Default: as for --sequence-length."""
     cache: Literal["bf16", "fp8"] = "bf16"
     serve_batch: int | None = None
     """Sequences decoded together. Default: what fits, at most 128."""
@@ -152,6 +154,8 @@ _COUNTS = {
 }  # fmt: skip
 """Options that count something, and what is surely a slip of the finger."""
 _MOST_TOKENS = 1e18
+_USUAL_LENGTH = 4096
+"""Tokens of a sequence, where a plan is not told otherwise."""
 _PICTURES = (".png", ".svg", ".pdf")
 _LAYOUT_OPTIONS = ("pipeline", "expert", "schedule", "chunks", "micro_batch", "recompute", "zero", "precision", "optimizer", "moment_bytes")
 
@@ -172,7 +176,7 @@ def run(command: PlanCommand, measurements: Measurements | None = None) -> dict[
     tables: list[report.Table] = []
     figures: dict[str, Any] = {"model": command.model}
     if model is not None:
-        _cost(command.model, model, command.sequence_length, tables, figures)
+        _cost(command.model, model, _length(command, "sequence_length", model), tables, figures)
     if machine is not None:
         _on_machine(command, model, machine, tables, figures)
     if command.expert_load is not None:
@@ -187,6 +191,14 @@ def run(command: PlanCommand, measurements: Measurements | None = None) -> dict[
         if command.markdown:
             _write(command.markdown, report.markdown(tables))
     return figures
+
+
+def _length(command: PlanCommand, option: Literal["sequence_length", "context"], model: ModelConfig) -> int:
+    """Tokens of a sequence. Raises `UserError` beyond what the model sees."""
+    asked, most = getattr(command, option), model.max_position_embeddings
+    if asked is not None and asked > most:
+        raise UserError(f"--{option.replace('_', '-')} is {asked}: the model sees {most} tokens (max_position_embeddings), ask for no more")
+    return asked or min(_USUAL_LENGTH, most)
 
 
 def _machine(command: PlanCommand) -> Machine | None:
@@ -223,7 +235,7 @@ def _published(command: PlanCommand) -> tuple[str, Layout, int]:
 
 def _wants_training(command: PlanCommand) -> bool:
     asked = (command.train, command.published, command.search, command.timeline, command.chart, command.batch)
-    return any(asked) or any(getattr(command, option) is not None for option in _LAYOUT_OPTIONS)
+    return any(asked) or bool(_given(command))
 
 
 def _cost(name: str | None, model: ModelConfig, sequence_length: int, tables: list[report.Table], figures: dict[str, Any]) -> None:
@@ -277,9 +289,9 @@ def _on_machine(
 
 def _training(command: PlanCommand, model: ModelConfig, machine: Machine, tables: list[report.Table], figures: dict[str, Any]) -> None:
     layout, batch = _layout(command, machine)
-    length = command.sequence_length
+    length = _length(command, "sequence_length", model)
     if command.search:
-        step = find_best(model, machine, layout, batch, length, command.assume)
+        step = find_best(model, machine, layout, batch, length, command.assume, fixed=_given(command))
     else:
         wrong = explain(model, machine, layout, batch, length, command.assume)
         if wrong and not _wants_training(command):  # a machine was named, training was not: say so and go on to serving
@@ -311,13 +323,18 @@ def _layout(command: PlanCommand, machine: Machine) -> tuple[Layout, int]:
     if command.devices is not None and command.nodes is not None:
         raise UserError("--devices and --nodes contradict each other: give one of them")
     devices = command.devices if command.nodes is None else command.nodes * machine.devices_per_node
-    changes = {option: getattr(command, option) for option in _LAYOUT_OPTIONS if getattr(command, option) is not None}
+    changes = {option: getattr(command, option) for option in _given(command)}
     if devices is not None:
         changes["devices"] = devices
     if command.flat:
         changes["two_hop"] = False
     layout = replace(layout, **changes)
     return layout, command.batch or batch or 8 * max(layout.devices, 1) * layout.micro_batch
+
+
+def _given(command: PlanCommand) -> list[str]:
+    """Fields of a layout that were asked for."""
+    return [option for option in _LAYOUT_OPTIONS if getattr(command, option) is not None]
 
 
 def _fastest(machine: Machine) -> Literal["bf16", "fp32"]:
@@ -346,8 +363,9 @@ def _step_figures(step: Step, machine: Machine, tokens: float) -> dict[str, Any]
 
 def _serving(command: PlanCommand, model: ModelConfig, machine: Machine, tables: list[report.Table], figures: dict[str, Any]) -> None:
     devices = command.devices or (command.nodes or 0) * machine.devices_per_node or 1
+    context = _length(command, "context", model)
     plans = [
-        plan_serving(model, machine, weights, devices, command.context, command.cache, command.serve_batch, command.assume)
+        plan_serving(model, machine, weights, devices, context, command.cache, command.serve_batch, command.assume)
         for weights in ("bf16", "fp8", "int8", "int4")
         if weights != "fp8" or machine.fp8_tflops
     ]
@@ -360,16 +378,20 @@ def _serving(command: PlanCommand, model: ModelConfig, machine: Machine, tables:
 def _what_fits(command: PlanCommand, machine: Machine, tables: list[report.Table], figures: dict[str, Any]) -> None:
     """Every built-in model in the largest number format that fits."""
     rows, best = [], {}
+    context = command.context or _USUAL_LENGTH
     for name, model in BUILT_IN.items():
+        if context > model.max_position_embeddings:
+            rows.append((name, f"sees {model.max_position_embeddings} tokens", "-", "-", "-"))
+            continue
         for weights in ("bf16", "int8", "int4"):
-            plan = plan_serving(model, machine, weights, 1, command.context, command.cache, command.serve_batch, command.assume)
+            plan = plan_serving(model, machine, weights, 1, context, command.cache, command.serve_batch, command.assume)
             if plan.fits:
                 rows.append((name, weights, report.size(plan.weight_bytes), f"{plan.batch_1_tokens_per_second:.2f}", f"{plan.sequences:,}"))
                 best[name] = {**asdict(plan), "fits": True}
                 break
         else:
             rows.append((name, "does not fit", report.size(plan.weight_bytes) + " in int4", "-", "-"))
-    columns = ("model", "weights", "size", "decode tok/s, one sequence", f"sequences of {command.context}")
+    columns = ("model", "weights", "size", "decode tok/s, one sequence", f"sequences of {context}")
     tables.append(report.Table("What this machine can serve (roofline)", columns, rows))
     figures["fits"] = best
 
@@ -407,7 +429,10 @@ def _place_experts(
         raise UserError("--nodes counts nodes of a machine: name it with --machine, or give --devices")
     per_node = machine.devices_per_node if machine else command.devices or 1
     devices = command.devices or (command.nodes or 1) * per_node
-    nodes = max(1, devices // per_node)
+    unfilled = machine and unfilled_node(machine, devices)
+    if unfilled:
+        raise UserError(unfilled)
+    nodes = -(-devices // per_node)
     load = read_expert_load(file, model.n_routed_experts)
     placed = balance(model, load, devices, nodes, command.redundant_experts)
     tables.append(report.placement_table(placed, model))

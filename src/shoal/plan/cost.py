@@ -238,9 +238,18 @@ def count_parameters(model: ModelConfig) -> Parameters:
 
 def table_parameters(model: ModelConfig) -> int:
     """Parameters of the tables beside the embedding: n-grams of every length, values of every layer."""
-    ngrams = max(model.ngram_order - 1, 0) * model.ngram_rows * model.hidden_size
+    return ngram_parameters(model) + model.num_hidden_layers * layer_values(model)
+
+
+def ngram_parameters(model: ModelConfig) -> int:
+    """Parameters of the tables of n-grams, which lie with the embedding."""
+    return max(model.ngram_order - 1, 0) * model.ngram_rows * model.hidden_size
+
+
+def layer_values(model: ModelConfig) -> int:
+    """Parameters of a main layer's table of values."""
     width = model.kv_lora_rank if model.uses_mla else model.kv_heads * model.value_head_dim
-    return ngrams + model.value_embedding * model.num_hidden_layers * model.vocab_size * width
+    return model.value_embedding * model.vocab_size * width
 
 
 def layer_mixing(model: ModelConfig) -> int:

@@ -10,7 +10,7 @@ from shoal.config import ModelConfig
 
 from . import schedule as schedules
 from .communication import nearest_divisor
-from .cost import layer_matrices, layer_vectors
+from .cost import layer_matrices, layer_mixing, layer_values, layer_vectors, ngram_parameters, trust_parameters
 from .hardware import Machine
 
 
@@ -84,9 +84,9 @@ def problem(model: ModelConfig, machine: Machine, layout: Layout, batch: int) ->
     devices, pipeline, expert = layout.devices, layout.pipeline, layout.expert
     if min(devices, pipeline, expert, layout.micro_batch, batch) < 1:
         return "devices, PP, EP, micro-batch and batch must each be at least 1"
-    if devices > machine.devices_per_node and devices % machine.devices_per_node:
-        node, rest = machine.devices_per_node, devices % machine.devices_per_node
-        return f"{devices} devices leave {rest} on a node of {node}: use {devices - rest} or {devices - rest + node}"
+    unfilled = unfilled_node(machine, devices)
+    if unfilled:
+        return unfilled
     if devices % pipeline:
         return (
             f"PP {pipeline} does not divide {devices} devices ({devices % pipeline} left over): use PP {nearest_divisor(devices, pipeline)}"
@@ -114,6 +114,14 @@ def problem(model: ModelConfig, machine: Machine, layout: Layout, batch: int) ->
     if stages > items:
         return f"{layout.schedule} on PP {pipeline} cuts {stages} stages, {stages - items} more than the model has layers: lower PP"
     return None
+
+
+def unfilled_node(machine: Machine, devices: int) -> str | None:
+    """What is wrong with several nodes of which one is not full; None if all are."""
+    node, rest = machine.devices_per_node, devices % machine.devices_per_node
+    if devices < node or not rest:
+        return None
+    return f"{devices} devices leave {rest} on a node of {node}: use {devices - rest} or {devices - rest + node}"
 
 
 def partition(model: ModelConfig, stages: int, costs: list[float], tail: float) -> list[Stage]:
@@ -161,7 +169,8 @@ def stage_kinds(model: ModelConfig, stage: Stage) -> Counter[tuple[bool, bool]]:
 
 def stage_parameters(model: ModelConfig, stage: Stage) -> tuple[int, int]:
     """(parameters that every data-parallel rank holds, parameters of routed experts) of a stage."""
-    replicated = experts = 0
+    replicated = table_parameters(model, stage) + stage.head * (model.hidden_size + trust_parameters(model))
+    experts = 0
     for (moe, module), layers in stage_kinds(model, stage).items():
         for matrix in layer_matrices(model, moe):
             if matrix.part == "routed_experts":
@@ -169,16 +178,16 @@ def stage_parameters(model: ModelConfig, stage: Stage) -> tuple[int, int]:
             else:
                 replicated += layers * matrix.stored * matrix.size
         replicated += layers * sum(layer_vectors(model))
-        if module:
-            replicated += layers * (2 * model.hidden_size**2 + 3 * model.hidden_size)
-    return replicated + table_parameters(model, stage) + model.hidden_size * stage.head, experts
+        replicated += layers * (2 * model.hidden_size**2 + 3 * model.hidden_size if module else layer_mixing(model))
+    return replicated, experts
 
 
 def table_parameters(model: ModelConfig, stage: Stage) -> int:
-    """Parameters of embedding and head on a stage; the prediction modules look tokens up, so their stage has both."""
+    """Parameters of embedding, head and other tables on a stage; the prediction modules look tokens up, so their stage has both ends."""
     tables = int(stage.embedding) + int(stage.head)
     if stage.head and stage.embedding:
         tables -= model.tie_word_embeddings
     elif stage.head and model.num_nextn_predict_layers:
         tables += 1
-    return tables * model.vocab_size * model.hidden_size
+    values = sum(layer < model.num_hidden_layers for layer in stage.layers) * layer_values(model)
+    return tables * model.vocab_size * model.hidden_size + stage.embedding * ngram_parameters(model) + values

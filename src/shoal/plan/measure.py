@@ -24,7 +24,7 @@ from shoal.kernels import cpu, reference
 from shoal.kernels.packed import pack_integers
 from shoal.kernels.serving import packed_linear
 from shoal.memory import large_pages
-from shoal.runtime import start, synchronize
+from shoal.runtime import start, synchronize, total_memory
 
 from .hardware import GIB, Machine
 from .sustained import Curve, Sustained, product_size
@@ -51,17 +51,13 @@ def measure_machine(folder: str | None = None, budget: float = 0.04) -> Machine:
     taken = wait_for_quiet()
     here = start()
     probe = Probe(here.device, budget)
-    if probe.is_gpu:
-        properties = torch.cuda.get_device_properties(0)
-        name, memory = properties.name, properties.total_memory
-    else:
-        name, memory = "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    name = torch.cuda.get_device_properties(0).name if probe.is_gpu else "this machine"
     rounds = [probe.rates() for _ in range(ROUNDS)]
     rates = {rate: max(each[rate] for each in rounds) for rate in rounds[0]}
     busy = f"; other programs took {taken:.0%} of its cores meanwhile: measure again when it is quiet" if taken > BUSY else ""
     return Machine(
         name=name,
-        memory_gib=memory / GIB,
+        memory_gib=total_memory(here.device) / GIB,
         disk_gb_s=_disk_rate(folder) / 1e9,
         devices_per_node=1,
         is_cpu=not probe.is_gpu,

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from shoal.config import ModelConfig
 
-from .cost import HIDDEN_PARTS, layer_matrices
+from .cost import HIDDEN_PARTS, layer_matrices, ngram_parameters
 from .layout import Layout, Stage, stage_kinds, stage_parameters, table_parameters
 
 
@@ -91,17 +91,18 @@ def stage_activation_bytes(model: ModelConfig, stage: Stage, layout: Layout, tok
 
 
 def moments_per_parameter(model: ModelConfig, stage: Stage, optimizer: str) -> tuple[float, float]:
-    """Optimizer moments per (replicated, expert) parameter of a stage: AdamW keeps two, Muon one for hidden matrices."""
-    if optimizer == "adamw":
-        return 2.0, 2.0
-    hidden = sum(
-        layers * matrix.stored * matrix.size
-        for (moe, _), layers in stage_kinds(model, stage).items()
-        for matrix in layer_matrices(model, moe)
-        if matrix.part in HIDDEN_PARTS and matrix.part != "routed_experts"
-    )
+    """Optimizer moments per (replicated, expert) parameter of a stage: AdamW keeps two, Muon one for hidden matrices, tables of n-grams
+    have one with either."""
+    single = stage.embedding * ngram_parameters(model)
+    if optimizer == "muon":
+        single += sum(
+            layers * matrix.stored * matrix.size
+            for (moe, _), layers in stage_kinds(model, stage).items()
+            for matrix in layer_matrices(model, moe)
+            if matrix.part in HIDDEN_PARTS and matrix.part != "routed_experts"
+        )
     replicated, _ = stage_parameters(model, stage)
-    return 2.0 - hidden / max(replicated, 1), 1.0
+    return 2.0 - single / max(replicated, 1), 1.0 if optimizer == "muon" else 2.0
 
 
 def state_memory(replicated: float, experts: float, moments: tuple[float, float], layout: Layout, replicas: int) -> Memory:
@@ -135,7 +136,7 @@ def device_memory(
     for stage in stages:
         replicated, experts = stage_parameters(model, stage)
         states = state_memory(replicated, experts, moments_per_parameter(model, stage, layout.optimizer), layout, replicas)
-        # embedding and head stay in BF16 where products run in FP8
+        # embedding, head and other tables stay in BF16 where products run in FP8
         unquantized = (
             table_parameters(model, stage) * max(0, 2 - layout.product_bytes) / (layout.data * replicas if layout.zero == 3 else 1)
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from math import log2
+from typing import Any
 
 from shoal.config import ModelConfig, UserError
 
@@ -12,39 +13,52 @@ from . import schedule as schedules
 from .assumptions import Assumptions
 from .hardware import GIB, Machine
 from .layout import Layout, Stage, problem, stage_kinds, stage_parameters
-from .memory import stage_activation_bytes, state_memory, working_bytes
+from .memory import moments_per_parameter, stage_activation_bytes, state_memory, working_bytes
 from .training import PassTime, Step, fits, layer_time, plan_step, usable_memory
 
 _SCHEDULES = ("1f1b", "zb1p", "zbv", "dualpipe", "dualpipev")
 _RECOMPUTE = ("none", "selective", "full")
 
 
-def candidates(model: ModelConfig, machine: Machine, like: Layout, batch: int) -> Iterator[Layout]:
-    """Layouts on the devices of `like` that keep every constraint except perhaps memory; precision and optimizer stay."""
+def candidates(model: ModelConfig, machine: Machine, like: Layout, batch: int, fixed: Collection[str] = ()) -> Iterator[Layout]:
+    """Layouts on the devices of `like` that keep every constraint except perhaps memory; precision and optimizer stay, and the `fixed`
+    fields of a layout."""
+
+    def choices(field: str, some: Collection[Any]) -> Collection[Any]:
+        return (getattr(like, field),) if field in fixed else some
+
     experts = (model.n_routed_experts or 1) if model.uses_mla else 1
-    for pipeline in _divisors(like.devices, model.num_hidden_layers):
+    for pipeline in choices("pipeline", _divisors(like.devices, model.num_hidden_layers)):
         data = like.devices // pipeline
-        for expert in (e for e in _divisors(data, experts) if experts % e == 0):
-            for schedule in _SCHEDULES if pipeline > 1 else ("1f1b",):
-                for micro_batch in sorted({1, 2, 4, like.micro_batch}):
+        for expert in choices("expert", [e for e in _divisors(data, experts) if experts % e == 0]):
+            for schedule in choices("schedule", _SCHEDULES if pipeline > 1 else ("1f1b",)):
+                for micro_batch in choices("micro_batch", sorted({1, 2, 4, like.micro_batch})):
                     layout = replace(like, pipeline=pipeline, expert=expert, schedule=schedule, micro_batch=micro_batch)
                     if problem(model, machine, layout, batch) is None:
-                        for recompute in _RECOMPUTE:
-                            for zero in (1, 3):
-                                yield replace(layout, recompute=recompute, zero=zero)  # type: ignore[arg-type]
+                        for recompute in choices("recompute", _RECOMPUTE):
+                            for zero in choices("zero", (1, 3)):
+                                yield replace(layout, recompute=recompute, zero=zero)
 
 
 def _divisors(number: int, limit: int) -> list[int]:
     return [d for d in range(1, min(number, limit) + 1) if number % d == 0]
 
 
-def find_best(model: ModelConfig, machine: Machine, like: Layout, batch: int, sequence_length: int, assumptions: Assumptions) -> Step:
-    """The fastest layout that fits on the devices of `like`. Raises `UserError` with the nearest plan if none does.
+def find_best(
+    model: ModelConfig,
+    machine: Machine,
+    like: Layout,
+    batch: int,
+    sequence_length: int,
+    assumptions: Assumptions,
+    fixed: Collection[str] = (),
+) -> Step:
+    """The fastest layout that fits on the devices of `like`, with its `fixed` fields. Raises `UserError` with the nearest plan if none.
 
     All layouts are ranked by the published bubble formulas and average stages; the best of the ranking are simulated.
     """
     scout = _Scout(model, machine, batch, sequence_length, assumptions)
-    possible = [layout for layout in candidates(model, machine, like, batch) if scout.may_fit(layout)]
+    possible = [layout for layout in candidates(model, machine, like, batch, fixed) if scout.may_fit(layout)]
     ranked = sorted(possible, key=scout.seconds)
     steps: list[tuple[float, int, Layout]] = []
     for layout in ranked:
@@ -54,7 +68,8 @@ def find_best(model: ModelConfig, machine: Machine, like: Layout, batch: int, se
         if len(steps) == 12:
             break
     if not steps:
-        raise UserError(explain(model, machine, replace(like, zero=3, recompute="full"), batch, sequence_length, assumptions))
+        smallest = {field: value for field, value in (("zero", 3), ("recompute", "full")) if field not in fixed}
+        raise UserError(explain(model, machine, replace(like, **smallest), batch, sequence_length, assumptions))  # type: ignore[arg-type]
     return plan_step(model, machine, min(steps)[2], batch, sequence_length, assumptions)
 
 
@@ -67,6 +82,7 @@ class _Scout:
         self.whole = Stage(tuple(modules), embedding=True, head=True)
         self.kinds = stage_kinds(model, self.whole)
         self.parameters = stage_parameters(model, self.whole)
+        self.moments = {optimizer: moments_per_parameter(model, self.whole, optimizer) for optimizer in ("adamw", "muon")}
         self.times: dict[tuple[object, ...], PassTime] = {}
         self.activations: dict[str, float] = {}
 
@@ -74,8 +90,8 @@ class _Scout:
         """False where the average device alone needs more memory than there is."""
         replicas = 2 if layout.pipeline_schedule == "dualpipe" else 1
         share = replicas / layout.pipeline
-        moments = (2.0, 2.0) if layout.optimizer == "adamw" else (1.0, 1.0)
-        states = state_memory(self.parameters[0] * share, self.parameters[1] * share, moments, layout, replicas)
+        replicated, experts = (share * count for count in self.parameters)
+        states = state_memory(replicated, experts, self.moments[layout.optimizer], layout, replicas)
         if layout.recompute not in self.activations:
             self.activations[layout.recompute] = stage_activation_bytes(self.model, self.whole, layout, 1)
         stages = schedules.stages_of(layout.pipeline_schedule, layout.pipeline, layout.chunks)
@@ -101,6 +117,7 @@ class _Scout:
         forward, backward, weights, pair = cost.forward, cost.backward, cost.weight_gradient, cost.pair
         bubble = {
             "1f1b": (pipeline - 1) * (forward + backward),
+            "interleaved": (pipeline - 1) * (forward + backward) / layout.chunks,
             "zb1p": (pipeline - 1) * (forward + backward - 2 * weights),
             "zbv": (pipeline - 1) * forward / 2,
             "dualpipe": (pipeline / 2 - 1) * (pair + backward - 3 * weights),

@@ -30,7 +30,8 @@ def folder(tmp_path: Path, trained: Path, workshop: Path, monkeypatch: pytest.Mo
     (locate_model(tmp_path / "runs" / "chat") / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
     shutil.copy(workshop / "text.txt", tmp_path / "PATH")
     for name, row in ROWS.items():
-        (tmp_path / name).write_text(f"{json.dumps(row)}\n" * 4, encoding="utf-8")
+        lines = [json.dumps(row).replace("red?", f"red {i}?") for i in range(4)]
+        (tmp_path / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"def f(\n/quit\n")))
     return tmp_path

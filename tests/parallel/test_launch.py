@@ -41,6 +41,8 @@ def ended(*codes: int) -> list[Member]:
     ("codes", "blamed"),
     [
         ((LOST_OTHERS, 0, -9), "process 2 of 3 was killed by SIGKILL"),
+        ((-6, -9), "process 1 of 2 was killed by SIGKILL"),
+        ((-6, LOST_OTHERS), "process 0 of 2 was killed by SIGABRT"),
         ((1, -9), "process 1 of 2 was killed by SIGKILL"),
         ((LOST_OTHERS, 1), "process 1 of 2 ended with exit code 1"),
         ((LOST_OTHERS, 2), "process 1 of 2 ended with exit code 2"),

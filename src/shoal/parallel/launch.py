@@ -164,8 +164,10 @@ def _wait(members: list[Member]) -> None:
         sys.exit(2)
     if any(member.process.returncode == INTERRUPTED for member in dead):
         sys.exit(INTERRUPTED)
-    # Of several, one that was killed comes before those that failed, and these before those that only lost their connection to it.
-    culprit = min(dead, key=lambda member: (member.process.returncode > 0, member.process.returncode == LOST_OTHERS, member.rank))
+    # Of several, one that was killed comes before those that failed, and these before those that only lost their connection to it. Some
+    # of the libraries below abort when that happens.
+    consequences = (-signal.SIGABRT, LOST_OTHERS)
+    culprit = min(dead, key=lambda member: (member.process.returncode in consequences, member.process.returncode > 0, member.rank))
     raise UserError(
         f"process {culprit.rank} of {len(members)} {culprit.cause()}; the others were stopped: go on from the last checkpoint with --resume"
     )

@@ -63,7 +63,9 @@ class FileTask:
 
     def _refuse_too_few(self) -> None:
         if self._training and not self._learnt():
-            raise UserError(f"{self.name} has too few problems that the model can read: give at least two, as one is kept for tests")
+            raise UserError(
+                f"{self.name} has too few problems that the model can read: give at least two that differ, as one is kept for tests"
+            )
 
     def grade(self, problem: Problem, sample: Sample) -> float:
         raise NotImplementedError

@@ -100,16 +100,14 @@ def _signals_for(members: list[Member]) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         if POSIX or number == signal.SIGTERM:  # elsewhere Ctrl-C has reached all by itself
             _send(members, number)
-        restore()
+        # Not as it was before: where a shell runs us in the background, that is to ignore Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def halt(number: int, frame: FrameType | None) -> None:
         _send(members, signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGSTOP)  # until we are told to go on
         _send(members, signal.SIGCONT)
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
     handlers = {signal.SIGINT: stop, signal.SIGTERM: stop} | ({signal.SIGTSTP: halt} if POSIX else {})
     before: dict[int, Any] = {number: signal.getsignal(number) for number in handlers}
@@ -118,7 +116,8 @@ def _signals_for(members: list[Member]) -> Iterator[None]:
     try:
         yield
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _send(members: list[Member], number: int) -> None:

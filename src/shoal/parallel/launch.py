@@ -110,7 +110,7 @@ def _signals_for(members: list[Member]) -> Iterator[None]:
         _send(members, signal.SIGCONT)
 
     handlers = {signal.SIGINT: stop, signal.SIGTERM: stop} | ({signal.SIGTSTP: halt} if POSIX else {})
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in handlers}
+    before: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in handlers}
     for number, handler in handlers.items():
         signal.signal(number, handler)
     try:

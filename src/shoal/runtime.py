@@ -186,9 +186,8 @@ def available_memory(device: torch.device) -> int:
     with contextlib.suppress(OSError, ValueError, KeyError):
         used = int((CONTROL_GROUP / "memory.current").read_text())
         kept = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
-        room = min(
-            room, max(_control_group_limit() - used + int(kept["inactive_file"]) + int(kept["active_file"]), 0)
-        )  # files it would drop
+        dropped = int(kept["inactive_file"]) + int(kept["active_file"])  # files it would let go of
+        room = min(room, max(_control_group_limit() - used + dropped, 0))
     return room
 
 

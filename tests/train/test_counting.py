@@ -189,6 +189,8 @@ def test_a_counted_model_does_not_start_on_the_text_that_it_knows(config: TrainC
     assert not (tmp_path / "again").exists()
     (tmp_path / "other.txt").write_text((workshop / "text.txt").read_text()[:-1000])
     assert train(replace(again, data=(str(tmp_path / "other.txt"),))).summary["steps"] == 2
+    (first / "run.json").write_text('{"requested": {}}')  # as fine-tuning writes it
+    assert train(replace(again, out=str(tmp_path / "tuned"))).summary["steps"] == 2
 
 
 def test_how_far_repetitions_are_trusted_does_not_decay(config: TrainConfig) -> None:

@@ -19,7 +19,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from filelock import FileLock, Timeout
@@ -168,11 +168,11 @@ def find_run(out: str | None) -> RunFolder:
 
 
 def learnt_from(model: Path) -> str | None:
-    """Fingerprint of the data of the run whose checkpoint `model` is; None for other folders."""
+    """Fingerprint of the data that was pretrained on by the run whose checkpoint `model` is; None for other folders and runs."""
     run = model.parent.parent
     if model.parent.name != "checkpoints" or not (run / "run.json").is_file():
         return None
-    return str(RunFolder(run).facts()["data_fingerprint"])
+    return cast("str | None", RunFolder(run).read_json("run.json").get("data_fingerprint"))  # fine-tuning has none
 
 
 def run_facts(config: TrainConfig, data_fingerprint: str, precision: str) -> dict[str, Any]:

@@ -32,13 +32,9 @@ def stopped_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractCo
             looked = 0
 
             @property
-            def asked(self) -> bool:  # type: ignore[override]
+            def asked(self) -> bool:
                 Stop.looked += 1
                 return Stop.looked > steps
-
-            @asked.setter
-            def asked(self, value: bool) -> None:
-                pass
 
         with monkeypatch.context() as patch:
             patch.setattr(trainer, "StopRequest", Stop)

@@ -65,12 +65,14 @@ def test_ratios_are_those_of_the_laws_behind_the_runs(command: BenchEfficiencyCo
     assert result["seconds_ratio"] == pytest.approx(10, rel=0.02)
     assert result["sampled_flops_ratio"] == pytest.approx(5, rel=0.02)
     assert result["sampled_exportable_flops_ratio"] == pytest.approx(2.5, rel=0.02)
+    assert [ratio for _, ratio in result["exportable_flops_ratio_trend"]] == pytest.approx([5] * 2, rel=0.02)
     low, high = result["flops_ratio_interval"]
     assert low <= result["flops_ratio"] <= high
     assert result["flops_ratio_at_least"] is None
     assert (Path(command.out) / "efficiency.png").stat().st_size > 10_000
     shown = capsys.readouterr().out
     assert "95% interval" in shown
+    assert "with the budget: 5.0" in shown
     for name in (*BUDGETS["small"], *(name for name, *_ in RATIOS)):
         assert name in shown
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,8 +11,9 @@ from typing import Any
 
 from ...config import BenchAblationCommand, CorpusConfig
 from ...data import open_corpus
-from ..efficiency.frontier import best_ratio, cost_at, figures
+from ..efficiency.frontier import best_ratio, figures
 from ..efficiency.runs import Run, Trainer, curves, only_the_end, open_runs
+from ..efficiency.trend import trend
 from ..pictures import require_picture
 from .picture import draw
 from .studies import Study
@@ -51,27 +51,6 @@ def summarize(study: Study, runs: Sequence[Run]) -> dict[str, Any]:
             result |= figures(f"{arm}_{cost}_ratio", best_ratio(curves(runs, study.reference, cost), curves(runs, arm, cost)))
         result[f"{arm}_trend"] = trend(runs, study.reference, arm)
     return result | {"runs": [asdict(run) for run in runs]}
-
-
-def trend(runs: Sequence[Run], reference: str, arm: str) -> list[list[float]]:
-    """[FLOPs of the arm, ratio], from few to many: of its budgets, the mean over the seeds where the first arm reaches the loss.
-
-    The last is that at the lowest loss of both, which most often lies between two budgets.
-    """
-    found = []
-    for budget in sorted({run.budget for run in runs if run.side == arm}):
-        logs = []
-        for run in (run for run in runs if run.side == arm and run.budget == budget):
-            same_seed = [(other.flops, other.bpb) for other in runs if other.side == reference and other.seed == run.seed]
-            if (cost := cost_at(same_seed, run.bpb)) is not None:
-                logs.append(math.log(cost / run.flops))
-        if logs:
-            found.append([budget, math.exp(fmean(logs))])
-    dear = curves(runs, reference, "flops")
-    if (best := best_ratio(dear, curves(runs, arm, "flops"))) is not None:
-        flops = math.exp(fmean(math.log(cost) for curve in dear if (cost := cost_at(curve, best.loss)))) / best.value
-        found = [point for point in found if point[0] < flops] + [[flops, best.value]]
-    return found
 
 
 def _print(study: Study, runs: Sequence[Run], result: dict[str, Any]) -> None:

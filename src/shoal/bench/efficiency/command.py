@@ -19,6 +19,7 @@ from .picture import draw
 from .runs import Run, Runs, Stopped, Trainer, curves, only_the_end, open_runs
 from .search import search
 from .sides import BUDGETS, load_side
+from .trend import trend
 
 RATIOS = (
     ("flops_ratio", "baseline", "full", "flops"),
@@ -99,13 +100,18 @@ def compare(runs: Sequence[Run], dear: str, cheap: str, cost: str) -> tuple[Rati
 
 
 def summarize(runs: Sequence[Run]) -> dict[str, Any]:
-    """The JSON object. A ratio is null where the curves do not overlap; `..._at_least` then holds the bound, if there is one."""
+    """The JSON object. A ratio is null where the curves do not overlap; `..._at_least` then holds the bound, if there is one.
+
+    `..._trend` says how a ratio of FLOPs changes with the budget of the cheap side.
+    """
     result: dict[str, Any] = {}
     sides = {run.side for run in runs}
     for name, dear, cheap, cost in RATIOS:
         if {dear, cheap} <= sides:
             ratio, least = compare(runs, dear, cheap, cost)
             result |= figures(name, ratio) | {f"{name}_at_least": least}
+            if cost == "flops":
+                result[f"{name}_trend"] = trend(runs, dear, cheap)
     return result | {"seeds": len({run.seed for run in runs}), "runs": [asdict(run) for run in runs]}
 
 
@@ -140,6 +146,8 @@ def _print(runs: list[Run], result: dict[str, Any]) -> None:
     for name, *_ in RATIOS:
         if name in result:
             console.print(f"{name}: {_spoken(result, name)}")
+            if len(points := result.get(f"{name}_trend", [])) > 1:
+                console.print("    with the budget: " + ", ".join(f"{value:.2f} at {flops:.1e} FLOPs" for flops, value in points))
 
 
 def _spoken(result: dict[str, Any], name: str) -> str:

@@ -1,4 +1,4 @@
-"""The machine: device, precision, threads and seeds, chosen in one place with the reason printed."""
+"""The machine: device, precision and threads, chosen in one place with the reason printed."""
 
 from __future__ import annotations
 

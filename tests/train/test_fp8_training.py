@@ -15,7 +15,7 @@ from torch import nn
 from shoal.cli import main
 from shoal.config import FP8Config, ModelConfig
 from shoal.model import Transformer
-from shoal.model.layers import SwiGLU, plain_linear
+from shoal.model.layers import SwiGLU
 from shoal.model.moe import Experts
 from shoal.numerics import fp8
 from shoal.train.fp8 import FP8Experts, FP8Linear, FP8SwiGLU, Recipe, compute_in_fp8
@@ -52,9 +52,7 @@ def test_results_and_gradients_are_near_those_of_fp32(kind: str, config: FP8Conf
         inputs: tuple[torch.Tensor, ...] = (x, torch.tensor([120, 120, 300], dtype=torch.int32))
         small = FP8Experts
     else:
-        plain, small, inputs = (
-            (nn.Linear(160, 200), FP8Linear, (x,)) if kind == "linear" else (SwiGLU(160, 200, plain_linear), FP8SwiGLU, (x,))
-        )
+        plain, small, inputs = (nn.Linear(160, 200), FP8Linear, (x,)) if kind == "linear" else (SwiGLU(160, 200), FP8SwiGLU, (x,))
     for p in plain.parameters():
         p.data = torch.randn(p.shape, generator=draw) * p.shape[-1] ** -0.5
     expected = gradients(plain, *inputs)

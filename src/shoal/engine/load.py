@@ -49,7 +49,7 @@ class Plain:
     folder: Path
 
 
-def load(path: str, options: MachineOptions, bits: int | None = None, group: int = 32, *, pin: bool = False) -> Loaded:
+def load(path: str, options: MachineOptions, bits: int | None = None, *, pin: bool = False) -> Loaded:
     """Load a run, a checkpoint, a Hugging Face folder or a quantized folder into the fastest runner for it and this machine.
 
     `bits` quantizes on the way, which only the C++ kernels make use of. `pin` is for processes that do nothing else than to run the
@@ -62,7 +62,7 @@ def load(path: str, options: MachineOptions, bits: int | None = None, group: int
     if in_torch_only:
         print(f"{' and '.join(in_torch_only)}: this model runs in plain torch, one sequence after the other", file=sys.stderr)
     if machine.device.type == "cpu" and BACKEND.cpu is not None and not in_torch_only:
-        weights = load_weights(folder, bits, group, precision=None if options.precision == "auto" else options.precision)
+        weights = load_weights(folder, bits, precision=None if options.precision == "auto" else options.precision)
         _require_vocabulary(tokenizer, weights.config)
         available = available_memory(machine.device)
         if is_quantized(folder) and weights.nbytes > available:
@@ -72,7 +72,7 @@ def load(path: str, options: MachineOptions, bits: int | None = None, group: int
         if pin:
             runner.pin()
         return Loaded(runner, tokenizer, machine, folder)
-    model = load_transformer(folder, machine.device) if bits is None else to_transformer(load_weights(folder, bits, group))
+    model = load_transformer(folder, machine.device) if bits is None else to_transformer(load_weights(folder, bits))
     return Loaded(make_runner(model.to(machine.device), machine), tokenizer, machine, folder)
 
 

@@ -48,7 +48,7 @@ def choose(wanted: str) -> Backend:
 
 
 BACKEND = choose(os.environ.get("SHOAL_KERNELS", ""))
-"""The one place where the environment is read."""
+"""What SHOAL_KERNELS wants, decided once."""
 
 
 def backend() -> str:

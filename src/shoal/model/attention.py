@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..config import ModelConfig
 from .documents import Documents
-from .layers import Linear, LinearFactory, RMSNorm, TokenTable
+from .layers import Linear, RMSNorm, TokenTable
 from .rope import softmax_scale
 
 LATENT_NORM_EPS = 1e-6
@@ -66,7 +66,7 @@ class MLA(nn.Module):
     latent itself is what is attended to (few bytes per cached token: decoding).
     """
 
-    def __init__(self, config: ModelConfig, linear: LinearFactory) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads = config.num_attention_heads
         self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
@@ -76,15 +76,15 @@ class MLA(nn.Module):
         query_width = self.heads * (self.nope + self.rope)
         self.compresses_query = config.q_lora_rank is not None
         if config.q_lora_rank is not None:
-            self.q_a_proj = linear(config.hidden_size, config.q_lora_rank, False)
+            self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
-            self.q_b_proj = linear(config.q_lora_rank, query_width, False)
+            self.q_b_proj = Linear(config.q_lora_rank, query_width)
         else:
-            self.q_proj = linear(config.hidden_size, query_width, False)
-        self.kv_a_proj_with_mqa = linear(config.hidden_size, self.latent + self.rope, False)
+            self.q_proj = Linear(config.hidden_size, query_width)
+        self.kv_a_proj_with_mqa = Linear(config.hidden_size, self.latent + self.rope)
         self.kv_a_layernorm = RMSNorm(self.latent, LATENT_NORM_EPS)
-        self.kv_b_proj = linear(self.latent, self.heads * (self.nope + self.value), False)
-        self.o_proj = linear(self.heads * self.value, config.hidden_size, False)
+        self.kv_b_proj = Linear(self.latent, self.heads * (self.nope + self.value))
+        self.o_proj = Linear(self.heads * self.value, config.hidden_size)
         self.value_embedding = TokenTable(config.vocab_size, self.latent) if config.value_embedding else None
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
@@ -138,15 +138,15 @@ class MLA(nn.Module):
 class GQA(nn.Module):
     """Grouped-query attention (2305.13245) with rotary positions: the Llama-style baseline."""
 
-    def __init__(self, config: ModelConfig, linear: LinearFactory) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.width = config.num_attention_heads, config.kv_heads, config.qk_head_dim
         self.scale = softmax_scale(config)
         self.qk_norm_eps = config.rms_norm_eps if config.qk_norm else None
-        self.q_proj = linear(config.hidden_size, self.heads * self.width, config.attention_bias)
-        self.k_proj = linear(config.hidden_size, self.kv_heads * self.width, config.attention_bias)
-        self.v_proj = linear(config.hidden_size, self.kv_heads * self.width, config.attention_bias)
-        self.o_proj = linear(self.heads * self.width, config.hidden_size, False)
+        self.q_proj = Linear(config.hidden_size, self.heads * self.width, config.attention_bias)
+        self.k_proj = Linear(config.hidden_size, self.kv_heads * self.width, config.attention_bias)
+        self.v_proj = Linear(config.hidden_size, self.kv_heads * self.width, config.attention_bias)
+        self.o_proj = Linear(self.heads * self.width, config.hidden_size)
         self.value_embedding = TokenTable(config.vocab_size, self.kv_heads * self.width) if config.value_embedding else None
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:

@@ -8,17 +8,17 @@ from ..config import ModelConfig
 from .attention import GQA, MLA, Context, LayerCache
 from .convolution import Behind, ShortConvolution
 from .embedding_skip import EmbeddingSkip
-from .layers import LinearFactory, RMSNorm, SwiGLU
+from .layers import RMSNorm, SwiGLU
 from .moe import Dispatcher, MoE, RoutingStats
 
 
 class Block(nn.Module):
     """Pre-norm decoder layer: attention, then a dense feed-forward layer or a mixture of experts."""
 
-    def __init__(self, config: ModelConfig, layer: int, linear: LinearFactory, dispatcher: Dispatcher) -> None:
+    def __init__(self, config: ModelConfig, layer: int, dispatcher: Dispatcher) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = MLA(config, linear) if config.uses_mla else GQA(config, linear)
+        self.self_attn = MLA(config) if config.uses_mla else GQA(config)
         self.embedding_skip = EmbeddingSkip() if config.embedding_skip else None
         self.convolution = ShortConvolution(config.hidden_size, config.convolution) if config.convolution else None
         self.kept = config.attention_values_per_token
@@ -26,9 +26,9 @@ class Block(nn.Module):
         self.mlp: MoE | SwiGLU
         if config.is_moe_layer(layer):
             assert config.n_routed_experts is not None
-            self.mlp = MoE(config, config.n_routed_experts, linear, dispatcher)
+            self.mlp = MoE(config, config.n_routed_experts, dispatcher)
         else:
-            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, linear)
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(
         self, x: Tensor, context: Context, cache: LayerCache | None, chosen: Tensor | None = None

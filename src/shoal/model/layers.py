@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from .. import kernels
 
-LinearFactory = Callable[[int, int, bool], nn.Module]
-"""Makes a linear layer from (in_features, out_features, bias); the number format of matrices is decided by who passes it in."""
-
 
 class Linear(nn.Linear):
-    """A linear layer whose products take the fastest kernel."""
+    """A linear layer whose products take the fastest kernel.
+
+    Other number formats are classes derived from it, which whoever trains or serves in them gives to the layers of a finished model.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.weight, self.bias)
@@ -22,10 +23,6 @@ class Linear(nn.Linear):
     def matrix(self) -> Tensor:
         """What `forward` multiplies with, for those that multiply with parts of it."""
         return self.weight
-
-
-def plain_linear(in_features: int, out_features: int, bias: bool = False) -> nn.Module:
-    return Linear(in_features, out_features, bias=bias)
 
 
 class RMSNorm(nn.Module):
@@ -55,11 +52,11 @@ class TokenTable(nn.Module):
 class SwiGLU(nn.Module):
     """Gated feed-forward layer down(silu(gate(x)) * up(x)) (2002.05202): the dense layers and the shared experts."""
 
-    def __init__(self, hidden_size: int, width: int, linear: LinearFactory) -> None:
+    def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
-        self.gate_proj = linear(hidden_size, width, False)
-        self.up_proj = linear(hidden_size, width, False)
-        self.down_proj = linear(width, hidden_size, False)
+        self.gate_proj = Linear(hidden_size, width)
+        self.up_proj = Linear(hidden_size, width)
+        self.down_proj = Linear(width, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(kernels.swiglu(self.gate_proj(x), self.up_proj(x)))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..config import ModelConfig
-from .layers import LinearFactory, SwiGLU
+from .layers import SwiGLU
 
 
 @dataclass
@@ -153,12 +153,12 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Routed experts plus shared experts that see every token."""
 
-    def __init__(self, config: ModelConfig, experts: int, linear: LinearFactory, dispatcher: Dispatcher) -> None:
+    def __init__(self, config: ModelConfig, experts: int, dispatcher: Dispatcher) -> None:
         super().__init__()
         self.gate = Router(config, experts)
         self.experts = Experts(experts, config.hidden_size, config.moe_intermediate_size)
         shared_width = (config.n_shared_experts or 0) * config.moe_intermediate_size
-        self.shared_experts = SwiGLU(config.hidden_size, shared_width, linear) if shared_width else None
+        self.shared_experts = SwiGLU(config.hidden_size, shared_width) if shared_width else None
         self.dispatcher = dispatcher
 
     def forward(self, x: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, RoutingStats]:

@@ -13,20 +13,20 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from .block import Block
-from .layers import LinearFactory, RMSNorm
+from .layers import Linear, RMSNorm
 from .moe import Dispatcher
 
 
 class MTPModule(Block):
     """A decoder layer behind a junction of two streams; layer `num_hidden_layers + k - 1` of official files."""
 
-    def __init__(self, config: ModelConfig, layer: int, linear: LinearFactory, dispatcher: Dispatcher) -> None:
+    def __init__(self, config: ModelConfig, layer: int, dispatcher: Dispatcher) -> None:
         # What main layers look up by token belongs to the token they stand at; here two tokens meet.
         plain = replace(config, embedding_skip=False, value_embedding=False, convolution=0)
-        super().__init__(plain, layer, linear, dispatcher)
+        super().__init__(plain, layer, dispatcher)
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = linear(2 * config.hidden_size, config.hidden_size, False)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
 
     def join(self, previous: Tensor, embedding: Tensor) -> Tensor:

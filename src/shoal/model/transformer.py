@@ -18,7 +18,7 @@ from .attention import GQA, MLA, Context, LayerCache
 from .block import Block
 from .counted import CountedNgrams
 from .documents import Documents
-from .layers import LinearFactory, RMSNorm, plain_linear
+from .layers import RMSNorm
 from .look_ups import LookUps
 from .moe import Dispatcher, LocalDispatcher, MoE, RoutingStats
 from .mtp import MTPModule
@@ -30,7 +30,7 @@ from .rope import rotary_tables, softmax_scale, yarn_beyond
 class Backbone(nn.Module):
     """Embedding, layers (the MTP modules after the last of them, as in official files) and final norm."""
 
-    def __init__(self, config: ModelConfig, linear: LinearFactory, dispatcher: Dispatcher) -> None:
+    def __init__(self, config: ModelConfig, dispatcher: Dispatcher) -> None:
         super().__init__()
         # Not `nn.Embedding(...)`: drawing normal numbers on the device `meta` makes torch import its compiler, which takes two seconds.
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1), freeze=False)
@@ -38,8 +38,8 @@ class Backbone(nn.Module):
         self.counted = CountedNgrams(config) if config.count_order else None
         self.repeats = Repeats(config) if config.repeat_window else None
         layers, depths = config.num_hidden_layers, config.num_nextn_predict_layers
-        blocks = [Block(config, i, linear, dispatcher) for i in range(layers)]
-        self.layers = nn.ModuleList(blocks + [MTPModule(config, layers + k, linear, dispatcher) for k in range(depths)])
+        blocks = [Block(config, i, dispatcher) for i in range(layers)]
+        self.layers = nn.ModuleList(blocks + [MTPModule(config, layers + k, dispatcher) for k in range(depths)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -59,13 +59,13 @@ class Output:
 
 
 class Transformer(nn.Module):
-    """The model. `linear` makes its matrices, `dispatcher` moves tokens to experts; both come from outside."""
+    """The model. `dispatcher` comes from outside and moves tokens to experts."""
 
-    def __init__(self, config: ModelConfig, linear: LinearFactory = plain_linear, dispatcher: Dispatcher | None = None) -> None:
+    def __init__(self, config: ModelConfig, dispatcher: Dispatcher | None = None) -> None:
         super().__init__()
         config.validate()
         self.config = config
-        self.model = Backbone(config, linear, dispatcher or LocalDispatcher())
+        self.model = Backbone(config, dispatcher or LocalDispatcher())
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight

@@ -160,13 +160,12 @@ def weight_gradient(grad: Tensor, x: Tensor, *, power_of_two: bool = False, offs
     return total[0] if offsets is None else total
 
 
-def snap_to_blocks(grad: Tensor, *, power_of_two: bool = True) -> Tensor:
-    """`grad [R, O]` rounded to FP8 with one scale for 128x128 numbers, as fp32.
+def snap_to_blocks(grad: Tensor) -> Tensor:
+    """`grad [R, O]` rounded to FP8 with one scale, a power of two, for 128x128 numbers, as fp32.
 
-    This is what V3 found to harm training (appendix B.2); experiments use it as a negative control. Tiles of 1x128 with scales that are
-    powers of two hold the result exactly.
+    This is what V3 found to harm training (appendix B.2); experiments use it as a negative control. Tiles of 1x128 hold the result exactly.
     """
-    blocks = quantize_blocks(grad, power_of_two=power_of_two)
+    blocks = quantize_blocks(grad, power_of_two=True)
     scales = blocks.scales.repeat_interleave(TILE, 0)[: len(grad)]
     return dequantize_tiles(Quantized(blocks.data, scales))
 

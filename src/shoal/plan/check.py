@@ -81,24 +81,22 @@ def predict_decode(
     machine: Machine,
     weights: str,
     context: int,
-    batch: int = 1,
-    cache: str = "bf16",
     assumptions: Assumptions | None = None,
 ) -> Prediction:
-    """Decoding `batch` sequences at `context` tokens with weights in the number format `weights`, without MTP.
+    """Decoding one sequence at `context` tokens with weights in the number format `weights` and a cache in bf16, without MTP.
 
     Peak memory: of the embedding only the rows of tokens that occur come into memory, so it is not counted; on a CPU the engine moves
     matrices (all experts of a projection are one) into large pages one by one, so the largest exists twice for a moment.
     """
     a, numbers = assumptions or Assumptions(), number_format(weights)
-    seconds = decode_seconds(model, machine, weights, batch, context, cache, a)
+    seconds = decode_seconds(model, machine, weights, 1, context, "bf16", a)
     sizes = [
         matrix.stored * stored_as(matrix.part, numbers).matrix_bytes(matrix.out_features, matrix.in_features)
         for matrix in main_matrices(model)
     ]
     embedding, *others = sizes
-    memory = checkpoint_bytes(model, numbers) - embedding + batch * context * kv_bytes_per_token(model, cache)
-    return Prediction(batch / seconds, memory + (max(others) if machine.is_cpu else 0))
+    memory = checkpoint_bytes(model, numbers) - embedding + context * kv_bytes_per_token(model, "bf16")
+    return Prediction(1 / seconds, memory + (max(others) if machine.is_cpu else 0))
 
 
 def compare(cases: Iterable[Case], tell: Callable[[str], None] = lambda _: None) -> list[Comparison]:

@@ -40,10 +40,6 @@ class Schedule:
     replicas: int = 1
     """Copies of every stage's parameters over the pipeline: 2 for DualPipe."""
 
-    @property
-    def stages_per_device(self) -> int:
-        return self.replicas * self.stages // self.devices
-
 
 def one_f_one_b(devices: int, microbatches: int) -> Schedule:
     """1F1B (PipeDream-flush): as many forwards as stages follow, then backward and forward in turns."""

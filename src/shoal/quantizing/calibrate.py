@@ -22,7 +22,7 @@ from ..formats.weight_files import WeightFiles
 from ..kernels.packed import PackedMatrix, unpack
 from ..model import GQA, MLA, Context, LocalDispatcher, MoE
 from ..model.block import Block
-from ..model.layers import RMSNorm, SwiGLU, plain_linear
+from ..model.layers import RMSNorm, SwiGLU
 from ..model.rope import rotary_tables
 from ..numerics.second_order import output_error, quantize_for_inputs
 from .moments import MeanMoment, mean_moment, weighted_moment
@@ -89,7 +89,7 @@ class Calibration:
         """Quantize layer `layer` and replace `states [S, T, D]` by its outputs."""
         prefix = f"model.layers.{layer}"
         with torch.device("meta"):
-            block = Block(self.config, layer, plain_linear, LocalDispatcher())
+            block = Block(self.config, layer, LocalDispatcher())
         block.input_layernorm.weight = self._parameter(f"{prefix}.input_layernorm.weight")
         block.post_attention_layernorm.weight = self._parameter(f"{prefix}.post_attention_layernorm.weight")
         if block.self_attn.value_embedding is not None:
@@ -141,7 +141,8 @@ class Calibration:
         for part in ("q_proj", "k_proj", "v_proj"):
             self._linear(f"{name}.{part}", getattr(attention, part), moment)
         outputs = MeanMoment()
-        o_proj, attention.o_proj = attention.o_proj, Listener(outputs)
+        o_proj = attention.o_proj
+        attention.o_proj = Listener(outputs)  # type: ignore[assignment]
         for rows, context in zip(batches(states), contexts, strict=True):
             attention(norm(rows), context)
         attention.o_proj = o_proj

@@ -5,8 +5,8 @@ are some, and `count_order`, where a model counts n-grams): `at_1e12` times (FLO
 goes before `[settings]` where there are more layers than one. Width is rounded to heads (with experts to blocks, two of which have two
 heads, as values of two fill a block), layers, batch and order to whole numbers; an expert is about a third as wide as the model, and
 those of a token together, shared ones included and two routed ones at least, are about as wide as it; `rate` multiplies the learning
-rates that `[settings.optimizer]` names. The evidence behind the numbers is in docs/experiments.md; all rules were tuned by the same steps
-(`bench/efficiency/search.py`) and, beyond 1e12 FLOPs and with sampled softmax, by a few runs of each side up to 3e13.
+rates that `[settings.optimizer]` names. The evidence behind the numbers is in docs/experiments.md: `shoal bench efficiency --search` tunes
+width, layers, batch and rate of every side by the same steps, and what was found so was refined by hand, with the figures kept there.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ...plan.rules import Rules, merged
 
-SAMPLED = {"sampled_softmax": {"drawn": 512}, "optimizer": {"head_lr": 0.015}}
+SAMPLED = {"sampled_softmax": {"drawn": 512}, "optimizer": {"head_lr": 0.025}}
 """What the baseline gets as `sampled`, against which a ratio is not that of a cheaper head. It has no counts to know what is likely."""
 
 BUDGETS: dict[str, dict[str, tuple[float, ...]]] = {

@@ -39,8 +39,8 @@ def export_model(
 ) -> None:
     """Write a complete folder that transformers, vLLM and SGLang open without Shoal; it appears under its name when it is whole.
 
-    With `fp8`, matrices are stored as it quantizes them, and everything else in `dtype`; None keeps every tensor's own. `generation`: what
-    `generation_config.json` says besides. An earlier export at `folder` is replaced.
+    With `fp8`, the matrices that it takes are stored as it quantizes them, and everything else in `dtype`; None keeps every tensor's own.
+    `generation`: what `generation_config.json` says besides. An earlier export at `folder` is replaced.
 
     Raises `UserError` when something else is there, or when the model uses settings that the official architecture does not have.
     """

@@ -111,7 +111,7 @@ def write_quantized(
         if len(files) > 1:
             size = sum(part.nbytes for part in plan.values())
             write_json(temporary / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-        written = model_config_to_dict(config)
+        written = model_config_to_dict(config, own_weights=True)
         written["quantization_config"] = {"quant_method": METHOD, "version": VERSION, **asdict(scheme)}
         write_json(temporary / CONFIG, written)
         write_generation(temporary, written, generation)

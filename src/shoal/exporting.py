@@ -31,10 +31,10 @@ def _hf(command: ExportCommand, folder: Path, out: Path) -> dict[str, Any]:
     model, tokenizer, generation = load_model(folder, dtype=wanted), Tokenizer.load(folder), read_generation(folder)
     if command.dtype == "fp8":
         with quantizer_for(folder) as quantizer:
-            export_model(model, tokenizer, out, torch.bfloat16, fp8=quantizer, generation=generation)
+            export_model(model, tokenizer, out, torch.bfloat16, source=folder, fp8=quantizer, generation=generation)
         dtype = "float8_e4m3fn"
     else:
-        export_model(model, tokenizer, out, wanted, generation=generation)
+        export_model(model, tokenizer, out, wanted, source=folder, generation=generation)
         dtype = dtype_name(model)
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"{out}: {model.config.model_type}, {dtype}, {size / 1e6:.1f} MB; opens with transformers, vLLM and SGLang")

@@ -28,6 +28,7 @@ def test_transformers_gives_the_same_logits_and_the_same_text(
     assert main(["export", str(run), str(tmp_path / "out"), "--format", "hf", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["model_type"], result["dtype"]) == (kind, "float32")
+    assert f"A {kind} language model, trained with Shoal." in (tmp_path / "out" / "README.md").read_text()
     assert result["bytes"] == sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
 
     ours = load(str(run), MachineOptions("cpu", "fp32", 1))

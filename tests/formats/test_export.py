@@ -82,13 +82,36 @@ def test_other_peoples_base_models_get_no_chat_template(make_model: Make, bpe: T
 
 def test_model_card_states_the_facts(make_model: Make, tokenizer: Any, tmp_path: Path) -> None:
     model = make_model(tie_word_embeddings=True)
-    export_model(model, tokenizer, tmp_path / "fish", torch.bfloat16, training_tokens=1_000_000, license="mit")
+    export_model(model, tokenizer, tmp_path / "fish", torch.bfloat16, training_tokens=1_000_000)
     front, body = (tmp_path / "fish" / "README.md").read_text().removeprefix("---\n").split("\n---\n", 1)
     unique = {parameter.data_ptr(): parameter.numel() for parameter in model.parameters()}
-    assert {"license: mit", "library_name: transformers", "- deepseek_v3", "training_tokens: 1000000"} <= set(front.splitlines())
+    assert {"library_name: transformers", "- deepseek_v3", "training_tokens: 1000000"} <= set(front.splitlines())
     assert f"parameters: {sum(unique.values())}" in front
     assert body.startswith("\n# fish\n")
     assert "1,000,000" in body
+    assert "license" not in front
+    assert "exported with Shoal" in body
+
+
+def test_the_licence_comes_along(make_model: Make, bpe: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    export_model(make_model(vocab_size=400), bpe, source, torch.float32)
+    front = ["language: en", "license: other", "license_name: deepseek", "license_link: LICENSE-MODEL", "tags:", "- chat"]
+    (source / "README.md").write_text("\n".join(["---", *front, "---", "# A model", "license: no", ""]))
+    for name in ("LICENSE-MODEL", "Notice.txt"):
+        (source / name).write_text(f"the text of {name}")
+    for model, again in ((source, out), (source, out), (out, tmp_path / "again")):
+        assert main(["export", str(model), str(again), "--dtype", "bf16"]) == 0
+        said, body = (again / "README.md").read_text().split("\n---\n", 1)
+        assert [line for line in said.splitlines() if "license" in line] == front[1:4]
+        assert "A deepseek_v3 language model, exported with Shoal." in body
+        assert all((again / name).read_text() == f"the text of {name}" for name in ("LICENSE-MODEL", "Notice.txt"))
+    (source / "README.md").write_text("---\nlicense:\n- mit\n- apache-2.0\ntags: []\n---\n")
+    assert main(["export", str(source), str(out)]) == 0
+    assert (out / "README.md").read_text().startswith("---\nlicense:\n- mit\n- apache-2.0\nlibrary_name:")
+    (out / "LICENSE-MODEL").write_text("mine alone")
+    assert main(["export", str(source), str(out)]) == 2
+    assert "not an earlier export" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,22 @@ def test_scales_of_other_files_are_kept(make_model: Make, tokenizer: Any, tmp_pa
     assert same(write(load_model(tmp_path / "source"), tokenizer, tmp_path / "out", tmp_path / "source"), stored)
 
 
+def test_what_other_files_hold_in_bf16_stays(make_model: Make, tokenizer: Any, tmp_path: Path) -> None:
+    """They name it in `modules_to_not_convert`, which comes along."""
+    stored, weights = write(make_model(**WIDE), tokenizer, tmp_path / "source"), official_tensors(make_model(**WIDE))
+    kept = [name for name in stored if ".self_attn." in name and f"{name}_scale_inv" in stored]
+    for name in kept:
+        del stored[f"{name}_scale_inv"]
+        stored[name] = weights[name].bfloat16()
+    save_file(stored, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    config = tmp_path / "source" / "config.json"
+    content = json.loads(config.read_text())
+    content["quantization_config"]["modules_to_not_convert"] = [name.removesuffix(".weight") for name in kept]
+    config.write_text(json.dumps(content))
+    assert same(write(load_model(tmp_path / "source"), tokenizer, tmp_path / "out", tmp_path / "source"), stored)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"] == content["quantization_config"]
+
+
 def test_blocks_of_another_size_are_refused(make_model: Make, tokenizer: Any, tmp_path: Path) -> None:
     write(make_model(), tokenizer, tmp_path / "out")
     config = tmp_path / "out" / "config.json"

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from shoal.config import UserError
-from shoal.formats.huggingface import open_model, save_model
+from shoal.formats.huggingface import load_model, open_model, save_model
 from shoal.formats.packing import pack, pack_files
 from shoal.formats.parts import Part, Scheme, arrays_of, join_kv_up, parts_of, split_kv_up
 from shoal.formats.quantized import dequantized, may_replace, open_quantized, write_quantized
@@ -66,6 +66,19 @@ def test_round_trip(make_model: Make, tmp_path: Path, tokenizer: Any, scheme: Sc
     for name, part in opened.parts.items():
         for array in arrays_of(part).values():
             assert array.data_ptr() % 64 == 0, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_head_that_was_tied_is_saved_as_it_was_tuned(make_model: Make, tmp_path: Path, tokenizer: Any, scheme: Scheme) -> None:
+    opened = open_quantized(write(make_model(tie_word_embeddings=True), scheme, tmp_path, tokenizer))
+    model = dequantized(opened.config, opened.parts).eval()
+    assert model.config.tie_word_embeddings == (scheme.head == scheme.embedding)
+    assert opened.config.tie_word_embeddings
+    model.lm_head.weight.mul_(2)
+    save_model(model, tmp_path / "tuned")
+    back, ids = load_model(tmp_path / "tuned").eval(), torch.arange(16)[None]
+    assert back.logits(back(ids).hidden).equal(model.logits(model(ids).hidden))
 
 
 def test_arrays_are_views_of_the_file(make_model: Make, tmp_path: Path, tokenizer: Any) -> None:

@@ -61,6 +61,38 @@ def test_eval_of_a_quantized_folder_gives_the_figure_of_the_report(
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"] == 4
 
 
+@pytest.mark.parametrize("written", ["now", "by earlier versions"])
+def test_every_verb_opens_a_quantized_folder(
+    quantize: Any, tmp_path: Path, workshop: Path, capsys: pytest.CaptureFixture[str], written: str
+) -> None:
+    quantize()
+    q, file, chat = str(tmp_path / "q"), tmp_path / "q" / "config.json", tmp_path / "chat.jsonl"
+    config = json.loads(file.read_text())
+    assert (config["model_type"], config.pop("base_model_type"), "architectures" in config) == ("shoal", "deepseek_v3", False)
+    if written != "now":
+        file.write_text(json.dumps({**config, "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}))
+    turns = [{"role": "user", "content": "red fish?"}, {"role": "assistant", "content": "over the reef"}]
+    chat.write_text(10 * (json.dumps({"messages": turns}) + "\n"))
+    machine = ["--device", "cpu", "--threads", "1", "--precision", "fp32"]
+    for verb, *args in (
+        ["generate", q, "the red", "--max-tokens", "4", *machine],
+        ["eval", q, "--data", str(workshop / "text.txt"), "--max-tokens", "64", *machine],
+        ["sft", q, "--data", str(chat), "--steps", "1", "--out", str(tmp_path / "run"), *machine],
+        ["plan", q],
+    ):
+        assert main([verb, *args]) == 0, capsys.readouterr().err
+    made = json.loads((locate_model(tmp_path / "run") / "config.json").read_text())
+    assert (made["model_type"], "base_model_type" in made) == ("deepseek_v3", False)
+
+
+def test_transformers_does_not_open_a_quantized_folder(quantize: Any, tmp_path: Path) -> None:
+    """It would fill the matrices that it does not find with random numbers."""
+    transformers = pytest.importorskip("transformers")
+    quantize()
+    with pytest.raises(ValueError, match="model type `shoal`"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+
+
 def test_calibration_lowers_the_error_of_outputs(quantize: Any, workshop: Path) -> None:
     result = quantize("--calibrate", str(workshop / "text.txt"), "--calibrate-tokens", "2048")
     assert result["calibration_tokens"] == 2048

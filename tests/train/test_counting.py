@@ -191,6 +191,7 @@ def test_a_counted_model_does_not_start_on_the_text_that_it_knows(config: TrainC
     assert train(replace(again, data=(str(tmp_path / "other.txt"),))).summary["steps"] == 2
     (first / "run.json").write_text('{"requested": {}}')  # as fine-tuning writes it
     assert train(replace(again, out=str(tmp_path / "tuned"))).summary["steps"] == 2
+    assert train(replace(again, out=str(tmp_path / "tuned"), steps=3, resume=True)).summary["steps"] == 3, "its own text it does know"
 
 
 def test_how_far_repetitions_are_trusted_does_not_decay(config: TrainConfig) -> None:

@@ -305,6 +305,30 @@ def test_a_start_needs_nothing_of_the_recipes_shape(config: TrainConfig, tmp_pat
     assert second.summary["steps"] == 1
 
 
+def test_prediction_modules_that_files_announce_without_holding_them_are_left_out(config: TrainConfig, tmp_path: Path) -> None:
+    """As transformers saves a DeepSeek-V3."""
+    first = complete_checkpoints(train(replace(config, steps=1, model=replace(config.model, num_nextn_predict_layers=0))).folder)[-1]
+    said = json.loads((first / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (first / "config.json").write_text(json.dumps(said))
+    with pytest.warns(UserWarning, match="announces multi-token prediction"):
+        second = train(replace(config, steps=1, start=str(first), out=str(tmp_path / "second")))
+    assert second.summary["params_mtp"] == 0
+    assert find_run(str(second.folder)).settings().model.num_nextn_predict_layers == 0
+
+
+def test_a_run_that_goes_on_does_not_need_the_model_it_started_from(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = train(replace(config, steps=2)).folder
+    started = replace(config, steps=2, start=str(source), out=str(tmp_path / "second"), model=load_recipe("default").model)
+    train(started)
+    shutil.rmtree(source)
+    assert main(["train", "--resume", "--out", str(tmp_path / "second"), "--steps", "3"]) == 0, capsys.readouterr().err
+    assert train(replace(started, steps=4, resume=True)).summary["steps"] == 4
+    with pytest.raises(UserError, match=r"other settings \(start\)"):
+        train(replace(started, steps=5, resume=True, start=str(tmp_path / "other")))
+
+
 def test_what_the_model_to_start_from_says_of_sampling_stays(config: TrainConfig, tmp_path: Path) -> None:
     first = complete_checkpoints(train(replace(config, steps=1)).folder)[-1]
     said = json.loads((first / "generation_config.json").read_text()) | {"temperature": 0.6}

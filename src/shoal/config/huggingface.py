@@ -166,13 +166,14 @@ def _read_rope_table(d: dict[str, Any], table: dict[str, Any]) -> tuple[float, d
     return float(theta), {"type": kind, **scaling}
 
 
-def model_config_to_dict(cfg: ModelConfig, dtype: str | None = None) -> dict[str, Any]:
+def model_config_to_dict(cfg: ModelConfig, dtype: str | None = None, *, own_weights: bool = False) -> dict[str, Any]:
     """The dictionary of a `config.json` that transformers, vLLM and SGLang understand; inverse of `model_config_from_dict`.
 
     RoPE is written in the style of the official files, which transformers 4 and 5 both read. `dtype` is the name of the
     weights' type, by default the one in `extra`, or bfloat16. Shoal's own fields are written where they are not off.
     A `llama` with `attention_bias` is written as Qwen2, the type whose biases sit on query, key and value only.
-    A model with `export_obstacles` gets the `model_type` "shoal", so that no other program opens it and computes something else.
+    A model with `export_obstacles` gets the `model_type` "shoal", so that no other program opens it and computes something else; so does
+    any with `own_weights`, which lie in files that only Shoal reads.
     """
     model_type = "qwen2" if cfg.model_type == "llama" and cfg.attention_bias else cfg.model_type
     written: dict[str, Any] = {"architectures": [_ARCHITECTURES[model_type]], "model_type": model_type}
@@ -205,7 +206,7 @@ def model_config_to_dict(cfg: ModelConfig, dtype: str | None = None) -> dict[str
         several = cfg.extra.get(key)
         if isinstance(several, list) and several[0] == getattr(cfg, key):
             written[key] = several
-    if export_obstacles(cfg):
+    if own_weights or export_obstacles(cfg):
         del written["architectures"]
         written.update(model_type=SHOAL, base_model_type=model_type)
     written["torch_dtype"] = dtype or cfg.extra.get("torch_dtype") or cfg.extra.get("dtype") or "bfloat16"

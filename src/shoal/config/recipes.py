@@ -93,7 +93,7 @@ def to_toml(config: Any) -> str:
     """Every setting of a dataclass as TOML that `load_recipe` reads back.
 
     TOML has no None: it is left out where it is the default, and elsewhere written as 0 (-1 for the id of a token), which such settings
-    take for none.
+    take for none. `extra` of a model is left out: it holds no settings, and as what a `config.json` says it may be more than TOML can.
     """
     lines: list[str] = []
     _write_table(dataclasses.asdict(config), dataclasses.asdict(type(config)()), "", lines)
@@ -107,7 +107,7 @@ def _write_table(table: dict[str, Any], defaults: dict[str, Any], prefix: str, l
         elif value is not None and not isinstance(value, dict):
             lines.append(f"{_toml_key(key)} = {_toml_value(value)}")
     for key, value in table.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict) and value and key != "extra":
             lines.extend(["", f"[{prefix}{_toml_key(key)}]"])
             _write_table(value, defaults.get(key) or {}, f"{prefix}{_toml_key(key)}.", lines)
 

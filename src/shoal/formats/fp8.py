@@ -27,17 +27,22 @@ _MATRIX = re.compile(r"\.(self_attn\.\w+_proj(_with_mqa)?|mlp\.(experts\.\d+\.|s
 
 
 class Quantizer(Protocol):
-    """Gives the FP8 form of a matrix by its name in the files."""
+    """Says which tensors are held in FP8, by their names in the files, and gives that form of them."""
 
     settings: dict[str, Any]
+
+    def takes(self, name: str) -> bool: ...
 
     def __call__(self, name: str, weight: Tensor) -> Quantized: ...
 
 
 class Fresh:
-    """Rounds weights to FP8."""
+    """Rounds to FP8 what the official files hold so."""
 
     settings = SETTINGS
+
+    def takes(self, name: str) -> bool:
+        return _MATRIX.search(name) is not None
 
     def __call__(self, name: str, weight: Tensor) -> Quantized:
         once = quantize_blocks(weight, power_of_two=True)
@@ -46,15 +51,16 @@ class Fresh:
 
 
 class AsStored:
-    """Takes what a folder in FP8 holds, bit by bit."""
+    """Takes what a folder holds in FP8, bit by bit; its `settings` may name matrices that it holds otherwise."""
 
     def __init__(self, files: WeightFiles, settings: dict[str, Any]) -> None:
         self.files, self.settings = files, settings
-        self.fresh = Fresh()
+
+    def takes(self, name: str) -> bool:
+        return name in self.files.file_of and self.files.is_fp8(name)
 
     def __call__(self, name: str, weight: Tensor) -> Quantized:
-        found = self.files.read_fp8(name)
-        return found if found is not None else self.fresh(name, weight)
+        return self.files.read_fp8(name)
 
 
 @contextmanager
@@ -68,8 +74,3 @@ def quantizer_for(folder: Path) -> Iterator[Quantizer]:
         raise UserError(f"{folder} has FP8 blocks of {settings.get('weight_block_size')}: export it as bf16 first, and that as fp8")
     with WeightFiles(folder) as files:
         yield AsStored(files, settings)
-
-
-def is_fp8_matrix(name: str) -> bool:
-    """Whether the official files hold the tensor `name` in FP8."""
-    return _MATRIX.search(name) is not None

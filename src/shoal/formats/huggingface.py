@@ -23,7 +23,7 @@ from ..config import ModelConfig, UserError
 from ..config.huggingface import model_config_from_dict, model_config_to_dict
 from ..model import Transformer
 from ..runtime import require_memory
-from .fp8 import SCALE, Quantizer, is_fp8_matrix
+from .fp8 import SCALE, Quantizer
 from .weight_files import (
     CONFIG,
     GENERATION,
@@ -56,8 +56,8 @@ def save_model(
     """Write `config.json`, `generation_config.json` and the weights, in one file or in shards of at most `max_shard_bytes`.
 
     `dtype` None keeps every tensor's own; the routing bias stays fp32 always. With `mtp_copies` every MTP layer repeats
-    embedding and output head as the official files do, which vLLM and SGLang look for. With `fp8` matrices are stored as it quantizes
-    them. `generation` is what `generation_config.json` says besides.
+    embedding and output head as the official files do, which vLLM and SGLang look for. With `fp8` the matrices that it takes are stored
+    as it quantizes them. `generation` is what `generation_config.json` says besides.
 
     Raises `UserError` when the folder already holds weights.
     """
@@ -73,7 +73,7 @@ def save_model(
         return tensors[name].dtype if kept or dtype is None else dtype
 
     def stored(name: str) -> dict[str, Tensor]:
-        if fp8 is not None and is_fp8_matrix(name):
+        if fp8 is not None and fp8.takes(name):
             quantized = fp8(name, tensors[name].cpu())
             return {name: quantized.data, name + SCALE: quantized.scales}
         # A copy of each: safetensors refuses tensors that share memory, as experts of one stack do.
@@ -83,7 +83,7 @@ def save_model(
         return {name: copied}
 
     def size(name: str) -> int:
-        return tensors[name].numel() * (1 if fp8 is not None and is_fp8_matrix(name) else stored_dtype(name).itemsize)
+        return tensors[name].numel() * (1 if fp8 is not None and fp8.takes(name) else stored_dtype(name).itemsize)
 
     shards = plan_shards({name: size(name) for name in tensors}, max_shard_bytes)
     files = shard_names(len(shards))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -111,7 +111,7 @@ def write_quantized(
         if len(files) > 1:
             size = sum(part.nbytes for part in plan.values())
             write_json(temporary / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-        written = model_config_to_dict(config)
+        written = model_config_to_dict(config, own_weights=True)
         written["quantization_config"] = {"quant_method": METHOD, "version": VERSION, **asdict(scheme)}
         write_json(temporary / CONFIG, written)
         write_generation(temporary, written, generation)
@@ -165,7 +165,12 @@ def open_quantized(folder: Path) -> Quantized:
 def dequantized(
     config: ModelConfig, parts: dict[str, PackedMatrix | Tensor], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Transformer:
-    """The model whose weights are exactly what `parts` stand for (rounded to `dtype`)."""
+    """The model whose weights are exactly what `parts` stand for (rounded to `dtype`).
+
+    An output head that was tied to the embedding, and has been rounded otherwise, is one of its own from here on.
+    """
+    if config.tie_word_embeddings and not _plain(parts[HEAD]).to(dtype).equal(_plain(parts[EMBEDDING]).to(dtype)):
+        config = replace(config, tie_word_embeddings=False)
     with torch.device("meta"):
         empty = Transformer(config)
 
@@ -175,8 +180,6 @@ def dequantized(
             if module.endswith(".kv_b_proj"):
                 attention = module.removesuffix(".kv_b_proj")
                 target.copy_(join_kv_up(_plain(parts[f"{attention}.k_up"]), _plain(parts[f"{attention}.v_up"])))
-            elif module == HEAD and config.tie_word_embeddings:
-                continue
             else:
                 source = parts.get(name, parts.get(module))
                 assert source is not None, name
@@ -187,13 +190,7 @@ def dequantized(
                 else:
                     target.copy_(_plain(source))
 
-    model = fill_model(empty, dtype, device, fill)
-    if config.tie_word_embeddings:
-        # The head has numbers of its own here, so that it is tied no longer.
-        head = _plain(parts[HEAD])
-        if not head.to(model.model.embed_tokens.weight).equal(model.model.embed_tokens.weight):
-            model.lm_head.weight = torch.nn.Parameter(head.to(model.model.embed_tokens.weight))
-    return model
+    return fill_model(empty, dtype, device, fill)
 
 
 def slice_part(matrix: PackedMatrix, index: int) -> PackedMatrix:

@@ -131,11 +131,9 @@ class WeightFiles:
             raise UserError(f"{self.folder}: {name} holds NaN or infinite numbers: the file is damaged or the run had diverged")
         return tensor
 
-    def read_fp8(self, name: str) -> Quantized | None:
-        """A tensor as it is stored in FP8; None where it is stored otherwise."""
+    def read_fp8(self, name: str) -> Quantized:
+        """A tensor that `is_fp8`, as it is stored."""
         self._require_readable(name)
-        if not self.is_fp8(name):
-            return None
         data, scales = (self.file_of[part].get_tensor(part) for part in (name, name + _SCALE))
         return Quantized(data, scales)
 

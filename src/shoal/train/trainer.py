@@ -17,7 +17,8 @@ import torch
 
 from ..config import ModelConfig, TrainConfig, UserError
 from ..data import Batches, Tokenizer, open_corpus, prepare
-from ..formats.huggingface import read_config
+from ..formats.checkpoints import complete_checkpoints
+from ..formats.huggingface import open_model
 from ..formats.locate import locate_model
 from ..parallel import Team, join
 from ..plan.budget import training_flops_per_token
@@ -62,10 +63,7 @@ class Trained:
 def train(requested: TrainConfig) -> Trained:
     """Train as asked. Figures go to the run folder, progress to stderr; nothing is printed to stdout."""
     requested.validate()
-    started = locate_model(requested.start) if requested.start else None
-    if started is not None:
-        requested = replace(requested, model=read_config(started))
-        requested.validate()
+    requested, started = begin_with(requested) if requested.start else (requested, None)
     team = join(requested)
     refuse_teams(requested, team)
     begun = team.remembered_run()
@@ -78,7 +76,7 @@ def train(requested: TrainConfig) -> Trained:
     known = started or requested.corpus.tokenizer
     tokenizer = Tokenizer.load(known) if known else None
     data = team.first_then_others(lambda: prepare(corpus, tokenizer, requested.model.vocab_size, requested.corpus))
-    if started is not None and requested.model.count_entries and learnt_from(started) == data.fingerprint:
+    if folder is None and started is not None and requested.model.count_entries and learnt_from(started) == data.fingerprint:
         raise UserError(
             f"{requested.start} has counted this very text, and so would learn to trust answers that it knows: give other data, "
             "or go on with its run by --resume"
@@ -110,6 +108,24 @@ def train(requested: TrainConfig) -> Trained:
         result = run_loop(TrainState.create(config, folder, data, batches, machine, team, counting), machine)
         team.leave()
     return result
+
+
+def begin_with(requested: TrainConfig) -> tuple[TrainConfig, Path]:
+    """`requested` with the shape of the model that the run started from, and the folder of one with its tokenizer.
+
+    A run that goes on has both in its own folder: that of `start` may be gone.
+    """
+    assert requested.start is not None
+    run = find_run(requested.out) if requested.resume else None
+    if run is not None and (complete := complete_checkpoints(run.path)):
+        source, model = complete[-1], run.settings().model
+    else:
+        source = locate_model(requested.start)
+        with open_model(source) as (empty, _):
+            model = empty.config
+    requested = replace(requested, model=model)
+    requested.validate()
+    return requested, source
 
 
 def refuse_teams(config: TrainConfig, team: Team) -> None:

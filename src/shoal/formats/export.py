@@ -36,7 +36,6 @@ def export_model(
     dtype: torch.dtype | None,
     *,
     source: Path | None = None,
-    training_tokens: int | None = None,
     fp8: Quantizer | None = None,
     generation: dict[str, Any] | None = None,
 ) -> None:
@@ -55,7 +54,7 @@ def export_model(
     if folder.exists() and not _replaceable(folder, licences):
         raise UserError(f"{folder} exists and is not an earlier export: choose another folder or empty it")
     weights = "float8_e4m3fn in blocks of 128x128" if fp8 else str(dtype).removeprefix("torch.") if dtype else dtype_name(model)
-    card = model_card(folder.resolve().name, model, weights, training_tokens, source)
+    card = model_card(folder.resolve().name, model, weights, source)
     with new_folder(folder.resolve()) as temporary:
         save_model(model, temporary, dtype=dtype, fp8=fp8, generation=generation)
         tokenizer.save(temporary, model.config.max_position_embeddings)
@@ -79,7 +78,7 @@ def chat_template_for(tokenizer: str) -> str | None:
     return chat_template() if {"<｜User｜>", "<｜Assistant｜>"} <= tokens else None
 
 
-def model_card(name: str, model: Transformer, weights: str, training_tokens: int | None, source: Path | None) -> str:
+def model_card(name: str, model: Transformer, weights: str, source: Path | None) -> str:
     """A `README.md` for the Hugging Face hub: YAML front matter, then the facts in a table.
 
     It names a licence where the card in `source` does, and speaks of training where that is a checkpoint of a run.
@@ -93,12 +92,9 @@ def model_card(name: str, model: Transformer, weights: str, training_tokens: int
         "tags:",
         "- shoal",
         f"- {config.model_type}",
+        f"parameters: {parameters}",
     ]
-    front.append(f"parameters: {parameters}")
     rows = [("Parameters", f"{parameters:,}"), ("Weights", weights), *_shape(config)]
-    if training_tokens is not None:
-        front.append(f"training_tokens: {training_tokens}")
-        rows.append(("Training tokens", f"{training_tokens:,}"))
     table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]
     usage = [
         "```python",

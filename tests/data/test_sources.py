@@ -164,6 +164,36 @@ def test_named_splits_are_used(tmp_path: Path, train: str, val: str, ignored: st
         assert list(one_by_one.train_documents()) == ["for training"]
 
 
+PROSE = "".join(f"Line {number} of a text.\n" + "\n" * (number % 5 == 0) for number in range(1_700))
+"""About 40 KB."""
+
+
+@pytest.mark.parametrize("files", [2, 3])
+def test_little_text_in_several_files_gives_many_documents_and_about_a_tenth_of_them_for_validation(tmp_path: Path, files: int) -> None:
+    for number in range(files):
+        write(tmp_path / f"{number}.txt", PROSE.replace("Line", f"{number}:").encode())
+    corpus = corpus_of(tmp_path)
+    documents = everything(corpus)
+    assert len(documents) > 30
+    assert 0.08 < sum(map(len, corpus.val_documents())) / sum(map(len, documents)) < 0.15
+
+
+def test_little_text_for_training_gives_many_documents_and_text_for_validation_stays_whole(tmp_path: Path) -> None:
+    write(tmp_path / "train.txt", PROSE.encode())
+    write(tmp_path / "val.txt", PROSE[::-1].encode())
+    corpus = corpus_of(tmp_path)
+    assert len(list(corpus.train_documents())) > 30
+    assert list(corpus.val_documents()) == [PROSE[::-1]]
+
+
+def test_much_text_is_cut_as_ever(tmp_path: Path) -> None:
+    for name in "ab":
+        write(tmp_path / f"{name}.txt", (name + PROSE * 64).encode())
+    assert sum(source.size for source in corpus_of(tmp_path).sources) > 64 * readers.LONGEST_PIECE
+    whole = [piece for name in "ab" for piece in read(tmp_path / f"{name}.txt", piece=readers.LONGEST_PIECE)]
+    assert [document.text for document in corpus_of(tmp_path).documents()] == whole
+
+
 def test_a_program_is_no_split(tmp_path: Path) -> None:
     for name in ("train.py", "val.py", "test_train.py", "model.py", ".hidden/secret.py", "picture.png"):
         write(tmp_path / name, f"# {name}\n".encode())

@@ -173,8 +173,8 @@ def open_corpus(data: tuple[str, ...], config: CorpusConfig) -> Corpus:
     """Find what `data` names: files, folders and `hf:NAME[:CONFIG]` datasets, or for () the Python standard library's source.
 
     A folder, or the files given one by one taken together, that hold both `train*` and `val*` (or `valid*`, `validation*`; else
-    `test*`) use those and nothing else. A folder with Parquet or JSON Lines files uses only them, else its text files. Reads no
-    content yet. Raises `UserError` for what is missing or empty.
+    `test*`) use those and nothing else. A folder with Parquet or JSON Lines files uses only them, else its text files. Text is cut
+    into documents, the finer the less there is of it. Reads no content yet. Raises `UserError` for what is missing or empty.
     """
     if not data:
         return _standard_library(config)
@@ -241,17 +241,20 @@ def _file_sources(files: dict[Path, str], config: CorpusConfig) -> list[Source]:
     labels = {file: _label(name) for file, name in files.items()}
     val = "val" if "val" in labels.values() else "test"
     splits: dict[Path, Split]
-    piece = readers.LONGEST_PIECE
     if {"train", val} <= set(labels.values()):
         splits = {file: "train" for file in files if labels[file] == "train"}
         splits |= {file: "val" for file in files if labels[file] == val}
-    elif len(files) == 1 and _is_text(file := next(iter(files))):
-        splits = {file: "end"}
-        piece = max(1024, min(piece, file.stat().st_size // 64))  # a short file needs a fine cut
+    elif len(files) == 1 and _is_text(next(iter(files))):
+        splits = dict.fromkeys(files, "end")
     else:
         splits = dict.fromkeys(files, "shared")
-    column = config.text_column
-    return [_file_source(file, files[file], split, partial(readers.read_file, file, column, piece)) for file, split in splits.items()]
+    size = sum(file.stat().st_size for file, split in splits.items() if split != "val")
+    fine = max(1024, min(readers.LONGEST_PIECE, size // 64))  # a little text is to be more than one or two documents
+    sources = []
+    for file, split in splits.items():
+        piece = readers.LONGEST_PIECE if split == "val" else fine
+        sources.append(_file_source(file, files[file], split, partial(readers.read_file, file, config.text_column, piece)))
+    return sources
 
 
 def _file_source(file: Path, name: str, split: Split, read: Callable[[], Iterator[readers.Document]]) -> Source:

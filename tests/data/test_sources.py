@@ -95,6 +95,16 @@ def test_pieces_of_any_text_make_up_the_file(tmp_path_factory: pytest.TempPathFa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "LONGEST_PIECE", 5)  # reads end within characters
         assert "".join(read(file, piece=piece)) == text
+    assert all(len(text) < 4 * piece for text in read(file, piece=piece))
+
+
+@pytest.mark.parametrize("size", [60_000, 100_000, 130_000, 200_000])
+@pytest.mark.parametrize("between", [" ", "\r"])
+def test_text_without_line_ends_gives_about_a_tenth_for_validation(tmp_path: Path, size: int, between: str) -> None:
+    text = between.join(map(str, range(size // 4)))[:size]
+    corpus = corpus_of(write(tmp_path / "a.txt", text.encode()))
+    assert "".join(everything(corpus)) == text
+    assert 0.08 < sum(map(len, corpus.val_documents())) / size < 0.15
 
 
 def test_dataset_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,13 +228,31 @@ def test_choice_of_documents_does_not_depend_on_their_order(tmp_path_factory: py
     assert sorted(first.val_documents()) == sorted(second.val_documents())
 
 
+@given(st.lists(st.integers(1, 300), min_size=2, max_size=60), st.floats(0.01, 0.9))
+def test_documents_that_are_much_of_the_corpus_are_trained_on(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], fraction: float
+) -> None:
+    texts = [f"{number:02}" + "x" * length for number, length in enumerate(lengths)]
+    corpus = corpus_of(write(tmp_path_factory.mktemp("rows") / "a.jsonl", jsonl(texts)), val_fraction=fraction)
+    everything(corpus)
+    held, total = sum(map(len, corpus.val_documents())), sum(map(len, texts))
+    assert held <= max(2 * max(fraction, 0.1) * total, min(map(len, texts)))
+
+
+def test_of_a_long_and_a_short_row_the_short_one_is_held_out(tmp_path: Path) -> None:
+    for number in range(8):  # whichever hash is lower
+        texts = [f"{number}" * 200_000, f"{number}" * 1_000]
+        assert list(corpus_of(write(tmp_path / f"{number}.jsonl", jsonl(texts))).val_documents()) == texts[1:]
+
+
 def test_share_of_a_large_corpus_is_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "HELD_OUT_CHARACTERS", 2_000)
     texts = [f"{number:0100}" for number in range(5_000)]
     corpus = corpus_of(write(tmp_path / "a.jsonl", jsonl(texts)), val_fraction=0.02)
     everything(corpus)
     assert 60 < len(list(corpus.val_documents())) < 140
-    assert corpus._digest_limit == int(0.02 * 2**64), "the share, and not one that a prefix happened to need"
+    share = int(0.02 * 2**64)
+    assert (corpus._is_chosen(share - 1), corpus._is_chosen(share)) == (True, False), "the share, not one that a prefix happened to need"
 
 
 def test_equal_documents_stay_together(tmp_path: Path) -> None:

@@ -34,8 +34,8 @@ def read_file(path: Path, column: str, piece: int = LONGEST_PIECE) -> Iterator[D
     """The documents of one file: its rows (Parquet, JSON Lines; the text is in `column`), or its text in pieces.
 
     Text is cut at the first empty line after `piece` characters, or else after the line that makes it twice as long (no line counts
-    as longer than 64 KiB); the pieces together are the file, with its line ends as they are. Raises `UserError`, naming file and
-    place, for what cannot be read.
+    as longer than that, or than 64 KiB); the pieces together are the file, with its line ends as they are. Raises `UserError`, naming
+    file and place, for what cannot be read.
     """
     suffix = data_suffix(path)
     try:
@@ -89,7 +89,7 @@ def _read_text(path: Path, piece: int) -> Iterator[Document]:
     number = 1
     with _open(path) as (raw, content):
         while True:
-            line = content.readline(LONGEST_PIECE)  # bounded: a file may be one endless line
+            line = content.readline(min(LONGEST_PIECE, 2 * piece))  # bounded: a file may be one endless line
             try:
                 text = decoder.decode(line, final=not line)
             except UnicodeDecodeError as error:

@@ -18,7 +18,7 @@ from ..config import CorpusConfig, UserError
 from . import readers
 
 HELD_OUT_CHARACTERS = 262144
-"""Validation text that a small corpus gives up, though never more than a tenth of it, even where `val_fraction` asks for less."""
+"""Validation text that a small corpus gives up, though no more than about a tenth of it, even where `val_fraction` asks for less."""
 STDLIB_HELD_OUT = 0.05
 SAMPLED = 65536
 """Bytes at the beginning, in the middle and at the end of a file that tell it from others of its name, size and time."""
@@ -59,7 +59,7 @@ class Corpus:
 
     Where sources are `shared`, those documents are held out whose hash is lowest, so that the choice does not depend on
     their order and equal documents stay together. They are a share of `val_fraction`, of a small corpus more
-    (`HELD_OUT_CHARACTERS`); so is the `end` of a text file.
+    (`HELD_OUT_CHARACTERS`), without documents that are too much of it; so is the `end` of a text file.
     """
 
     name: str
@@ -118,7 +118,7 @@ class Corpus:
 
     def _is_held_out(self, source: Source, index: int, text: str) -> bool:
         if source.split == "shared":
-            return _digest(text) < self._digest_limit
+            return self._is_chosen(_digest(text))
         if source.split == "end":
             return index >= self._ends[source]
         return source.split == "val"
@@ -141,8 +141,8 @@ class Corpus:
         return ends
 
     @cached_property
-    def _digest_limit(self) -> int:
-        """Documents of `shared` sources are held out whose digest is below.
+    def _is_chosen(self) -> Callable[[int], bool]:
+        """Whether the documents of `shared` sources that have this digest are held out.
 
         Reads only until the share that was asked for has given enough; a corpus that ends before is small enough to count out.
         """
@@ -155,15 +155,18 @@ class Corpus:
                 sizes[digest] = sizes.get(digest, 0) + len(text)
                 held += len(text) if digest < share else 0
                 if held >= HELD_OUT_CHARACTERS:
-                    return share
+                    return lambda digest: digest < share
         if len(sizes) == 1:
             raise UserError(f"{self.name} holds only one document, so none can be held out: give more, or train and val files")
-        wanted, held = self._held_out_characters(sum(sizes.values())), 0
-        for digest in sorted(sizes)[:-1]:
-            held += sizes[digest]
-            if held >= wanted:
-                break
-        return digest + 1
+        total = sum(sizes.values())
+        wanted, held = self._held_out_characters(total), 0
+        most = 2 * max(self.val_fraction, 0.1) * total  # a document may be most of the corpus
+        chosen: set[int] = set()
+        for digest in sorted(sizes):
+            if held < wanted and held + sizes[digest] <= most and len(chosen) < len(sizes) - 1:
+                chosen.add(digest)
+                held += sizes[digest]
+        return (chosen or {min(sizes, key=lambda digest: (sizes[digest], digest))}).__contains__
 
     def _held_out_characters(self, total: int) -> float:
         return max(self.val_fraction * total, min(HELD_OUT_CHARACTERS, total / 10))

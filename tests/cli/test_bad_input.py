@@ -136,7 +136,7 @@ def test_data_that_cannot_be_trained_on(kind: str, refuse: Refuse, workshop: Pat
 def test_places_that_cannot_be_written(refuse: Refuse, train_args: Any, trained: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file", tmp_path / "file" / "run"):
-        assert "choose another --out" in refuse(*train_args(out))
+        assert "choose another --out" in refuse(*train_args(out), progress=True)
     args = train_args(tmp_path / "run")
     args[args.index("--corpus.cache") + 1] = str(tmp_path / "file" / "cache")
     assert "corpus.cache" in refuse(*args, progress=True)
@@ -196,7 +196,7 @@ def test_a_damaged_checkpoint_is_not_resumed_from(refuse: Refuse, trained: Path,
         file = tmp_path / "run" / "checkpoints" / "step_0000012" / name
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2])
-        refuse("train", "--resume", "--out", str(tmp_path / "run"), "--steps", "14")
+        refuse("train", "--resume", "--out", str(tmp_path / "run"), "--steps", "14", progress=True)
         file.write_bytes(whole)
 
 

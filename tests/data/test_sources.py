@@ -169,6 +169,7 @@ def test_named_splits_are_used(tmp_path: Path, train: str, val: str, ignored: st
         write(tmp_path / name, jsonl([text]) if ".jsonl" in name else text.encode())
     corpus = corpus_of(tmp_path)
     assert (list(corpus.train_documents()), list(corpus.val_documents())) == (["for training"], ["for validation"])
+    assert corpus.describe().endswith(f": {train} for training; {val} for validation; left out: {ignored}")
     one_by_one = corpus_of(*(tmp_path / name for name in (val, train)))
     if "/" not in train:
         assert list(one_by_one.train_documents()) == ["for training"]
@@ -211,10 +212,24 @@ def test_a_program_is_no_split(tmp_path: Path) -> None:
     assert sorted(everything(corpus_of(tmp_path))) == sorted(f"# {name}\n" for name in ("train.py", "val.py", "test_train.py", "model.py"))
 
 
+def test_words_that_begin_like_those_of_splits_are_none(tmp_path: Path) -> None:
+    texts = {"trains.txt": "on rails\n", "values.txt": "of numbers\n", "other.txt": "of neither\n"}
+    for name, text in texts.items():
+        write(tmp_path / name, text.encode())
+    corpus = corpus_of(tmp_path)
+    assert sorted(everything(corpus)) == sorted(texts.values())
+    assert corpus.describe().endswith(": other.txt, trains.txt, values.txt with some documents held out for validation")
+
+
 def test_rows_are_preferred_to_text_in_a_folder(tmp_path: Path) -> None:
-    write(tmp_path / "README.md", b"about the data")
+    for name in ("README.md", *(f"part-{number}.csv" for number in range(5))):
+        write(tmp_path / name, b"about the data")
     write(tmp_path / "part-0.jsonl", jsonl(TEXTS))
-    assert "about the data" not in everything(corpus_of(tmp_path))
+    corpus = corpus_of(tmp_path)
+    assert "about the data" not in everything(corpus)
+    assert corpus.describe().endswith(
+        "part-0.jsonl with some documents held out for validation; left out: README.md, part-0.csv, part-1.csv and 3 more"
+    )
 
 
 @given(st.randoms(use_true_random=False), st.integers(2, 60))
@@ -298,7 +313,8 @@ def test_names(tmp_path: Path, path: str, name: str) -> None:
     else:
         write(tmp_path / path, b"text")
     assert corpus_of(tmp_path / path).name == name
-    assert corpus_of(tmp_path / path).describe().startswith(f"{name}: 1 file with ")
+    file = Path(path).name if "." in path else "a.txt"
+    assert corpus_of(tmp_path / path).describe().startswith(f"{name}: {file} with ")
 
 
 # --- mistakes

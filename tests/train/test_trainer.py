@@ -82,6 +82,11 @@ def test_a_run_means_its_best_checkpoint(config: TrainConfig, monkeypatch: pytes
     assert checkpoint_step(locate_model(run)) == 6
 
 
+def test_a_run_says_what_it_reads(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    train(replace(config, steps=1))
+    assert capsys.readouterr().err.startswith(f"reading {Path(config.data[0]).parent.name}: text.txt with its end held out for validation\n")
+
+
 def test_a_run_that_has_diverged_is_an_error(train_args: Args, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wild = ["--optimizer.muon-lr", "1e38", "--optimizer.embed-lr", "1e38", "--optimizer.clip", "0"]
     assert main(train_args(tmp_path / "wild", "--steps", "12", *wild)) == 2

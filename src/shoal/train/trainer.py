@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,6 +76,8 @@ def train(requested: TrainConfig) -> Trained:
     precision = folder.facts()["precision"] if folder else requested.precision
     machine = team.same_precision(start(requested.device, precision, requested.threads or team.cores, requested.return_memory))
     corpus = open_corpus(requested.data, requested.corpus)
+    if team.is_first:
+        print(f"reading {corpus.describe()}", file=sys.stderr)
     known = started or requested.corpus.tokenizer
     tokenizer = Tokenizer.load(known) if known else None
     data = team.first_then_others(lambda: prepare(corpus, tokenizer, requested.model.vocab_size, requested.corpus))

@@ -225,6 +225,13 @@ def test_nothing_to_score(refuse: Refuse, trained: Path, tmp_path: Path) -> None
     assert "--threads" in refuse("eval", str(trained), "--data", str(tmp_path / "blank.txt"), "--threads", "-2")
 
 
+def test_a_missing_column_names_the_option_of_the_command(refuse: Refuse, trained: Path, train_args: Any, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"body": "red"}\n' * 2)
+    assert "choose one by --corpus.text-column (shoal train)" in refuse(*train_args(tmp_path / "run", "--data", str(rows)), progress=True)
+    assert "or --text-column (shoal eval, shoal quantize)" in refuse("eval", str(trained), "--data", str(rows), *FAST)
+
+
 def test_a_system_prompt_for_a_base_model(refuse: Refuse, trained: Path) -> None:
     assert "--system" in refuse("chat", str(trained), "--system", "Be kind.", *FAST)
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from shoal.config import CorpusConfig, UserError
 from shoal.data import Corpus, open_corpus, readers, sources
+from shoal.data.conversations import read_conversations
 
 TEXTS = [f"document {number}\n" + "été \r\n漢字 \U0001f600 \x00" * (number % 7) for number in range(40)]
 
@@ -362,6 +363,14 @@ def test_missing_and_empty_places(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     with pytest.raises(UserError, match="holds no text, JSON Lines or Parquet file"):
         corpus_of(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_not_called_empty(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for opened in (lambda: corpus_of(tmp_path / "pipe"), lambda: next(read_conversations([str(tmp_path / "pipe")]))):
+        with pytest.raises(UserError, match="pipe is a pipe or a device, but data is read more than once: put it into a file"):
+            opened()
 
 
 def test_folders_that_are_linked_to_are_read_once(tmp_path: Path) -> None:

@@ -22,6 +22,17 @@ Document = tuple[str, int]
 COMPRESSED = (".gz", ".zst")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 LONGEST_PIECE = 65536
+COLUMN_OPTIONS = "--corpus.text-column (shoal train) or --text-column (shoal eval, shoal quantize)"
+
+
+def existing(name: str) -> Path:
+    """The file or folder of that name. Raises `UserError` where there is none, and for a pipe, whose content is gone once it is read."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise UserError(f"{path} does not exist: check the path given as data")
+    if not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path} is a pipe or a device, but data is read more than once: put it into a file")
+    return path
 
 
 def data_suffix(path: Path) -> str:
@@ -188,7 +199,7 @@ def _text_of(row: Any, column: str, place: str) -> str:
         raise _missing_column(place, column, list(row))
     text = row[column]
     if text is not None and not isinstance(text, str):
-        raise UserError(f"{place}: {column!r} is not text but {type(text).__name__}: choose another with corpus.text_column")
+        raise UserError(f"{place}: {column!r} is not text but {type(text).__name__}: choose another by {COLUMN_OPTIONS}")
     try:
         (text or "").encode()
     except UnicodeEncodeError as error:
@@ -247,7 +258,7 @@ def _not_utf8(path: Path, line: int, offset: int) -> UserError:
 
 
 def _missing_column(place: str, column: str, available: list[str]) -> UserError:
-    return UserError(f"{place} has no column {column!r} but {', '.join(available) or 'none'}: choose one with corpus.text_column")
+    return UserError(f"{place} has no column {column!r} but {', '.join(available) or 'none'}: choose one by {COLUMN_OPTIONS}")
 
 
 def _first_line(error: BaseException) -> str:

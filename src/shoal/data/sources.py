@@ -178,14 +178,11 @@ def open_corpus(data: tuple[str, ...], config: CorpusConfig) -> Corpus:
     A folder, or the files given one by one taken together, that hold both `train` (or `training`) and `val` (or `valid`, `validation`;
     else `test`), which is a folder or the first word of a file's name, use those and nothing else. A folder with Parquet or JSON Lines
     files uses only them, else its text files. Text is cut into documents, the finer the less there is of it. Reads no content yet.
-    Raises `UserError` for what is missing or empty.
+    Raises `UserError` for what is missing, empty or a pipe.
     """
     if not data:
         return _standard_library(config)
-    paths = [Path(item).expanduser() for item in data if not item.startswith("hf:")]
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"{path} does not exist: check the path given as data")
+    paths = [readers.existing(item) for item in data if not item.startswith("hf:")]
     files = [path for path in paths if not path.is_dir()]
     for path in files:
         if not path.stat().st_size:

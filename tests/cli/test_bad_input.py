@@ -136,7 +136,7 @@ def test_data_that_cannot_be_trained_on(kind: str, refuse: Refuse, workshop: Pat
 def test_places_that_cannot_be_written(refuse: Refuse, train_args: Any, trained: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file", tmp_path / "file" / "run"):
-        assert "choose another --out" in refuse(*train_args(out))
+        assert "choose another --out" in refuse(*train_args(out), progress=True)
     args = train_args(tmp_path / "run")
     args[args.index("--corpus.cache") + 1] = str(tmp_path / "file" / "cache")
     assert "corpus.cache" in refuse(*args, progress=True)
@@ -196,7 +196,7 @@ def test_a_damaged_checkpoint_is_not_resumed_from(refuse: Refuse, trained: Path,
         file = tmp_path / "run" / "checkpoints" / "step_0000012" / name
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2])
-        refuse("train", "--resume", "--out", str(tmp_path / "run"), "--steps", "14")
+        refuse("train", "--resume", "--out", str(tmp_path / "run"), "--steps", "14", progress=True)
         file.write_bytes(whole)
 
 
@@ -223,6 +223,13 @@ def test_nothing_to_score(refuse: Refuse, trained: Path, tmp_path: Path) -> None
     assert "no text" in refuse("eval", str(trained), "--data", str(tmp_path / "blank.txt"), *FAST)
     assert "does not exist" in refuse("eval", str(trained), "--data", str(tmp_path / "gone.txt"), *FAST)
     assert "--threads" in refuse("eval", str(trained), "--data", str(tmp_path / "blank.txt"), "--threads", "-2")
+
+
+def test_a_missing_column_names_the_option_of_the_command(refuse: Refuse, trained: Path, train_args: Any, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"body": "red"}\n' * 2)
+    assert "choose one by --corpus.text-column (shoal train)" in refuse(*train_args(tmp_path / "run", "--data", str(rows)), progress=True)
+    assert "or --text-column (shoal eval, shoal quantize)" in refuse("eval", str(trained), "--data", str(rows), *FAST)
 
 
 def test_a_system_prompt_for_a_base_model(refuse: Refuse, trained: Path) -> None:

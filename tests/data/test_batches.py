@@ -109,6 +109,8 @@ def test_too_few_tokens_says_how_many_are_needed() -> None:
     Batches(shards, 10, 7, seed=0, lookahead=10)
     with pytest.raises(UserError, match=r"holds 80 tokens, but one batch of 8 sequences of 10 needs 81"):
         Batches(shards, 10, 8, seed=0)
+    with pytest.raises(UserError, match=r"holds about 160 tokens, but one batch of 8 sequences of 10 from each of 2 parts needs 162"):
+        Batches(shards, 10, 8, seed=0, parts=2)
     with pytest.raises(UserError, match="holds 80 tokens"):
         Batches(shards, 100, 1, seed=0)
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from shoal.config import CorpusConfig, UserError
 from shoal.data import Corpus, open_corpus, readers, sources
+from shoal.data.conversations import read_conversations
 
 TEXTS = [f"document {number}\n" + "été \r\n漢字 \U0001f600 \x00" * (number % 7) for number in range(40)]
 
@@ -95,6 +96,16 @@ def test_pieces_of_any_text_make_up_the_file(tmp_path_factory: pytest.TempPathFa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "LONGEST_PIECE", 5)  # reads end within characters
         assert "".join(read(file, piece=piece)) == text
+    assert all(len(text) < 4 * piece for text in read(file, piece=piece))
+
+
+@pytest.mark.parametrize("size", [60_000, 100_000, 130_000, 200_000])
+@pytest.mark.parametrize("between", [" ", "\r"])
+def test_text_without_line_ends_gives_about_a_tenth_for_validation(tmp_path: Path, size: int, between: str) -> None:
+    text = between.join(map(str, range(size // 4)))[:size]
+    corpus = corpus_of(write(tmp_path / "a.txt", text.encode()))
+    assert "".join(everything(corpus)) == text
+    assert 0.08 < sum(map(len, corpus.val_documents())) / size < 0.15
 
 
 def test_dataset_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,9 +170,40 @@ def test_named_splits_are_used(tmp_path: Path, train: str, val: str, ignored: st
         write(tmp_path / name, jsonl([text]) if ".jsonl" in name else text.encode())
     corpus = corpus_of(tmp_path)
     assert (list(corpus.train_documents()), list(corpus.val_documents())) == (["for training"], ["for validation"])
+    assert corpus.describe().endswith(f": {train} for training; {val} for validation; left out: {ignored}")
     one_by_one = corpus_of(*(tmp_path / name for name in (val, train)))
     if "/" not in train:
         assert list(one_by_one.train_documents()) == ["for training"]
+
+
+PROSE = "".join(f"Line {number} of a text.\n" + "\n" * (number % 5 == 0) for number in range(1_700))
+"""About 40 KB."""
+
+
+@pytest.mark.parametrize("files", [2, 3])
+def test_little_text_in_several_files_gives_many_documents_and_about_a_tenth_of_them_for_validation(tmp_path: Path, files: int) -> None:
+    for number in range(files):
+        write(tmp_path / f"{number}.txt", PROSE.replace("Line", f"{number}:").encode())
+    corpus = corpus_of(tmp_path)
+    documents = everything(corpus)
+    assert len(documents) > 30
+    assert 0.08 < sum(map(len, corpus.val_documents())) / sum(map(len, documents)) < 0.15
+
+
+def test_little_text_for_training_gives_many_documents_and_text_for_validation_stays_whole(tmp_path: Path) -> None:
+    write(tmp_path / "train.txt", PROSE.encode())
+    write(tmp_path / "val.txt", PROSE[::-1].encode())
+    corpus = corpus_of(tmp_path)
+    assert len(list(corpus.train_documents())) > 30
+    assert list(corpus.val_documents()) == [PROSE[::-1]]
+
+
+def test_much_text_is_cut_as_ever(tmp_path: Path) -> None:
+    for name in "ab":
+        write(tmp_path / f"{name}.txt", (name + PROSE * 64).encode())
+    assert sum(source.size for source in corpus_of(tmp_path).sources) > 64 * readers.LONGEST_PIECE
+    whole = [piece for name in "ab" for piece in read(tmp_path / f"{name}.txt", piece=readers.LONGEST_PIECE)]
+    assert [document.text for document in corpus_of(tmp_path).documents()] == whole
 
 
 def test_a_program_is_no_split(tmp_path: Path) -> None:
@@ -171,10 +213,24 @@ def test_a_program_is_no_split(tmp_path: Path) -> None:
     assert sorted(everything(corpus_of(tmp_path))) == sorted(f"# {name}\n" for name in ("train.py", "val.py", "test_train.py", "model.py"))
 
 
+def test_words_that_begin_like_those_of_splits_are_none(tmp_path: Path) -> None:
+    texts = {"trains.txt": "on rails\n", "values.txt": "of numbers\n", "other.txt": "of neither\n"}
+    for name, text in texts.items():
+        write(tmp_path / name, text.encode())
+    corpus = corpus_of(tmp_path)
+    assert sorted(everything(corpus)) == sorted(texts.values())
+    assert corpus.describe().endswith(": other.txt, trains.txt, values.txt with some documents held out for validation")
+
+
 def test_rows_are_preferred_to_text_in_a_folder(tmp_path: Path) -> None:
-    write(tmp_path / "README.md", b"about the data")
+    for name in ("README.md", *(f"part-{number}.csv" for number in range(5))):
+        write(tmp_path / name, b"about the data")
     write(tmp_path / "part-0.jsonl", jsonl(TEXTS))
-    assert "about the data" not in everything(corpus_of(tmp_path))
+    corpus = corpus_of(tmp_path)
+    assert "about the data" not in everything(corpus)
+    assert corpus.describe().endswith(
+        "part-0.jsonl with some documents held out for validation; left out: README.md, part-0.csv, part-1.csv and 3 more"
+    )
 
 
 @given(st.randoms(use_true_random=False), st.integers(2, 60))
@@ -188,13 +244,31 @@ def test_choice_of_documents_does_not_depend_on_their_order(tmp_path_factory: py
     assert sorted(first.val_documents()) == sorted(second.val_documents())
 
 
+@given(st.lists(st.integers(1, 300), min_size=2, max_size=60), st.floats(0.01, 0.9))
+def test_documents_that_are_much_of_the_corpus_are_trained_on(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], fraction: float
+) -> None:
+    texts = [f"{number:02}" + "x" * length for number, length in enumerate(lengths)]
+    corpus = corpus_of(write(tmp_path_factory.mktemp("rows") / "a.jsonl", jsonl(texts)), val_fraction=fraction)
+    everything(corpus)
+    held, total = sum(map(len, corpus.val_documents())), sum(map(len, texts))
+    assert held <= max(2 * max(fraction, 0.1) * total, min(map(len, texts)))
+
+
+def test_of_a_long_and_a_short_row_the_short_one_is_held_out(tmp_path: Path) -> None:
+    for number in range(8):  # whichever hash is lower
+        texts = [f"{number}" * 200_000, f"{number}" * 1_000]
+        assert list(corpus_of(write(tmp_path / f"{number}.jsonl", jsonl(texts))).val_documents()) == texts[1:]
+
+
 def test_share_of_a_large_corpus_is_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "HELD_OUT_CHARACTERS", 2_000)
     texts = [f"{number:0100}" for number in range(5_000)]
     corpus = corpus_of(write(tmp_path / "a.jsonl", jsonl(texts)), val_fraction=0.02)
     everything(corpus)
     assert 60 < len(list(corpus.val_documents())) < 140
-    assert corpus._digest_limit == int(0.02 * 2**64), "the share, and not one that a prefix happened to need"
+    share = int(0.02 * 2**64)
+    assert (corpus._is_chosen(share - 1), corpus._is_chosen(share)) == (True, False), "the share, not one that a prefix happened to need"
 
 
 def test_equal_documents_stay_together(tmp_path: Path) -> None:
@@ -240,7 +314,8 @@ def test_names(tmp_path: Path, path: str, name: str) -> None:
     else:
         write(tmp_path / path, b"text")
     assert corpus_of(tmp_path / path).name == name
-    assert corpus_of(tmp_path / path).describe().startswith(f"{name}: 1 file with ")
+    file = Path(path).name if "." in path else "a.txt"
+    assert corpus_of(tmp_path / path).describe().startswith(f"{name}: {file} with ")
 
 
 # --- mistakes
@@ -288,6 +363,14 @@ def test_missing_and_empty_places(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     with pytest.raises(UserError, match="holds no text, JSON Lines or Parquet file"):
         corpus_of(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_not_called_empty(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for opened in (lambda: corpus_of(tmp_path / "pipe"), lambda: next(read_conversations([str(tmp_path / "pipe")]))):
+        with pytest.raises(UserError, match="pipe is a pipe or a device, but data is read more than once: put it into a file"):
+            opened()
 
 
 def test_folders_that_are_linked_to_are_read_once(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 
 from shoal.atomic import TEMPORARY
 from shoal.cli import main
-from shoal.config import TrainConfig, UserError
+from shoal.config import ModelConfig, TrainConfig, UserError
 from shoal.config.recipes import load_recipe
 from shoal.data import Tokenizer, train_tokenizer
 from shoal.formats import complete_checkpoints, load_model
@@ -80,6 +80,11 @@ def test_a_run_means_its_best_checkpoint(config: TrainConfig, monkeypatch: pytes
     run = train(replace(config, steps=12, checkpoint=replace(config.checkpoint, every_steps=3, keep_last=1))).folder
     assert json.loads((run / "best.json").read_text()) == {"step": 6, "val_bpb": 1.0}
     assert checkpoint_step(locate_model(run)) == 6
+
+
+def test_a_run_says_what_it_reads(config: TrainConfig, workshop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(replace(config, steps=1))
+    assert capsys.readouterr().err.startswith(f"reading {workshop.name}: text.txt with its end held out for validation\n")
 
 
 def test_a_run_that_has_diverged_is_an_error(train_args: Args, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -339,10 +344,17 @@ def test_what_the_model_to_start_from_says_of_sampling_stays(config: TrainConfig
         assert json.loads((found / "generation_config.json").read_text()) == said
 
 
+def counted_model(config: TrainConfig) -> ModelConfig:
+    return replace(config.model, count_order=2, num_nextn_predict_layers=0, logit_softcap=None)
+
+
+def test_too_little_to_count_is_told_of_the_whole_text(config: TrainConfig) -> None:
+    with pytest.raises(UserError, match=r"4096 sequences of 32 from each of 2 parts needs 262146"):
+        train(replace(config, batch_size=4096, model=counted_model(config)))
+
+
 def test_counting_that_takes_all_the_time_is_refused(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    counted = replace(
-        config, steps=None, minutes=1.0, model=replace(config.model, count_order=2, num_nextn_predict_layers=0, logit_softcap=None)
-    )
+    counted = replace(config, steps=None, minutes=1.0, model=counted_model(config))
     ticks = itertools.count()
     monkeypatch.setattr("shoal.train.counting.time.perf_counter", lambda: 61.0 * next(ticks))
     with pytest.raises(UserError, match="counting n-grams took 61 s, all of --minutes 1"):

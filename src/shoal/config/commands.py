@@ -69,7 +69,7 @@ class EvalCommand:
     model: Model
     machine: Annotated[MachineOptions, tyro.conf.arg(name="")]
     data: tuple[str, ...] = ()
-    """Files or folders as for `shoal train`; a folder with `val*` files is scored on those, anything else whole."""
+    """Files or folders as for `shoal train`; a folder that holds `train` and `val` is scored on the latter, anything else whole."""
     text_column: str = "text"
     window: int | None = None
     """Tokens the model sees at once. None: as in training, or the model's longest context up to 2048."""

@@ -38,7 +38,7 @@ class CorpusConfig:
     text_column: str = "text"
     """Field of a JSON Lines or Parquet record that holds the text."""
     val_fraction: float = 0.01
-    """Share of documents held out where the data has no `val*` files of its own."""
+    """Share of documents held out where the data has no `val` of its own."""
     tokenizer: str | None = None
     """A `tokenizer.json`, or a folder that holds one. None: a byte-level BPE of `model.vocab_size` is trained on the data."""
     cache: str = "~/.cache/shoal"

@@ -32,8 +32,9 @@ class Batches:
         world: int = 1,
         lookahead: int = 1,
         lookback: int = 0,
+        parts: int = 1,
     ) -> None:
-        """`batch_size` is in sequences per step over all `world` ranks.
+        """`batch_size` is in sequences per step over all `world` ranks; `tokens` are one of so many equal `parts` of the data.
 
         Raises `UserError` if it does not divide among them, or if there are too few tokens for one batch.
         """
@@ -42,9 +43,10 @@ class Batches:
         self.num_rows = max(0, (tokens.num_tokens - lookahead) // sequence_length)
         if self.num_rows < batch_size:
             needed = batch_size * sequence_length + lookahead
+            about, of_each = ("about ", f" from each of {parts} parts") if parts > 1 else ("", "")
             raise UserError(
-                f"the data holds {tokens.num_tokens} tokens, but one batch of {batch_size} sequences of {sequence_length} needs {needed}: "
-                "give more data, or lower batch_size or sequence_length"
+                f"the data holds {about}{parts * tokens.num_tokens} tokens, but one batch of {batch_size} sequences of {sequence_length}"
+                f"{of_each} needs {parts * needed}: give more data, or lower batch_size or sequence_length"
             )
         self._tokens = tokens
         self._sequence_length = sequence_length

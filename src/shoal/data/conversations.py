@@ -12,7 +12,7 @@ import numpy as np
 
 from ..config import UserError
 from .chat_template import encode_turns
-from .readers import JSON_SUFFIXES, data_suffix, read_rows
+from .readers import JSON_SUFFIXES, data_suffix, existing, read_rows
 from .tokenizer import Tokenizer
 
 SIDES = ("chosen", "rejected")
@@ -45,7 +45,7 @@ def read_conversations(paths: Sequence[str]) -> Iterator[tuple[str, Conversation
     naming the place of what is none of these.
     """
     for path in paths:
-        for file in _files(Path(path).expanduser()):
+        for file in _files(existing(path)):
             for place, row in read_rows(file):
                 yield place, conversation_of(row, place)
 
@@ -57,7 +57,7 @@ def read_pairs(paths: Sequence[str]) -> Iterator[tuple[str, Conversation, Conver
     `prompt` says what is in them already.
     """
     for path in paths:
-        for file in _files(Path(path).expanduser()):
+        for file in _files(existing(path)):
             for place, row in read_rows(file):
                 if not isinstance(row, dict) or "chosen" not in row or "rejected" not in row:
                     raise UserError(f"{place} is no pair: prompt, chosen and rejected are expected")
@@ -90,8 +90,6 @@ def _messages(value: Any, role: str, place: str) -> list[dict[str, Any]]:
 
 
 def _files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise UserError(f"{path} does not exist: check --data")
     if path.is_file():
         return [path]
     found = sorted(file for file in path.rglob("*") if file.is_file() and data_suffix(file) in (*JSON_SUFFIXES, ".parquet"))

@@ -22,6 +22,17 @@ Document = tuple[str, int]
 COMPRESSED = (".gz", ".zst")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 LONGEST_PIECE = 65536
+COLUMN_OPTIONS = "--corpus.text-column (shoal train) or --text-column (shoal eval, shoal quantize)"
+
+
+def existing(name: str) -> Path:
+    """The file or folder of that name. Raises `UserError` where there is none, and for a pipe, whose content is gone once it is read."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise UserError(f"{path} does not exist: check the path given as data")
+    if not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path} is a pipe or a device, but data is read more than once: put it into a file")
+    return path
 
 
 def data_suffix(path: Path) -> str:
@@ -34,8 +45,8 @@ def read_file(path: Path, column: str, piece: int = LONGEST_PIECE) -> Iterator[D
     """The documents of one file: its rows (Parquet, JSON Lines; the text is in `column`), or its text in pieces.
 
     Text is cut at the first empty line after `piece` characters, or else after the line that makes it twice as long (no line counts
-    as longer than 64 KiB); the pieces together are the file, with its line ends as they are. Raises `UserError`, naming file and
-    place, for what cannot be read.
+    as longer than that, or than 64 KiB); the pieces together are the file, with its line ends as they are. Raises `UserError`, naming
+    file and place, for what cannot be read.
     """
     suffix = data_suffix(path)
     try:
@@ -89,7 +100,7 @@ def _read_text(path: Path, piece: int) -> Iterator[Document]:
     number = 1
     with _open(path) as (raw, content):
         while True:
-            line = content.readline(LONGEST_PIECE)  # bounded: a file may be one endless line
+            line = content.readline(min(LONGEST_PIECE, 2 * piece))  # bounded: a file may be one endless line
             try:
                 text = decoder.decode(line, final=not line)
             except UnicodeDecodeError as error:
@@ -188,7 +199,7 @@ def _text_of(row: Any, column: str, place: str) -> str:
         raise _missing_column(place, column, list(row))
     text = row[column]
     if text is not None and not isinstance(text, str):
-        raise UserError(f"{place}: {column!r} is not text but {type(text).__name__}: choose another with corpus.text_column")
+        raise UserError(f"{place}: {column!r} is not text but {type(text).__name__}: choose another by {COLUMN_OPTIONS}")
     try:
         (text or "").encode()
     except UnicodeEncodeError as error:
@@ -247,7 +258,7 @@ def _not_utf8(path: Path, line: int, offset: int) -> UserError:
 
 
 def _missing_column(place: str, column: str, available: list[str]) -> UserError:
-    return UserError(f"{place} has no column {column!r} but {', '.join(available) or 'none'}: choose one with corpus.text_column")
+    return UserError(f"{place} has no column {column!r} but {', '.join(available) or 'none'}: choose one by {COLUMN_OPTIONS}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from .progress import Report, show_progress
 from .sources import Corpus, Document
 from .tokenizer import Tokenizer, train_tokenizer
 
-FORMAT = 1
+FORMAT = 2
 """Part of the name of everything kept: raise it when the files, the choice of documents or the training of tokenizers change."""
 BATCH_CHARACTERS = 2_000_000
 

@@ -8,7 +8,7 @@ import re
 import sysconfig
 import tokenize
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..config import CorpusConfig, UserError
 from . import readers
 
 HELD_OUT_CHARACTERS = 262144
-"""Validation text that a small corpus gives up, though never more than a tenth of it, even where `val_fraction` asks for less."""
+"""Validation text that a small corpus gives up, though no more than about a tenth of it, even where `val_fraction` asks for less."""
 STDLIB_HELD_OUT = 0.05
 SAMPLED = 65536
 """Bytes at the beginning, in the middle and at the end of a file that tell it from others of its name, size and time."""
@@ -26,7 +26,7 @@ SAMPLED = 65536
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data"}
 
 ROW_SUFFIXES = {".jsonl", ".ndjson", ".parquet"}
-SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test"}
+SPLIT_WORDS = {"train", "training", "val", "valid", "validation", "test"}
 SPLIT_SUFFIXES = {*ROW_SUFFIXES, ".json", ".txt"}
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".tex", ".html", ".py", ".c", ".h", ".cc", ".cpp", ".rs", ".go", ".java", ".js", ".ts", ".sh"}
 
@@ -59,13 +59,15 @@ class Corpus:
 
     Where sources are `shared`, those documents are held out whose hash is lowest, so that the choice does not depend on
     their order and equal documents stay together. They are a share of `val_fraction`, of a small corpus more
-    (`HELD_OUT_CHARACTERS`); so is the `end` of a text file.
+    (`HELD_OUT_CHARACTERS`), without documents that are too much of it; so is the `end` of a text file.
     """
 
     name: str
     sources: tuple[Source, ...]
     column: str
     val_fraction: float
+    left_out: tuple[str, ...] = ()
+    """Files of the folders, and of those given one by one, that are not read."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -75,20 +77,18 @@ class Corpus:
         return hashlib.sha256(repr((settings, versions)).encode()).hexdigest()[:16]
 
     def describe(self) -> str:
-        """One line: what is read, how much it is on disk, and where the validation text comes from."""
+        """One line: what is read, where the validation text comes from, and what is left out."""
         notes: dict[Split, str] = {
             "train": "for training",
             "val": "for validation",
             "shared": "with some documents held out for validation",
             "end": "with its end held out for validation",
         }
-        parts = []
-        for split, note in notes.items():
-            count = sum(source.split == split for source in self.sources)
-            if count:
-                parts.append(f"{count} file{'s' * (count > 1)} {note}")
-        size = sum(source.size for source in self.sources)
-        return f"{self.name}: {', '.join(parts)}" + (f", {size / 1e6:.1f} MB on disk" if size else "")
+        names = {split: [source.name for source in self.sources if source.split == split] for split in notes}
+        parts = [f"{_first_of(names[split])} {note}" for split, note in notes.items() if names[split]]
+        if self.left_out:
+            parts.append(f"left out: {_first_of(self.left_out)}")
+        return f"{self.name}: {'; '.join(parts)}"
 
     def train_documents(self) -> Iterator[str]:
         return (document.text for document in self.documents("train") if not document.held_out)
@@ -118,7 +118,7 @@ class Corpus:
 
     def _is_held_out(self, source: Source, index: int, text: str) -> bool:
         if source.split == "shared":
-            return _digest(text) < self._digest_limit
+            return self._is_chosen(_digest(text))
         if source.split == "end":
             return index >= self._ends[source]
         return source.split == "val"
@@ -141,8 +141,8 @@ class Corpus:
         return ends
 
     @cached_property
-    def _digest_limit(self) -> int:
-        """Documents of `shared` sources are held out whose digest is below.
+    def _is_chosen(self) -> Callable[[int], bool]:
+        """Whether the documents of `shared` sources that have this digest are held out.
 
         Reads only until the share that was asked for has given enough; a corpus that ends before is small enough to count out.
         """
@@ -155,15 +155,18 @@ class Corpus:
                 sizes[digest] = sizes.get(digest, 0) + len(text)
                 held += len(text) if digest < share else 0
                 if held >= HELD_OUT_CHARACTERS:
-                    return share
+                    return lambda digest: digest < share
         if len(sizes) == 1:
             raise UserError(f"{self.name} holds only one document, so none can be held out: give more, or train and val files")
-        wanted, held = self._held_out_characters(sum(sizes.values())), 0
-        for digest in sorted(sizes)[:-1]:
-            held += sizes[digest]
-            if held >= wanted:
-                break
-        return digest + 1
+        total = sum(sizes.values())
+        wanted, held = self._held_out_characters(total), 0
+        most = 2 * max(self.val_fraction, 0.1) * total  # a document may be most of the corpus
+        chosen: set[int] = set()
+        for digest in sorted(sizes):
+            if held < wanted and held + sizes[digest] <= most and len(chosen) < len(sizes) - 1:
+                chosen.add(digest)
+                held += sizes[digest]
+        return (chosen or {min(sizes, key=lambda digest: (sizes[digest], digest))}).__contains__
 
     def _held_out_characters(self, total: int) -> float:
         return max(self.val_fraction * total, min(HELD_OUT_CHARACTERS, total / 10))
@@ -172,28 +175,35 @@ class Corpus:
 def open_corpus(data: tuple[str, ...], config: CorpusConfig) -> Corpus:
     """Find what `data` names: files, folders and `hf:NAME[:CONFIG]` datasets, or for () the Python standard library's source.
 
-    A folder, or the files given one by one taken together, that hold both `train*` and `val*` (or `valid*`, `validation*`; else
-    `test*`) use those and nothing else. A folder with Parquet or JSON Lines files uses only them, else its text files. Reads no
-    content yet. Raises `UserError` for what is missing or empty.
+    A folder, or the files given one by one taken together, that hold both `train` (or `training`) and `val` (or `valid`, `validation`;
+    else `test`), which is a folder or the first word of a file's name, use those and nothing else. A folder with Parquet or JSON Lines
+    files uses only them, else its text files. Text is cut into documents, the finer the less there is of it. Reads no content yet.
+    Raises `UserError` for what is missing, empty or a pipe.
     """
     if not data:
         return _standard_library(config)
-    paths = [Path(item).expanduser() for item in data if not item.startswith("hf:")]
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"{path} does not exist: check the path given as data")
+    paths = [readers.existing(item) for item in data if not item.startswith("hf:")]
     files = [path for path in paths if not path.is_dir()]
     for path in files:
         if not path.stat().st_size:
             raise UserError(f"{path} is empty: give a file with text")
-    sources = _file_sources({path: path.name for path in files}, config)
+    given = {path: path.name for path in files}
+    groups = [(given, given)]
     for folder in filter(Path.is_dir, paths):
-        sources += _file_sources(_files_below(folder), config)
+        found = _files_below(folder)
+        groups.append((found, _data_files(folder, found)))
+    sources: list[Source] = []
+    left_out: list[str] = []
+    for found, together in groups:
+        chosen = _file_sources(together, config)
+        sources += chosen
+        names = {source.name for source in chosen}
+        left_out += [name for name in found.values() if name not in names]
     for item in data:
         if item.startswith("hf:"):
             sources += _dataset_sources(item, config)
     name = _name_of(data[0]) + (f"+{len(data) - 1}" if len(data) > 1 else "")
-    return Corpus(name, tuple(sources), config.text_column, config.val_fraction)
+    return Corpus(name, tuple(sources), config.text_column, config.val_fraction, tuple(left_out))
 
 
 def _standard_library(config: CorpusConfig) -> Corpus:
@@ -218,7 +228,7 @@ def _read_module(file: Path) -> Iterator[readers.Document]:
 
 
 def _files_below(folder: Path) -> dict[Path, str]:
-    """The data files of a folder, each with its name below it."""
+    """The files of a folder that are neither empty nor hidden, each with its name below it."""
     files: list[Path] = []
     seen: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -228,7 +238,11 @@ def _files_below(folder: Path) -> dict[Path, str]:
             continue
         seen.add(real)
         files += [Path(place, name) for name in names if not name.startswith(".")]
-    found = {file: file.relative_to(folder).as_posix() for file in sorted(files) if file.is_file() and file.stat().st_size}
+    return {file: file.relative_to(folder).as_posix() for file in sorted(files) if file.is_file() and file.stat().st_size}
+
+
+def _data_files(folder: Path, found: dict[Path, str]) -> dict[Path, str]:
+    """Those of the files found in a folder that are data: rows if there are any, else text."""
     for suffixes in (ROW_SUFFIXES, TEXT_SUFFIXES):
         data = {file: name for file, name in found.items() if readers.data_suffix(file) in suffixes}
         if data:
@@ -241,17 +255,20 @@ def _file_sources(files: dict[Path, str], config: CorpusConfig) -> list[Source]:
     labels = {file: _label(name) for file, name in files.items()}
     val = "val" if "val" in labels.values() else "test"
     splits: dict[Path, Split]
-    piece = readers.LONGEST_PIECE
     if {"train", val} <= set(labels.values()):
         splits = {file: "train" for file in files if labels[file] == "train"}
         splits |= {file: "val" for file in files if labels[file] == val}
-    elif len(files) == 1 and _is_text(file := next(iter(files))):
-        splits = {file: "end"}
-        piece = max(1024, min(piece, file.stat().st_size // 64))  # a short file needs a fine cut
+    elif len(files) == 1 and _is_text(next(iter(files))):
+        splits = dict.fromkeys(files, "end")
     else:
         splits = dict.fromkeys(files, "shared")
-    column = config.text_column
-    return [_file_source(file, files[file], split, partial(readers.read_file, file, column, piece)) for file, split in splits.items()]
+    size = sum(file.stat().st_size for file, split in splits.items() if split != "val")
+    fine = max(1024, min(readers.LONGEST_PIECE, size // 64))  # a little text is to be more than one or two documents
+    sources = []
+    for file, split in splits.items():
+        piece = readers.LONGEST_PIECE if split == "val" else fine
+        sources.append(_file_source(file, files[file], split, partial(readers.read_file, file, config.text_column, piece)))
+    return sources
 
 
 def _file_source(file: Path, name: str, split: Split, read: Callable[[], Iterator[readers.Document]]) -> Source:
@@ -270,15 +287,14 @@ def _sampled(file: Path, size: int) -> int:
 
 
 def _label(name: str) -> str | None:
-    """`train`, `val` or `test`, by a folder of that name or a data file whose name begins with it.
+    """`train`, `val` or `test`, by a folder of that name or a data file whose name begins with that word: `trains.txt` is about trains.
 
     Only data files: `train.py` and `test_model.py` are a program and not a split.
     """
-    *folders, file = Path(name.lower()).parts
-    words = [folder for folder in folders if folder in SPLIT_FOLDERS]
+    *words, file = Path(name.lower()).parts
     if readers.data_suffix(Path(file)) in SPLIT_SUFFIXES:
-        words.append(file)
-    return next((label for word in words for label in ("train", "val", "test") if word.startswith(label)), None)
+        words += re.findall(r"^[^\W\d_]+", file)
+    return next((label for word in words if word in SPLIT_WORDS for label in ("train", "val", "test") if word.startswith(label)), None)
 
 
 def _dataset_sources(item: str, config: CorpusConfig) -> list[Source]:
@@ -303,6 +319,10 @@ def _name_of(item: str) -> str:
         if not path.is_dir() and name.lower() in ("input", "data", "text", "corpus", "train", "val", "test"):
             name = path.parent.name
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "data"
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
 def _not_blank(source: Source) -> Iterator[readers.Document]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,6 +74,8 @@ def train(requested: TrainConfig) -> Trained:
     precision = folder.facts()["precision"] if folder else requested.precision
     machine = team.same_precision(start(requested.device, precision, requested.threads or team.cores, requested.return_memory))
     corpus = open_corpus(requested.data, requested.corpus)
+    if team.is_first:
+        print(f"reading {corpus.describe()}", file=sys.stderr)
     known = started or requested.corpus.tokenizer
     tokenizer = Tokenizer.load(known) if known else None
     data = team.first_then_others(lambda: prepare(corpus, tokenizer, requested.model.vocab_size, requested.corpus))
@@ -86,10 +89,8 @@ def train(requested: TrainConfig) -> Trained:
     lookahead = 1 + config.model.num_nextn_predict_layers
     place = {"rank": team.data_rank, "world": team.layout.data, "lookahead": lookahead, "lookback": config.model.looks_back}
     counting = Counting(config, data.train) if counts_while_training(config) else None
-    each = [
-        Batches(text, config.sequence_length, config.batch_size, config.seed, **place)
-        for text in (counting.texts if counting is not None else (data.train,))
-    ]
+    texts = counting.texts if counting is not None else (data.train,)
+    each = [Batches(text, config.sequence_length, config.batch_size, config.seed, parts=len(texts), **place) for text in texts]
     batches = each[0] if counting is None else AlternatingBatches(each[0], each[1], counting.study)
     if counting is not None and folder is None and config.minutes and counting.seconds >= 60 * config.minutes:
         raise UserError(

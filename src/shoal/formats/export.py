@@ -21,7 +21,7 @@ from .huggingface import dtype_name, save_model
 CHAT_TEMPLATE = "chat_template.jinja"
 CARD = "README.md"
 _FILES = re.compile(
-    r"README\.md|(config|generation_config|tokenizer|tokenizer_config|model\.safetensors\.index)\.json|chat_template\.jinja"
+    r"README\.md|(config|generation_config|tokenizer|tokenizer_config|model\.safetensors\.index)\.json|chat_template\.jinja|additional_chat_templates"
     r"|model(-\d+-of-\d+)?\.safetensors"
 )
 

@@ -71,9 +71,10 @@ def _render(
     variables: dict[str, Any],
 ) -> str:
     """The text of a conversation, with `marks` around what the model writes."""
-    source, end = tokenizer.template(bool(tools)), tokenizer.decode([tokenizer.eos_id], skip_special=False)
+    source = tokenizer.template(bool(tools))
     if source is None:
         raise UserError("this is a base model without a chat template: let it complete text instead")
+    end = tokenizer.decode([tokenizer.eos_id], skip_special=False)
 
     def raise_exception(message: str) -> None:
         raise UserError(f"the chat template refuses this conversation: {message}")

@@ -108,8 +108,7 @@ class Tokenizer:
             known = [next((name for name in names if backend.token_to_id(name) is not None), None) for names in (KNOWN_BOS, KNOWN_EOS)]
             config = _config(*known)
         if "added_tokens_decoder" not in config:  # older folders name their tokens in a file of its own
-            named = _read_json(file.parent / "special_tokens_map.json")
-            config |= _special_texts(named)
+            config |= _special_texts(_read_json(file.parent / "special_tokens_map.json"))
         templates = _chat_templates(file.parent, config)
         return cls(text, config, templates.pop(DEFAULT, None), templates)
 

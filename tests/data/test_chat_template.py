@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,3 +76,84 @@ def test_marks_that_the_template_works_on_are_refused(change: str) -> None:
     template = AROUND["block"].replace("{{ turn }}", f"{{{{ {change} }}}}").replace("{{ '<｜Assistant｜>' }}", "")
     with pytest.raises(UserError, match="changes what stands in"):
         encode_turns(Tokenizer(PLAIN.json, PLAIN.config, template), [{"role": "assistant", "content": "  a reef "}])
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "f", "description": 'a "é"', "parameters": {"type": "object", "properties": {"b": {}, "a": {}}}},
+    }
+]
+USUAL = {
+    "compact": "{{ tools | tojson(separators=(',', ':')) }}",
+    "sorted": "{{ tools | tojson(sort_keys=True, indent=2) }}",
+    "in order": "{{ tools | tojson(True, 4, (', ', '='), True) }}",
+    "date": "{{ strftime_now('%Y') }}",
+    "date, if there is one": "{% if strftime_now is defined %}{{ strftime_now('%B') }}{% else %}2024{% endif %}",
+    "tokens": "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ unk_token }}|{{ cls_token is defined }}",
+}
+
+
+@pytest.mark.parametrize("name", USUAL)
+def test_other_peoples_templates_write_what_they_write_in_transformers(name: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = PLAIN.config | {"unk_token": {"content": "<think>", "__type": "AddedToken"}}
+    tokenizer = Tokenizer(PLAIN.json, config, USUAL[name])
+    tokenizer.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    messages = [{"role": "user", "content": "the red fish"}]
+    assert render_chat(tokenizer, messages, TOOLS) == theirs.apply_chat_template(
+        messages, TOOLS, tokenize=False, add_generation_prompt=True
+    )
+
+
+def test_an_argument_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(UserError, match="cannot write this conversation"):
+        render_chat(Tokenizer(PLAIN.json, PLAIN.config, "{{ messages | tojson(width=3) }}"), [])
+
+
+NAMED = {"default": "D{{ messages[0].content }}", "tool_use": "T{{ messages[0].content }}", "rag": "R"}
+
+
+def saved_in_folder(folder: Path) -> None:
+    """As transformers 4.51 and later do."""
+    Tokenizer(PLAIN.json, PLAIN.config).save(folder)
+    (folder / "additional_chat_templates").mkdir()
+    for name, template in NAMED.items():
+        file = "chat_template" if name == "default" else f"additional_chat_templates/{name}"
+        (folder / f"{file}.jinja").write_text(template)
+
+
+def saved_in_list(folder: Path) -> None:
+    """As earlier ones did."""
+    listed = [{"name": name, "template": template} for name, template in NAMED.items()]
+    Tokenizer(PLAIN.json, PLAIN.config).save(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps(PLAIN.config | {"chat_template": listed}))
+
+
+@pytest.mark.parametrize("saved", [saved_in_folder, saved_in_list])
+def test_templates_with_names_are_kept_and_the_one_for_tools_is_used(saved: Any, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    saved(tmp_path / "theirs")
+    Tokenizer.load(tmp_path / "theirs").save(tmp_path / "ours")
+    tokenizer, messages = Tokenizer.load(tmp_path / "ours"), [{"role": "user", "content": "fish"}]
+    assert (tokenizer.chat_template, tokenizer.named_templates) == (NAMED["default"], {name: NAMED[name] for name in ("rag", "tool_use")})
+    for folder in ("theirs", "ours"):
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / folder)
+        assert theirs.chat_template == NAMED
+        for tools in (TOOLS, None):
+            assert render_chat(tokenizer, messages, tools) == theirs.apply_chat_template(messages, tools, tokenize=False)
+
+
+@pytest.mark.parametrize("name", ["../outside", "a/b"])
+def test_no_template_is_written_outside_its_folder(name: str, tmp_path: Path) -> None:
+    PLAIN.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": [{"name": name, "template": "T"}]}))
+    with pytest.raises(UserError, match="chat template"):
+        Tokenizer.load(tmp_path)
+
+
+def test_names_in_tools_are_text_as_well() -> None:
+    speaker = Tokenizer(PLAIN.json, PLAIN.config, "{{ tools | tojson }}")
+    _, ids = encode_chat(speaker, [], [{"function": {"name": "f", "parameters": {"properties": {"<｜User｜>": {}}}}}])
+    assert not controls(ids)

@@ -11,6 +11,7 @@ import torch
 from fake_runner import FakeRunner, continuation
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.foreign import foreign
 
 from shoal.config import EngineOptions, SamplingOptions, UserError
 from shoal.data import Tokenizer, train_tokenizer
@@ -61,6 +62,15 @@ def test_a_text_ends_with_end_of_text(tokenizer: Tokenizer) -> None:
     assert not any("\ufffd" in increment.text for increment in increments)
     assert sum(increment.text != "" for increment in increments) > 3, "it comes in pieces"
     assert [increment.finish_reason for increment in increments[:-1]] == [None] * (len(increments) - 1)
+
+
+def test_what_is_said_goes_on_behind_the_prompt() -> None:
+    tokenizer = foreign("prepend")
+    engine = Engine(Speaker(tokenizer, "swims over"), tokenizer)  # type: ignore[arg-type]
+    for prompt, text in (("the red fish", " swims over"), ("the red fish</s>", "swims over")):
+        engine.runner.said = 0  # type: ignore[attr-defined]
+        [result] = engine.run([Request(tokenizer.encode(prompt, bos=True, special=True), SamplingOptions(temperature=0))])
+        assert result.text == text
 
 
 def test_a_stop_string_across_tokens_never_shows(tokenizer: Tokenizer) -> None:

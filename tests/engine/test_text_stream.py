@@ -8,6 +8,7 @@ import pytest
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tests.foreign import KINDS, foreign
 
 from shoal.data import Tokenizer, train_tokenizer
 from shoal.engine import TextStream
@@ -94,3 +95,26 @@ def test_tokens_that_are_not_text_give_nothing(name: str) -> None:
     tokenizer = TOKENIZERS[name]
     assert stream(tokenizer, [tokenizer.eos_id, tokenizer.eos_id]) == ["", "", ""]
     assert stream(tokenizer, []) == [""]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prompt", ["the red fish", "yes 漢", "a king\n", "yes my "])
+@pytest.mark.parametrize("text", ["swims over", " swims", "漢 fish", "\nyes"])
+def test_text_goes_on_behind_a_prompt_as_transformers_decodes_it(kind: str, prompt: str, text: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer = foreign(kind)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(tokenizer.json))
+    before, after = tokenizer.encode(prompt), tokenizer.encode(text)
+    stream = TextStream(tokenizer, before)
+    continued = "".join(map(stream.push, after)) + stream.finish()
+    asked, whole = (theirs.decode(ids, skip_special_tokens=True) for ids in (before, before + after))
+    assert continued == whole.removeprefix(asked)
+    if kind != "wordpiece" and not text.startswith(" "):
+        assert (asked, continued) == (prompt, f" {text}"), "what a model writes with the first word's space is shown with it"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_behind_a_control_token_begins_without_a_space(kind: str) -> None:
+    tokenizer = foreign(kind)
+    stream = TextStream(tokenizer, [*tokenizer.encode("yes"), tokenizer.eos_id])
+    assert "".join(map(stream.push, tokenizer.encode("my lord"))) == "my lord"

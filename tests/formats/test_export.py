@@ -73,6 +73,13 @@ def test_a_tokenizers_own_chat_template_is_kept(make_model: Make, bpe: Tokenizer
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages[0].content }}" != chat_template()
 
 
+def test_templates_with_names_come_along_and_the_folder_can_be_replaced(make_model: Make, bpe: Tokenizer, tmp_path: Path) -> None:
+    own = Tokenizer(bpe.json, bpe.config, "D", {"tool_use": "T"})
+    for _ in range(2):
+        export_model(make_model(vocab_size=400), own, tmp_path / "out", torch.float32)
+    assert Tokenizer.load(tmp_path / "out").named_templates == {"tool_use": "T"}
+
+
 def test_other_peoples_base_models_get_no_chat_template(make_model: Make, bpe: Tokenizer, tmp_path: Path) -> None:
     theirs = Tokenizer(bpe.json.replace(USER, "<user>"), bpe.config)
     for tokenizer, count in ((theirs, 0), (bpe, 1)):

@@ -161,6 +161,27 @@ def test_other_peoples_base_models_get_no_chat_template(exported: Any, words: To
     assert "tokenizer.chat_template" not in gguf.GGUFReader(tmp_path / "model.gguf").fields
 
 
+def test_templates_with_names_are_in_the_file(exported: Any, words: Tokenizer, tmp_path: Path) -> None:
+    exported("f16", **LLAMA)
+    export_gguf(tmp_path / "hf-0", Tokenizer(words.json, words.config, "D", {"tool_use": "T"}), tmp_path / "model.gguf", "f16")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    templates = {name: field.contents() for name, field in fields.items() if "chat_template" in name}
+    assert templates == {
+        "tokenizer.chat_template": "D",
+        "tokenizer.chat_template.tool_use": "T",
+        "tokenizer.chat_templates": ["tool_use"],
+    }
+
+
+@pytest.mark.parametrize("rule", ["lstrip", "rstrip", "single_word"])
+def test_tokens_that_llama_cpp_would_find_elsewhere_are_refused(rule: str, exported: Any, words: Tokenizer, tmp_path: Path) -> None:
+    exported("f16", **LLAMA)
+    content = json.loads(words.json)
+    content["added_tokens"][5][rule] = True
+    with pytest.raises(UserError, match="'<think>' depends on what stands beside it"):
+        export_gguf(tmp_path / "hf-0", Tokenizer(json.dumps(content), words.config), tmp_path / "model.gguf", "f16")
+
+
 def test_every_weight_is_in_the_file(exported: Any) -> None:
     model, path = exported("q4_0", **{**V3, "num_nextn_predict_layers": 1})
     held = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
@@ -229,17 +250,22 @@ def test_full_disk_is_noticed_before_writing(exported: Any, tmp_path: Path, monk
     assert not (tmp_path / "model.gguf").exists()
 
 
-def splits(*patterns: str) -> dict[str, Any]:
-    steps: list[dict[str, Any]] = [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"} for pattern in patterns]
-    steps.append({"type": "ByteLevel", "add_prefix_space": False, "use_regex": False})
+QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def splits(*patterns: str, behavior: str = "Isolated", invert: bool = False, use_regex: bool = False) -> dict[str, Any]:
+    steps: list[dict[str, Any]] = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert} for pattern in patterns
+    ]
+    steps.append({"type": "ByteLevel", "add_prefix_space": False, "use_regex": use_regex})
     return {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
 
 
 def official_rules() -> Iterator[tuple[str, dict[str, Any]]]:
     """Word rules as the official tokenizer.json files have them."""
-    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    yield "qwen2", splits(words % "")
-    yield "llama-bpe", splits(words % "{1,3}")
+    yield "qwen2", splits(QWEN2)
+    yield "qwen2", splits(QWEN2, behavior="Removed", invert=True)  # what lies between the words, which is nothing
+    yield "llama-bpe", splits(QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|"))
     v3 = (
         "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*"
         "|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
@@ -258,6 +284,10 @@ def test_known_word_rules(name: str, content: dict[str, Any], words: Tokenizer) 
     ("content", "message"),
     [
         (splits(r"\w+"), "no name"),
+        (splits(QWEN2, behavior="Removed"), "splits followed by bytes"),
+        (splits(QWEN2, behavior="MergedWithNext"), "splits followed by bytes"),
+        (splits(r"\p{N}{1,3}", QWEN2, behavior="Removed", invert=True), "splits followed by bytes"),
+        (splits(QWEN2, use_regex=True), "a second time"),
         ({"model": {"type": "Unigram"}}, "byte-level BPE"),
         ({"model": {"type": "BPE"}, "pre_tokenizer": {"type": "Whitespace"}}, "splits followed by bytes"),
         ({**splits("x"), "normalizer": {"type": "Lowercase"}}, "Lowercase"),

@@ -183,6 +183,8 @@ def test_numbers_that_are_not_finite_are_refused(make_model: Make, tmp_path: Pat
 def test_other_peoples_folders_are_never_replaced(make_model: Make, tmp_path: Path, tokenizer: Any) -> None:
     folder = write(make_model(), SCHEMES[0], tmp_path, tokenizer)
     assert may_replace(folder)
+    (folder / "additional_chat_templates").mkdir()
+    assert may_replace(folder)
     assert not may_replace(tmp_path / "plain")
     (folder / "thesis.tex").write_text("years of work")
     assert not may_replace(folder)

@@ -19,6 +19,7 @@ from shoal.data import Tokenizer
 from shoal.formats import load_model, locate_model
 from shoal.post.packing import Text
 from shoal.post.sft import Plan
+from shoal.post.tuning import with_chat_template
 
 OPTIONS = ["--steps", "12", "--batch-tokens", "512", "--lr", "0.003", "--threads", "1", "--precision", "fp32", "--json"]
 
@@ -129,3 +130,9 @@ def test_bad_input_is_one_line(
     assert main(["sft", str(trained), *args]) == 2
     error = capsys.readouterr().err
     assert says in error.splitlines()[-1]
+
+
+def test_a_tuned_model_keeps_its_templates_unless_it_is_given_one() -> None:
+    own = Tokenizer("{}", {}, "D", {"tool_use": "T"})
+    assert with_chat_template(own, None).template(tools=True) == "T"
+    assert with_chat_template(own, "r1").template(tools=True) == with_chat_template(own, "r1").template(tools=False) != "D"

@@ -8,10 +8,14 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.foreign import foreign
 
 from shoal.data import Tokenizer
 from shoal.engine import TextStream
-from shoal.serve.reader import AnswerReader, CallPart, Marks, Piece
+from shoal.serve.dialect import Dialect
+from shoal.serve.protocol import ChatBody
+from shoal.serve.reader import AnswerReader, CallPart, Marks, Piece, reader_behind
+from shoal.serve.tokens import Offsets
 from shoal.serve.turn import Answer, Step
 
 V31 = (
@@ -121,3 +125,25 @@ def test_a_tool_may_be_called_function(tokenizer: Tokenizer, cuts: list[int]) ->
     text = '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜> {"a": 1}<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
     answer = read(tokenizer, tokenizer.encode(text, special=True), cuts, calls=True)
     assert [(call.name, json.loads(call.arguments)) for call in answer.calls] == [("function", {"a": 1})]
+
+
+def test_marks_and_places_are_where_the_text_goes_on_behind_its_prompt() -> None:
+    """With a tokenizer that drops the space of a text's first word, and keeps that of a word behind others."""
+    plain = foreign("metaspace")
+    content = json.loads(plain.json)
+    for i, mark in enumerate(("<think>", "</think>")):
+        content["added_tokens"].append({**content["added_tokens"][2], "id": plain.vocab_size + i, "content": mark, "special": False})
+    tokenizer = Tokenizer(json.dumps(content), plain.config, "{{ messages[0].content }}<think>")
+    prompt, answer = tokenizer.encode("the red fish <think> yes", special=True), tokenizer.encode("my</think>lord", special=True)
+    reader, stream, offsets = reader_behind(tokenizer, prompt[:-1]), TextStream(tokenizer, prompt[:-1]), Offsets(tokenizer, 100, prompt)
+    piece = reader.push("".join(map(stream.push, answer)), answer)
+    assert (piece.reasoning, piece.content) == ("my", "lord")
+    assert [offsets.next(token) for token in answer][1] == 100 + len(" my")
+
+
+def test_an_answer_that_was_begun_goes_on_in_the_middle_of_its_text() -> None:
+    plain = foreign("prepend")
+    tokenizer = Tokenizer(plain.json, plain.config, "[user] {{ messages[0].content }}[assistant]{{ '\\n' }}")
+    said = [{"role": "user", "content": "a king"}, {"role": "assistant", "content": "yes my lord"}]
+    prompt = Dialect(tokenizer).prompt(ChatBody.model_validate({"messages": said, "continue_final_message": True}))
+    assert prompt == tokenizer.encode("[user] a king[assistant]\nyes my lord")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection
+from datetime import datetime
 from functools import lru_cache
 from importlib import resources
 from itertools import islice
@@ -70,22 +71,22 @@ def _render(
     variables: dict[str, Any],
 ) -> str:
     """The text of a conversation, with `marks` around what the model writes."""
-    if tokenizer.chat_template is None:
+    source = tokenizer.template(bool(tools))
+    if source is None:
         raise UserError("this is a base model without a chat template: let it complete text instead")
+    end = tokenizer.decode([tokenizer.eos_id], skip_special=False)
 
     def raise_exception(message: str) -> None:
         raise UserError(f"the chat template refuses this conversation: {message}")
 
     try:
-        return _compile(tokenizer.chat_template).render(
+        return _compile(source).render(
+            {"bos_token": "", **tokenizer.special_texts, "eos_token": end, **variables},
             messages=messages,
             tools=tools or None,
             add_generation_prompt=add_generation_prompt,
             raise_exception=raise_exception,
-            bos_token=_special(tokenizer, tokenizer.bos_id),
-            eos_token=_special(tokenizer, tokenizer.eos_id),
             **{MARKS: marks},
-            **variables,
         )
     except jinja2.TemplateError as error:
         raise UserError(f"the model's chat template cannot be used: {error}") from None
@@ -107,7 +108,7 @@ def encode_chat(
     """
     messages, tools, mark = _broken_controls(tokenizer, messages, tools)
     text = render_chat(tokenizer, messages, tools, add_generation_prompt, **variables)
-    return text.replace(mark, "") if mark else text, _encode(tokenizer, text, mark)
+    return text.replace(mark, "") if mark else text, _encode(tokenizer, text, mark, [])
 
 
 def encode_turns(
@@ -115,8 +116,8 @@ def encode_turns(
 ) -> list[tuple[list[int], bool]]:
     """The same tokens of a finished conversation, cut where the model begins and ends to write: pieces, and whether it writes them.
 
-    The pieces are encoded one by one: so the tokens before an answer are those of the prompt that asks for it. Raises `UserError`
-    also where the template does not mark what the model writes with `{% generation %}`.
+    The pieces are encoded one by one, each behind those before: so the tokens before an answer are those of the prompt that asks for it.
+    Raises `UserError` also where the template does not mark what the model writes with `{% generation %}`.
     """
     messages, tools, mark = _broken_controls(tokenizer, messages, tools)
     text = _render(tokenizer, messages, tools, False, ("", ""), variables)
@@ -133,7 +134,13 @@ def encode_turns(
             "nothing in these conversations is marked as the model's: they need an answer, and the chat template "
             f"{{% generation %}} around it; --chat-template {' or '.join(BUILT_IN)} has it"
         )
-    return [(_encode(tokenizer, piece, mark), i % 2 == 1) for i, piece in enumerate(pieces) if piece]
+    turns: list[tuple[list[int], bool]] = []
+    last: list[int] = []
+    for i, piece in enumerate(pieces):
+        if piece:
+            turns.append((_encode(tokenizer, piece, mark, last), i % 2 == 1))
+            last = turns[-1][0][-1:] or last
+    return turns
 
 
 def _broken_controls(
@@ -156,14 +163,14 @@ def _broken_controls(
         raise UserError("this conversation is nested too deeply: make its tools and messages flatter") from None
 
 
-def _encode(tokenizer: Tokenizer, text: str, mark: str) -> list[int]:
-    """The tokens of a rendered text: control tokens but for those that `mark` breaks up, which are text."""
+def _encode(tokenizer: Tokenizer, text: str, mark: str, behind: list[int]) -> list[int]:
+    """The tokens of a rendered text that goes on `behind` others: control tokens but for those that `mark` breaks up, which are text."""
     if not mark:
-        return tokenizer.encode(text, special=True)
+        return tokenizer.encode(text, special=True, behind=behind)
     forged = "|".join(re.escape(_break(control, mark)) for control in sorted(tokenizer.control_texts, key=len, reverse=True))
     ids: list[int] = []
     for i, part in enumerate(re.split(f"({forged})", text)):
-        ids += tokenizer.encode(part.replace(mark, ""), special=i % 2 == 0)
+        ids += tokenizer.encode(part.replace(mark, ""), special=i % 2 == 0, behind=ids or behind)
     return ids
 
 
@@ -178,7 +185,7 @@ def _broken_up(value: Any, controls: Collection[str], mark: str) -> Any:
             value = value.replace(control, _break(control, mark))
         return value
     if isinstance(value, dict):
-        return {key: _broken_up(item, controls, mark) for key, item in value.items()}
+        return {_broken_up(key, controls, mark): _broken_up(item, controls, mark) for key, item in value.items()}
     if isinstance(value, list):
         return [_broken_up(item, controls, mark) for item in value]
     return value
@@ -210,13 +217,16 @@ def _compile(source: str) -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.filters["tojson"] = _to_json
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(source)
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
-    """Jinja's own filter escapes for HTML, which no model was trained on."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-
-def _special(tokenizer: Tokenizer, token: int | None) -> str:
-    return "" if token is None else tokenizer.decode([token], skip_special=False)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As transformers has it: Jinja's own filter escapes for HTML, which no model was trained on."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

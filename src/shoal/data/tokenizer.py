@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -55,10 +55,15 @@ WORDS = (
 SPACE = "▁"
 """Stands for a space in the tokens of SentencePiece (Llama 2); bytes are spelt `<0xNN>` there."""
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
+UNKNOWN = "\U0010ffff"
+"""A character that no vocabulary holds."""
 
 SAMPLE_CHARACTERS = 16_000_000
 DOCUMENT_CHARACTERS = 100_000
 LEAST_SHARE = 1 / 64
+
+DEFAULT, NAMED_TEMPLATES = "default", "additional_chat_templates"
+"""What transformers calls the chat template without a name, and the folder of those that have one."""
 
 # Names under which a lone `tokenizer.json` may hold these tokens when no `tokenizer_config.json` says so.
 KNOWN_BOS = (BOS, "<|begin_of_text|>", "<s>")
@@ -69,13 +74,17 @@ class Tokenizer:
     """A `tokenizer.json` with the settings that stand beside it.
 
     `json` is the text of `tokenizer.json`, `config` the content of `tokenizer_config.json`, `chat_template` the Jinja
-    source that turns a conversation into text, None for a base model. Safe to use from several threads.
+    source that turns a conversation into text, None for a base model, and `named_templates` others for which some models have one
+    (`tool_use`, `rag`). Safe to use from several threads.
     """
 
-    def __init__(self, json: str, config: dict[str, Any], chat_template: str | None = None) -> None:
+    def __init__(
+        self, json: str, config: dict[str, Any], chat_template: str | None = None, named_templates: Mapping[str, str] | None = None
+    ) -> None:
         self.json = json
         self.config = config
         self.chat_template = chat_template
+        self.named_templates = named_templates or {}
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -87,7 +96,9 @@ class Tokenizer:
         try:
             text = file.read_text(encoding="utf-8")
             backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # tokenizers raises plain Exception
+        except BaseException as error:  # tokenizers raises plain Exception, or PanicException, which is none
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{file} is not a tokenizer.json that can be read: {reason}") from error
         if backend.truncation or backend.padding:  # left there by whoever used it last: transformers, too, forgets them
@@ -96,10 +107,13 @@ class Tokenizer:
         if not config:
             known = [next((name for name in names if backend.token_to_id(name) is not None), None) for names in (KNOWN_BOS, KNOWN_EOS)]
             config = _config(*known)
-        return cls(text, config, _chat_template(file.parent, config))
+        if "added_tokens_decoder" not in config:  # older folders name their tokens in a file of its own
+            config |= _special_texts(_read_json(file.parent / "special_tokens_map.json"))
+        templates = _chat_templates(file.parent, config)
+        return cls(text, config, templates.pop(DEFAULT, None), templates)
 
     def save(self, folder: str | Path, model_max_length: int | None = None) -> None:
-        """Write `tokenizer.json`, `tokenizer_config.json` and, if there is a chat template, `chat_template.jinja`.
+        """Write `tokenizer.json`, `tokenizer_config.json` and the chat templates: `chat_template.jinja`, and those with names in a folder.
 
         `model_max_length` is the number of tokens a model with this tokenizer can read, for programs that cut their input.
         """
@@ -108,11 +122,23 @@ class Tokenizer:
         config = dict(self.config)
         if model_max_length is not None:
             config["model_max_length"] = model_max_length
+        config.pop("chat_template", None)
         if self.chat_template is not None:
-            config.pop("chat_template", None)
             _write(folder / "chat_template.jinja", self.chat_template)
+        for name, template in self.named_templates.items():
+            (folder / NAMED_TEMPLATES).mkdir(exist_ok=True)
+            _write(folder / NAMED_TEMPLATES / f"{name}.jinja", template)
         _write(folder / "tokenizer.json", self.json)
         _write(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+    def template(self, tools: bool) -> str | None:
+        """The chat template of a conversation with or without tools, as transformers chooses it; None for a base model."""
+        return self.named_templates.get("tool_use", self.chat_template) if tools else self.chat_template
+
+    @cached_property
+    def special_texts(self) -> dict[str, str]:
+        """`bos_token`, `pad_token` and what else of this kind the files name -> its text."""
+        return _special_texts(self.config)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -146,7 +172,7 @@ class Tokenizer:
         asked = self.config.get("add_bos_token")
         return asked if isinstance(asked, bool) else self._with_special.encode("").ids[:1] == [self.bos_id]
 
-    def encode(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
+    def encode(self, text: str, bos: bool = False, special: bool = False, behind: Sequence[int] = ()) -> list[int]:
         """Token ids of `text`, with the begin-of-text token in front if `bos` and the tokenizer `adds_bos`.
 
         That is the rule for a prompt. A whole document (in training, or where its likelihood is measured) begins with `bos_id` wherever
@@ -154,17 +180,32 @@ class Tokenizer:
 
         With `special`, strings like `<｜User｜>` in the text become their special tokens (for chat templates); without, they
         are ordinary text, so that a document or a user cannot forge one. Raises `UserError` for text that is not Unicode.
+
+        `behind` are the tokens that the text continues: where it does not begin there, it gets no space before its first word, which
+        SentencePiece's tokenizers put before a text.
         """
         backend = self._with_special if special else self._plain
         try:
-            ids = backend.encode(text, add_special_tokens=False).ids
+            encoding = backend.encode(text, add_special_tokens=False)
         except TypeError as error:  # a lone surrogate, which UTF-8 cannot hold
             raise UserError("the text is not valid Unicode: it holds half of a surrogate pair") from error
+        ids, bare = encoding.ids, self._bare_behind(behind)
+        if bare is not None or self._spellings:
+            spans = encoding.offsets  # which take a while
+            if bare is not None:  # up to the first added token
+                first = next((i for i, token in enumerate(ids) if token in self._dividers), len(ids))
+                begun = bare.encode(text[: spans[first][0]] if first < len(ids) else text, add_special_tokens=False)
+                ids, spans = begun.ids + ids[first:], begun.offsets + spans[first:]
+            ids = self._spelt_out(ids, [text[begin:end] for begin, end in spans] if special else None)
         return [self.bos_id, *ids] if bos and self.adds_bos and self.bos_id is not None else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text without any special token, on all cores."""
-        return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+        return [self._spelt_out(encoding.ids) for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def begins_text(self, behind: Sequence[int]) -> bool:
+        """Whether what stands behind these tokens is read as the beginning of a text: behind none, or behind an added one."""
+        return not behind or behind[-1] in self._dividers
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, ids above the vocabulary nothing.
@@ -215,6 +256,19 @@ class Tokenizer:
         return frozenset(token["id"] for token in json.loads(self.json).get("added_tokens", []))
 
     @cached_property
+    def _unknown(self) -> frozenset[int]:
+        """The tokens of a character that the vocabulary lacks."""
+        try:
+            return frozenset(token.id for token in self._plain.model.tokenize(UNKNOWN))
+        except Exception:  # tokenizers' own, from a model that has no token for it
+            return frozenset()
+
+    @cached_property
+    def _dividers(self) -> frozenset[int]:
+        """The tokens before and behind which text is read by itself: those added to the model's, but for what is a part of text."""
+        return self._added - self._unknown
+
+    @cached_property
     def _hidden(self) -> frozenset[int]:
         return frozenset(token["id"] for token in json.loads(self.json).get("added_tokens", []) if token["special"])
 
@@ -234,23 +288,85 @@ class Tokenizer:
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
         """The backend that reads the strings of control tokens as ordinary text."""
-        content = json.loads(self.json)
-        for token in content.get("added_tokens", []):
-            token["special"] = _is_control(token)
-        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
-        backend.encode_special_tokens = True
-        return backend
+        return _plain_backend(json.loads(self.json))
+
+    @cached_property
+    def _bare(self) -> tokenizers.Tokenizer | None:
+        """`_plain`, but it puts no space before a text; None where that one does not either."""
+        content, bare = json.loads(self.json), json.loads(self.json, object_hook=_without_first_space)
+        steps = ("normalizer", "pre_tokenizer")
+        return _plain_backend(bare) if [content.get(step) for step in steps] != [bare.get(step) for step in steps] else None
+
+    @cached_property
+    def _spaces_everywhere(self) -> bool:
+        """Whether the space before a text is put behind every added token as well, and not at the very beginning alone."""
+        return '"first"' not in json.dumps(json.loads(self.json).get("pre_tokenizer"))
+
+    def _bare_behind(self, ids: Sequence[int]) -> tokenizers.Tokenizer | None:
+        """The backend for text that goes on behind `ids` without the space that a text would begin with; None where it gets that."""
+        return None if not ids or (self._spaces_everywhere and self.begins_text(ids)) else self._bare
+
+    def _spelt_out(self, ids: list[int], sources: Sequence[str] | None = None) -> list[int]:
+        """`ids`, in which a control token is spelt out unless it comes of its own text. `sources`: what text each comes of; without,
+        there is to be no control token."""
+        if not self._spellings:
+            return ids
+        written: list[int] = []
+        for i, token in enumerate(ids):
+            # A normalizer may turn other characters into the text of a control token: that one is forged as well.
+            is_meant = sources is not None and sources[i].strip() in self.control_texts
+            written += [token] if is_meant else self._spellings.get(token, [token])
+        return written
+
+    @cached_property
+    def _spellings(self) -> dict[int, list[int]]:
+        """Control tokens that the model itself makes of their text, and the tokens of its characters, one by one.
+
+        The vocabulary of a Unigram model holds control tokens as it holds words; BPE has no merges that lead to them. Tokens that stand for
+        what the vocabulary lacks (`<unk>`, bytes) come of such text rightly.
+        """
+        tokenize, spellings = self._plain.model.tokenize, {}
+        for text in self.control_texts:
+            ids = [token.id for token in tokenize(text)]
+            if len(text) > 1 and ids == [self.token_id(text)] and ids[0] not in self._unknown and not _BYTE.fullmatch(text):
+                spellings[ids[0]] = [token.id for character in text for token in tokenize(character)]
+        return spellings
 
     def _special_id(self, key: str) -> int | None:
-        token = self.config.get(key)
-        token = token.get("content") if isinstance(token, dict) else token
-        return self._with_special.token_to_id(token) if token else None
+        text = self.special_texts.get(key)
+        return self._with_special.token_to_id(text) if text else None
 
 
 def _is_control(token: dict[str, Any]) -> bool:
     """Whether an added token is more than text. DeepSeek marks <｜User｜> and the like as not special; added tokens of another form (runs
     of spaces, in GPT-NeoX) are ordinary text."""
     return bool(token["special"]) or (token["content"][:1], token["content"][-1:]) == ("<", ">")
+
+
+def _special_texts(config: dict[str, Any]) -> dict[str, str]:
+    """`bos_token` and the like -> text. In the files it stands as such, or in an object."""
+    tokens = {name: token for name, token in config.items() if name.endswith("_token")}
+    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _plain_backend(content: dict[str, Any]) -> tokenizers.Tokenizer:
+    """Of the content of a `tokenizer.json`, with the strings of control tokens as ordinary text."""
+    for token in content.get("added_tokens", []):
+        token["special"] = _is_control(token)
+    backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+    backend.encode_special_tokens = True
+    return backend
+
+
+def _without_first_space(step: dict[str, Any]) -> dict[str, Any]:
+    """A step of a `tokenizer.json` as it would be if no space were put before a text."""
+    changes: dict[str, dict[str, Any]] = {
+        "Prepend": {"prepend": ""},
+        "Metaspace": {"prepend_scheme": "never"},
+        "ByteLevel": {"add_prefix_space": False},
+    }
+    return step | changes.get(str(step.get("type")), {})
 
 
 def _byte_characters() -> dict[str, int]:
@@ -333,19 +449,29 @@ def _config(bos: str | None, eos: str | None) -> dict[str, Any]:
     }
 
 
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file} is not valid UTF-8 (byte {error.start}): copy or download it again") from None
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several, each {name, template}
-        template = next((entry.get("template") for entry in template if isinstance(entry, dict) and entry.get("name") == "default"), None)
-    if template is not None and not isinstance(template, str):
+def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """By name. Files come before what stands in `tokenizer_config.json`: a text, or a list of several."""
+    files = {file.stem: file for file in sorted((folder / NAMED_TEMPLATES).glob("*.jinja"))}
+    if (folder / "chat_template.jinja").is_file():
+        files[DEFAULT] = folder / "chat_template.jinja"
+    if files:
+        return {name: _read_template(file) for name, file in files.items()}
+    given = config.get("chat_template")
+    if isinstance(given, list):
+        named = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
+    else:
+        named = {DEFAULT: given}
+    templates = {name: template for name, template in named.items() if isinstance(name, str) and template is not None}
+    if not all(isinstance(template, str) and Path(name).name == name for name, template in templates.items()):
         raise UserError(f"the chat template in {folder / 'tokenizer_config.json'} is not text: copy or download it again")
-    return template
+    return templates
+
+
+def _read_template(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not valid UTF-8 (byte {error.start}): copy or download it again") from None
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ class Answer:
 
     def __init__(self, request: Request, sequence: Sequence, sampler: Sampler, tokenizer: Tokenizer | None, most_tokens: int) -> None:
         self.request, self.sequence, self.sampler = request, sequence, sampler
-        self._stream = TextStream(tokenizer) if tokenizer is not None else None
+        self._stream = TextStream(tokenizer, request.prompt) if tokenizer is not None else None
         self._stops = StopStrings(request.sampling.stop)
         self._most_tokens = most_tokens
         self._made = 0

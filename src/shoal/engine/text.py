@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
+from itertools import islice
 
 from ..data import Tokenizer
 
@@ -11,11 +12,11 @@ from ..data import Tokenizer
 class TextStream:
     """Turns ids into text piece by piece, holding back bytes that do not yet make a whole character.
 
-    The pieces together are what the tokenizer makes of all ids at once.
+    The pieces together are what the tokenizer makes of all ids at once, behind those of the text that they continue.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._text: _Bytes | _Pieces = _Bytes(tokenizer) if tokenizer.writes_bytes else _Pieces(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, behind: Sequence[int] = ()) -> None:
+        self._text: _Bytes | _Pieces = _Bytes(tokenizer) if tokenizer.writes_bytes else _Pieces(tokenizer, behind)
 
     def push(self, token: int) -> str:
         """Text that `token` completes; empty while a character is still open."""
@@ -44,10 +45,13 @@ class _Pieces:
     """For all others. Some decode a token differently at the beginning of a text (they drop its space), so the tokens of the last
     piece are decoded again with what follows."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, behind: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._shown: list[int] = []
         """Tokens of the last piece."""
+        if not tokenizer.begins_text(behind):  # half a character would spoil the bytes after it
+            whole = (token for token in reversed(behind) if (text := tokenizer.decode([token])) and "\ufffd" not in text)
+            self._shown = list(islice(whole, 1))
         self._open: list[int] = []
         """Tokens since then."""
 

@@ -82,7 +82,7 @@ class HarnessModel:
     def _encode_after(self, context: str, text: str) -> list[int]:
         """Tokens of `text` as it goes on from `context`."""
         before, whole = self.tokenizer.encode(context), self.tokenizer.encode(context + text)
-        return whole[len(before) :] if whole[: len(before)] == before else self.tokenizer.encode(text)
+        return whole[len(before) :] if whole[: len(before)] == before else self.tokenizer.encode(text, behind=before)
 
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         sampling = SamplingOptions(max_tokens=0, prompt_logprobs=1)

@@ -24,7 +24,7 @@ _LICENCE_FILE = re.compile(r"(licen[cs]e|notice)[\w.-]*", re.IGNORECASE)
 _LICENCE = re.compile(r"^license(?:_name|_link)?:.*(?:\n[ -].*)*", re.MULTILINE)
 """In the front matter of a card; a list may go on over several lines."""
 _FILES = re.compile(
-    r"README\.md|(config|generation_config|tokenizer|tokenizer_config|model\.safetensors\.index)\.json|chat_template\.jinja"
+    r"README\.md|(config|generation_config|tokenizer|tokenizer_config|model\.safetensors\.index)\.json|chat_template\.jinja|additional_chat_templates"
     r"|model(-\d+-of-\d+)?\.safetensors"
 )
 

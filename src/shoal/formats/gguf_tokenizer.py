@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ..config import UserError
 
 
 class TokenizerFiles(Protocol):
-    """What is needed of a tokenizer: the text of `tokenizer.json`, the content of `tokenizer_config.json`, the chat template, and whether
-    a prompt gets a begin-of-text token."""
+    """What is needed of a tokenizer: the text of `tokenizer.json`, the content of `tokenizer_config.json`, the chat template, others by
+    name, and whether a prompt gets a begin-of-text token."""
 
     json: str
     config: dict[str, Any]
     chat_template: str | None
+    named_templates: Mapping[str, str]
 
     @property
     def adds_bos(self) -> bool: ...
@@ -58,6 +60,8 @@ def add_tokenizer(writer: Any, tokenizer: TokenizerFiles, vocab_size: int, chat_
             raise UserError(f"the tokenizer has the token {text!r} with id {i}, but the model knows only {vocab_size} tokens")
         texts[i], kinds[i] = text, gguf.TokenType.NORMAL
     for i, token in added.items():
+        if any(token.get(rule) for rule in ("lstrip", "rstrip", "single_word")):
+            raise UserError(f"the tokenizer's token {token['content']!r} depends on what stands beside it: llama.cpp would read other ids")
         control = token["special"] or (token["content"][:2], token["content"][-2:]) in (("<｜", "｜>"), ("<|", "|>"))
         kinds[i] = gguf.TokenType.CONTROL if control else gguf.TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
@@ -71,8 +75,9 @@ def add_tokenizer(writer: Any, tokenizer: TokenizerFiles, vocab_size: int, chat_
             add(i)
     writer.add_add_bos_token(tokenizer.adds_bos)
     template = tokenizer.chat_template if tokenizer.chat_template is not None else chat_template
+    named = {"default": template, **tokenizer.named_templates}
     if template is not None:
-        writer.add_chat_template(template)
+        writer.add_chat_template([{"name": name, "template": text} for name, text in named.items()])
 
 
 def pre_tokenizer_name(content: dict[str, Any]) -> str:
@@ -84,11 +89,15 @@ def pre_tokenizer_name(content: dict[str, Any]) -> str:
         if normalizer["type"] not in _HARMLESS_NORMALIZERS:
             raise UserError(f"the tokenizer's normalizer {normalizer['type']} is not one that llama.cpp applies")
     steps = _parts(splitter, "pretokenizers")
-    patterns = tuple(_regex(step) for step in steps if step["type"] == "Split")
-    if not steps or steps[-1]["type"] != "ByteLevel" or len(patterns) != len(steps) - 1 or steps[-1].get("add_prefix_space"):
+    splits, last = steps[:-1], steps[-1] if steps else {}
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space") or not all(_is_split(step, len(splits)) for step in splits):
         raise UserError("the tokenizer's word rule is not splits followed by bytes: llama.cpp would read other ids")
-    if not patterns and steps[-1].get("use_regex"):
+    patterns = tuple(_regex(step) for step in splits)
+    gpt2_words = last.get("use_regex", True)
+    if gpt2_words and not patterns:
         return "gpt-2"
+    if gpt2_words:
+        raise UserError("the tokenizer splits words a second time, by GPT-2's rule: llama.cpp would read other ids")
     if patterns not in _RULES:
         raise UserError(f"llama.cpp has no name for the tokenizer's word rule {'; '.join(patterns)[:80]}: it would read other ids")
     return _RULES[patterns]
@@ -98,6 +107,14 @@ def _parts(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
     if not step:
         return []
     return step[key] if step["type"] == "Sequence" else [step]
+
+
+def _is_split(step: dict[str, Any], count: int) -> bool:
+    """Whether words are what a pattern matches and what lies between, as in llama.cpp; `count`: of splits in all."""
+    if step["type"] != "Split":
+        return False
+    # A rule of a single pattern leaves nothing between, which can then be removed as well.
+    return step.get("behavior") == "Isolated" or (step.get("behavior"), step.get("invert"), count) == ("Removed", True, 1)
 
 
 def _regex(step: dict[str, Any]) -> str:

@@ -46,7 +46,7 @@ LARGEST_SHARD = 5 * 10**9
 
 _PAD = "padding."
 _NAMES = {torch.int64: "I64", torch.int16: "I16", torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
-_PLAIN_FILES = {CONFIG, INDEX, GENERATION, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+_PLAIN_FILES = {CONFIG, INDEX, GENERATION, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"}
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def examine_choices(engine: Engine, tokenizer: Tokenizer, task: Choices, count: 
         for question in part:
             start = tokenizer.encode(f"{question.text}\n", bos=True)
             for choice in question.choices:
-                ids = tokenizer.encode(choice)
+                ids = tokenizer.encode(choice, behind=start)
                 texts.append(start + ids)
                 spans.append((len(ids), len(choice.encode())))
         scored = engine.score(texts)

@@ -35,8 +35,9 @@ def load_trainable(path: str, machine: MachineOptions, options: TuneOptions) -> 
 
 def with_chat_template(tokenizer: Tokenizer, name: str | None) -> Tokenizer:
     """The tokenizer with a built-in template, with one from a file, or with its own; a base model gets the plain one."""
-    source = read_template(name) if name is not None else tokenizer.chat_template or chat_template()
-    return Tokenizer(tokenizer.json, tokenizer.config, source)
+    if name is None and tokenizer.chat_template:
+        return tokenizer
+    return Tokenizer(tokenizer.json, tokenizer.config, chat_template() if name is None else read_template(name))
 
 
 class Tuner:

@@ -100,8 +100,9 @@ class _Choice:
         if self._offsets is None:
             report = self._turn.reports[self._index]
             known = report.logprobs or () if report is not None else ()
-            before = tokenizer.decode(list(self._turn.requests[self._index].prompt)) if body.echo else ""
-            self._offsets = Offsets(tokenizer, len(before))
+            asked = self._turn.requests[self._index].prompt
+            before = tokenizer.decode(asked) if body.echo else ""
+            self._offsets = Offsets(tokenizer, len(before), asked)
         choice: dict[str, Any] = {"index": self._index, "text": before + text, "finish_reason": finish, "logprobs": None}
         if body.logprobs is not None:
             echoed, prompt = known if body.echo else (), Offsets(tokenizer)

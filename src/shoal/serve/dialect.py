@@ -16,6 +16,8 @@ from .trial import Trial
 
 TEXT_PARTS = ("text", "input_text", "output_text")
 NO_THINKING = ("none", "minimal", "off")
+OURS = ("messages", "tools", "add_generation_prompt", "raise_exception", "bos_token", "eos_token", "tokenizer")
+"""What clients cannot say to a chat template."""
 
 
 class Dialect:
@@ -28,8 +30,9 @@ class Dialect:
         self.thinks = thinks(tokenizer)
         self.think_is_optional = "thinking" in template
         markers = (CALLS, CALL, SEPARATOR, END_CALL, END_CALLS)
-        self.calls_tools = CALL in template and "tools" in template and None not in map(tokenizer.token_id, markers)
-        self._names_functions = "function'+" in template.replace(" ", "") or f"function{SEPARATOR}" in template
+        with_tools = tokenizer.template(tools=True) or ""
+        self.calls_tools = CALL in with_tools and "tools" in with_tools and None not in map(tokenizer.token_id, markers)
+        self._names_functions = "function'+" in with_tools.replace(" ", "") or f"function{SEPARATOR}" in with_tools
         """R1's form of calls; V3.1's names the tool alone."""
 
     def prompt(self, body: ChatBody) -> list[int]:
@@ -42,7 +45,7 @@ class Dialect:
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if wants_tools else None
         variables: dict[str, Any] = {"thinking": body.reasoning_effort is not None and body.reasoning_effort.lower() not in NO_THINKING}
         for name, value in (body.chat_template_kwargs or {}).items():
-            if name not in ("messages", "tools", "add_generation_prompt", "raise_exception", "bos_token", "eos_token", "tokenizer"):
+            if name not in (*OURS, *self.tokenizer.special_texts):
                 variables[name] = value
         variables.setdefault("enable_thinking", variables["thinking"])
         messages = [written(message, index) for index, message in enumerate(body.messages)]
@@ -58,7 +61,7 @@ class Dialect:
         prompt = encode_chat(self.tokenizer, messages[:-1], tools, True, **variables)[1]
         if thought_of(self.tokenizer, prompt)[0]:
             raise bad("the answer begins with a thought here, so that its text cannot be begun: end with a message of the user", "messages")
-        return prompt + self.tokenizer.encode(last["content"])
+        return prompt + self.tokenizer.encode(last["content"], behind=prompt)
 
     async def form(self, body: ChatBody, prompt: Sequence[int], trial: Trial, answer: str | None) -> AnswerForm | None:
         """What the answers have to look like; None where they are free. `answer` is the grammar of `response_format`."""

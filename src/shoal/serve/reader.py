@@ -41,10 +41,10 @@ class Piece:
 
 
 class Marks:
-    """Finds the marks in an answer by their tokens: where ordinary tokens spell one, it is text."""
+    """Finds the marks in an answer to `prompt` by their tokens: where ordinary tokens spell one, it is text."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._stream = TextStream(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
+        self._stream = TextStream(tokenizer, prompt)
         tokens = {tokenizer.token_id(mark): sign for mark, sign in SIGNS.items()}
         self.signs = {token: sign for token, sign in tokens.items() if token is not None}
         self.texts = {ord(sign): tokenizer.decode([token]) for token, sign in self.signs.items()}
@@ -94,7 +94,7 @@ def thought_of(tokenizer: Tokenizer, prompt: Sequence[int]) -> tuple[bool, bool]
 
 def reader_behind(tokenizer: Tokenizer, prompt: Sequence[int], calls: bool = False, parallel: bool = True) -> AnswerReader:
     """For one answer of a chat model to `prompt`; `calls` and `parallel` as `AnswerReader` has them."""
-    return AnswerReader(Marks(tokenizer), *thought_of(tokenizer, prompt), calls=calls, parallel=parallel)
+    return AnswerReader(Marks(tokenizer, prompt), *thought_of(tokenizer, prompt), calls=calls, parallel=parallel)
 
 
 class AnswerReader:

@@ -36,10 +36,13 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> dict[str, An
 
 
 class Offsets:
-    """Where the tokens of a text begin in it, in characters from `start` on; tokens within a character begin where it does."""
+    """Where the tokens of a text begin in it, in characters from `start` on; tokens within a character begin where it does.
 
-    def __init__(self, tokenizer: Tokenizer, start: int = 0) -> None:
-        self._stream, self._at = TextStream(tokenizer), start
+    `behind`: the tokens that the text continues.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, start: int = 0, behind: Sequence[int] = ()) -> None:
+        self._stream, self._at = TextStream(tokenizer, behind), start
 
     def next(self, token: int) -> int:
         """Where `token` begins, which follows those before."""

@@ -383,6 +383,17 @@ def usage() -> str:
     return "\n".join(lines)
 
 
+class _Unheard(io.FileIO):
+    """A stderr whose reader may leave, as `head` does: what nobody reads any more is no reason to end a run before it has saved."""
+
+    def write(self, data: Any) -> int:
+        """All of `data` counts as written where nobody reads it."""
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return len(data)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; exit code 2 and one line on stderr for bad input."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -394,6 +405,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # models write characters that not every terminal's encoding has
+    if isinstance(sys.stderr, io.TextIOWrapper) and sys.stderr is sys.__stderr__ and not sys.stderr.isatty():
+        unheard = io.BufferedWriter(_Unheard(sys.stderr.fileno(), "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(unheard, sys.stderr.encoding, sys.stderr.errors, line_buffering=True)
     try:
         _refuse_broken_text(args)
         if args[0] not in VERBS:
@@ -406,7 +420,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("shoal: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output has left (as `head` does); say nothing, not even at exit.
+        # The reader of stdout has left; say nothing, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:

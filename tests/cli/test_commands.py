@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +171,23 @@ def test_doctor_says_what_runs_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(result["packages"]) >= {"matplotlib", "pyarrow", "transformers"}
 
 
-def test_output_into_a_closed_pipe_is_silent(trained: Path) -> None:
+@pytest.fixture
+def unread() -> Iterator[int]:
+    """The end to write to of a pipe that nobody reads."""
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "shoal", "generate", str(trained), "the", *FAST, "--max-tokens", "5"]
-    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    yield write
     os.close(write)
+
+
+def test_output_into_a_closed_pipe_is_silent(trained: Path, unread: int) -> None:
+    command = [sys.executable, "-m", "shoal", "generate", str(trained), "the", *FAST, "--max-tokens", "5"]
+    result = subprocess.run(command, stdout=unread, stderr=subprocess.PIPE, text=True, timeout=60)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_run_whose_progress_nobody_reads_any_more_goes_on_to_its_end(train_args: Any, unread: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "shoal", *train_args(tmp_path / "run", "--steps", "2")]
+    assert subprocess.run(command, stdout=unread, stderr=unread, timeout=120).returncode == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
+    assert subprocess.run(command, stdout=unread, stderr=unread, timeout=120).returncode == 2, "the folder is taken now"

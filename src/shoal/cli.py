@@ -81,8 +81,8 @@ def train(args: list[str]) -> None:
     from .config.recipes import load_recipe, recipe_names, with_one_budget
 
     given = list(args)
-    named = bool(args) and not args[0].startswith("-")
     derived = _derived(args)
+    named = bool(args) and not args[0].startswith("-")
     default = derived or load_recipe(args.pop(0) if named else "default")
     if "--help" in args or "-h" in args:
         print(f"shoal train [RECIPE] [OPTIONS]; RECIPE is a TOML file or one of: {', '.join(recipe_names())}")
@@ -97,7 +97,7 @@ def train(args: list[str]) -> None:
     from .train import find_run
     from .train import train as run
 
-    if config.resume and not named:
+    if config.resume and not named and derived is None:
         default = find_run(config.out).settings()
         config = parse(TrainConfig, args, "train", default)
     shape = next((arg for arg in given if arg.startswith("--model.")), None)
@@ -121,12 +121,16 @@ def _derived(args: list[str]) -> TrainConfig | None:
     """Settings that rules derive from `--flops`, `--params` or `--minutes`; None where a recipe or a model says what to train.
 
     The name of the rules, `--flops` and `--params` are taken out of `args`. `--params` with `--minutes` trains its model so long.
+    A run that goes on has what rules found for the machine as it was then.
     """
     from .plan.rules import NAMES, Rules
 
     named = bool(args) and not args[0].startswith("-")
     flops, size = _take(args, "--flops"), _take(args, "--params")
     dialled = flops is not None or size is not None
+    if not dialled and named and args[0] in NAMES and _asked(args, "--resume"):
+        args.pop(0)
+        return None
     if not dialled and not (args[0] in NAMES if named else _asked(args, "--minutes") and not _asked(args, "--start", "--resume")):
         return None
     if not named and _asked(args, "--resume"):

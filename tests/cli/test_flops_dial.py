@@ -67,6 +67,19 @@ def test_minutes_are_kept_and_give_a_shape(rules: list[str], workshop: Path, tmp
     assert bool(summary["counted_ngrams"]) == (not rules)
 
 
+@pytest.mark.parametrize("dial", [["exportable", "--minutes", "0.01"], ["full", "--flops", "1e9"]])
+def test_the_same_command_resumes_the_model_that_rules_found(
+    dial: list[str], workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = ["--data", str(workshop / "text.txt"), "--corpus.cache", str(workshop / "cache"), "--out", str(tmp_path / "run")]
+    command = ["train", *dial, *places, "--threads", "1", "--json"]
+    assert main(command) == 0
+    monkeypatch.setattr("shoal.plan.rules.SHARE_OF_PEAK", 20.0)  # as if the machine had become faster
+    assert main([*command, "--resume"]) == 0
+    first, again = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
+    assert (first["params_total"], first["steps"]) == (again["params_total"], again["steps"])
+
+
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [

@@ -422,9 +422,10 @@ def test_resume_clears_what_a_killed_save_left(copy: Path) -> None:
     assert rows_of(copy)[0][-1]["step"] == 12
 
 
-def test_resume_without_a_name_takes_the_newest_run(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "runs").mkdir()
+def test_resume_without_a_name_takes_the_newest_run_that_pretrains(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "chat").mkdir(parents=True)
     copy.rename(tmp_path / "runs" / "mine")
+    (tmp_path / "runs" / "chat" / "run.json").write_text('{"requested": {}, "precision": "fp32"}')  # as fine-tuning writes it
     monkeypatch.chdir(tmp_path)
     # another kind of budget takes the place of the first
     assert main(["train", "--resume", "--tokens", str(13 * 128), "--json"]) == 0
@@ -438,6 +439,19 @@ def test_a_damaged_run_json_is_one_line(copy: Path, content: str, capsys: pytest
     (copy / "run.json").write_text(content)
     assert main(["train", "--resume", "--out", str(copy)]) == 2
     assert capsys.readouterr().err.startswith("shoal: error: ")
+
+
+def test_a_run_in_the_home_folder_is_written_found_and_kept(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves the ~ of --out=~/mine to us."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    first = train(replace(config, out="~/mine", steps=1))
+    assert first.folder == tmp_path / "mine"
+    assert train(replace(config, out="~/mine", steps=2, resume=True)).folder == first.folder
+    with pytest.raises(UserError, match="already holds a run"):
+        train(replace(config, out="~/mine", steps=1))
+    assert train(replace(config, out="~/mine", steps=1, overwrite=True)).folder == first.folder
+    assert not (tmp_path / "~").exists()
 
 
 def test_runs_without_a_name_get_one_from_the_data(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 REFRESH_SECONDS = 0.5  # a panel takes some milliseconds, which training should not feel
 LINE_SECONDS, LINE_PROGRESS = 15.0, 0.05  # a plain line when either has passed
 CURVE_ROWS = 3
+FIGURE_WIDTH = 17  # of a name, and of a value as long as 123,456
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 TIDE, DEEP, CORAL, SAND, MUTED = "#35a7c9", "#1b6f93", "#e2734f", "#d9a441", "grey58"
@@ -145,7 +146,7 @@ class Display:
         if not row:
             lines.append(Text("the first step is under way", style=MUTED))
         else:
-            lines += [self._loss(inside), Text(""), self._figures()]
+            lines += [self._loss(inside), Text(""), self._figures(inside)]
             if row.get("max_vio_layers"):
                 lines += [_balance(row, inside)]
         return Panel(
@@ -173,8 +174,8 @@ class Display:
         grid.add_row(figures, Text("\n").join(Text(line, style=color) for line, color in zip(curve, (TIDE, "#2789ac", DEEP), strict=True)))
         return grid
 
-    def _figures(self) -> RenderableType:
-        """Three columns of a name and a value."""
+    def _figures(self, inside: int) -> RenderableType:
+        """Up to three columns of a name and a value, as many as are legible."""
         from rich.table import Table
 
         row = self.row
@@ -194,11 +195,12 @@ class Display:
             cells.append(("MaxVio", f"{row['max_vio']:.2f}", f"bold {_heat(row['max_vio'])}"))
         if row.get("skipped"):
             cells.append(("skipped", str(row["skipped"]), CORAL))
+        columns = min(max(inside // FIGURE_WIDTH, 1), 3)
         grid = Table.grid(expand=True)
-        for _ in range(3):
+        for _ in range(columns):
             grid.add_column(ratio=1)
-        for start in range(0, len(cells), 3):
-            grid.add_row(*(_named(*cell) for cell in cells[start : start + 3]))
+        for start in range(0, len(cells), columns):
+            grid.add_row(*(_named(*cell) for cell in cells[start : start + columns]))
         return grid
 
 

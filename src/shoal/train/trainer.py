@@ -25,7 +25,7 @@ from ..plan.cost import optimizer_flops
 from ..runtime import Machine, start
 from .balance import routing_row, update_biases
 from .budget import Budget
-from .counting import AlternatingBatches, Counting, count_into, counts_while_training
+from .counting import WITHOUT, AlternatingBatches, Counting, count_into, counts_while_training
 from .display import Display
 from .early import EarlyUpdates
 from .likelihood import BATCH_TOKENS, Document, Likelihood, held_out, likelihood
@@ -96,7 +96,7 @@ def train(requested: TrainConfig) -> Trained:
     if counting is not None and folder is None and config.minutes and counting.seconds >= 60 * config.minutes:
         raise UserError(
             f"counting n-grams took {counting.seconds:.0f} s, all of --minutes {config.minutes:g}: give more minutes or less data, "
-            "or set model.count_order and teacher.order to 0"
+            f"or {WITHOUT}"
         )
     if folder is None:
         folder = team.decide(lambda: begin_run(requested, corpus.name, data.fingerprint, machine))

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -86,7 +87,18 @@ def test_train_tells_people_what_to_do_next(train_args: Any, tmp_path: Path, cap
     assert "held-out text:" in out
     assert "'the red' continues:" in out
     assert f"shoal chat {tmp_path / 'run'}" in out
+    assert f"shoal export {tmp_path / 'run'} OUT" in out
     assert str(tmp_path / "run" / "report.html") in out
+
+
+def test_what_to_do_next_can_be_done(train_args: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, prompt = tmp_path / "my run", 'it\'s "red"'
+    assert main(train_args(run, "--steps", "2", "--prompts", prompt, "--model.value-embedding")) == 0
+    out = capsys.readouterr().out
+    assert shlex.split(out.split("continue: ")[1].splitlines()[0]) == ["shoal", "generate", str(run), prompt]
+    assert "shoal export" not in out, "it would be refused"
+    assert main(["export", str(run), str(tmp_path / "out")]) == 2
+    assert "only Shoal knows how to read this model (model.value_embedding is True)" in out
 
 
 def test_a_missing_plot_library_costs_the_report_and_nothing_else(

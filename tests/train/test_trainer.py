@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -384,6 +386,16 @@ def copy(trained: Path, tmp_path: Path) -> Path:
     """A copy of the finished run that may be changed."""
     shutil.copytree(trained, tmp_path / "copy")
     return tmp_path / "copy"
+
+
+def test_the_command_to_go_on_with_can_be_pasted(
+    config: TrainConfig, stopped_after: Callable[[int], AbstractContextManager[None]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "my run")
+    with stopped_after(2):
+        train(replace(config, out=out))
+    [command] = re.findall("go on with: (.*)", capsys.readouterr().err)
+    assert shlex.split(command) == ["shoal", "train", "--resume", "--out", out]
 
 
 def test_resume_needs_nothing_but_the_folder(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shlex
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -230,7 +231,8 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
         if stopping:
             state.save(None)
             state.finish_saving()
-            display.message(f"stopped at step {at.step} and saved; go on with: shoal train --resume --out {state.folder.path}")
+            resume = f"shoal train --resume --out {shlex.quote(str(state.folder.path))}"
+            display.message(f"stopped at step {at.step} and saved; go on with: {resume}")
             return Trained(state.folder.path, {"step": at.step}, finished=False, stop_asked=True, reports=team.is_first)
         if model.model.counted is not None and counts_while_training(config):
             at.counting_seconds += count_into(model, state.data.train)

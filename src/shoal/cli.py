@@ -48,8 +48,12 @@ from .finite import finite
 
 if TYPE_CHECKING:
     from .plan.command import Measurements
+    from .plan.rules import Rules
 
 T = TypeVar("T")
+
+NEAR = 0.05
+"""By so much a model may miss the size that was asked for before that is said."""
 
 
 def parse(cls: type[T], args: Sequence[str], verb: str, default: T | None = None) -> T:
@@ -88,7 +92,7 @@ def train(args: list[str]) -> None:
         print(f"shoal train [RECIPE] [OPTIONS]; RECIPE is a TOML file or one of: {', '.join(recipe_names())}")
         print(
             "shoal train [RULES] --minutes 5 [OPTIONS], or --flops 1e13, or --params 5M: shape, batch, rates and tokens from a budget or\n"
-            "a size; RULES: full (where neither rules nor a recipe are named), exportable (plain deepseek_v3 files) or baseline\n"
+            "about a size; RULES: full (where neither rules nor a recipe are named), exportable (plain deepseek_v3 files) or baseline\n"
         )
     config = parse(TrainConfig, args, "train", default)
 
@@ -141,7 +145,7 @@ def _derived(args: list[str]) -> TrainConfig | None:
     if flops is not None:
         return rules.config(_number("--flops", flops, "1e13"))
     if size is not None:
-        return rules.config(rules.flops_for(_number("--params", size, "5M")))
+        return _of_size(rules, size)
     if not _asked(args, "--minutes"):
         raise UserError(f"{rules.name} are rules, which need a budget: give --minutes, --flops or --params")
     if "RANK" in os.environ:
@@ -155,6 +159,19 @@ def _derived(args: list[str]) -> TrainConfig | None:
         raise UserError("--minutes is None: it must be more than 0")
     asked.validate_budget()
     return rules.config_for_minutes(asked.minutes, start(asked.device, asked.precision, asked.threads).peak_flops)
+
+
+def _of_size(rules: Rules, size: str) -> TrainConfig:
+    """Settings of the model that comes nearest to what `--params` asks for; says so where it is not near. Widths and layers are whole."""
+    from .plan.cost import count_parameters
+    from .plan.report import count
+
+    asked = _number("--params", size, "5M")
+    config = rules.config(rules.flops_for(asked))
+    found = count_parameters(config.model).total
+    if abs(found / asked - 1) > NEAR and os.environ.get("RANK", "0") == "0":
+        print(f"asked for {count(asked)} parameters: the nearest model of the rules {rules.name} has {count(found)}", file=sys.stderr)
+    return config
 
 
 def _number(option: str, text: str, example: str) -> float:

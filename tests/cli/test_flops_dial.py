@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -56,6 +57,14 @@ def test_a_model_of_a_size_is_trained(workshop: Path, tmp_path: Path, capsys: py
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["steps"] == 2
     assert 0.1e6 < summary["params_total"] < 0.5e6
+
+
+@pytest.mark.parametrize(("size", "near"), [("5M", False), ("3.4M", True)])
+def test_a_size_that_is_missed_is_told(size: str, near: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("shoal.train.train", lambda config: SimpleNamespace(reports=False))
+    assert main(["train", "exportable", "--params", size]) == 0
+    said = "" if near else "asked for 5.00M parameters: the nearest model of the rules exportable has 3.45M\n"
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize("rules", [[], ["exportable"]])

@@ -127,15 +127,17 @@ def _derived(args: list[str]) -> TrainConfig | None:
     The name of the rules, `--flops` and `--params` are taken out of `args`. `--params` with `--minutes` trains its model so long.
     A run that goes on has what rules found for the machine as it was then.
     """
-    from .plan.rules import NAMES, Rules
+    from .config.recipes import RULES
+    from .plan.rules import Rules
 
     named = bool(args) and not args[0].startswith("-")
     flops, size = _take(args, "--flops"), _take(args, "--params")
     dialled = flops is not None or size is not None
-    if not dialled and named and args[0] in NAMES and _asked(args, "--resume"):
-        args.pop(0)
+    if _asked(args, "--help", "-h") or (not dialled and _asked(args, "--resume")):
+        if named and args[0] in RULES:
+            args.pop(0)
         return None
-    if not dialled and not (args[0] in NAMES if named else _asked(args, "--minutes") and not _asked(args, "--start", "--resume")):
+    if not dialled and not (args[0] in RULES if named else _asked(args, "--minutes") and not _asked(args, "--start")):
         return None
     if not named and _asked(args, "--resume"):
         raise UserError("--flops and --params are for new runs, a run that goes on has its shape: give --minutes, --tokens or --steps")

@@ -11,9 +11,9 @@ import pytest
 
 from shoal.cli import main
 from shoal.config import TrainConfig
-from shoal.config.recipes import load_recipe
+from shoal.config.recipes import RULES, load_recipe
 from shoal.plan.cost import count_parameters
-from shoal.plan.rules import NAMES, Rules
+from shoal.plan.rules import Rules
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_a_budget_of_flops_is_spent(order: list[str], workshop: Path, tmp_path: 
         assert "count_order is" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("wanted", [1e6, 1e7, 1e8, 1e9])
 def test_a_size_is_met(name: str, wanted: float) -> None:
     rules = Rules.load(name)
@@ -65,6 +65,16 @@ def test_a_size_that_is_missed_is_told(size: str, near: bool, monkeypatch: pytes
     assert main(["train", "exportable", "--params", size]) == 0
     said = "" if near else "asked for 5.00M parameters: the nearest model of the rules exportable has 3.45M\n"
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("args", [["exportable"], ["full", "--flops", "1e9"], ["--minutes", "5"], ["baseline", "--params=5M"], ["demo"]])
+def test_help_needs_no_budget(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *args, "--help"])
+    assert not stop.value.code
+    out = capsys.readouterr().out
+    assert "RULES: full" in out
+    assert "usage: shoal train" in out
 
 
 @pytest.mark.parametrize("rules", [[], ["exportable"]])

@@ -69,6 +69,17 @@ def test_plain_lines_come_by_time_when_progress_is_slow(capsys: pytest.CaptureFi
     assert 5 <= len(capsys.readouterr().err.splitlines()) <= 15
 
 
+def test_what_is_told_of_a_step_comes_after_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with Display("100 steps", "a model", plain=True) as display:
+        for step in range(1, 4):
+            display.step(step_row(step), 0.01 * step, 99)
+        display.evaluation({"step": 3, "val_bpb": 1.25})
+        display.message("stopped")
+    first, last, evaluation, message = capsys.readouterr().err.splitlines()[1:]
+    assert ("step 1 " in first, "step 3 " in last, message) == (True, True, "stopped")
+    assert evaluation.startswith("evaluation at step 3")
+
+
 def test_a_killed_run_still_shows_its_last_step(capsys: pytest.CaptureFixture[str]) -> None:
     def train() -> None:
         with Display("100 steps", "a model", plain=True) as display:

@@ -46,6 +46,7 @@ class Display:
         self.eta_seconds = math.nan
         self._shown_at = -math.inf
         self._shown_progress = 0.0
+        self._shown = True  # whether the last step is
         self._console: Console | None = None
         self._live: Live | None = None
 
@@ -68,13 +69,14 @@ class Display:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._live is not None:
             self._live.stop()
-        elif self.row and self._shown_progress != self.progress:
-            self._print(self._line())
+        else:
+            self._catch_up()
 
     def step(self, row: dict[str, Any], progress: float, eta_seconds: float) -> None:
         """An optimizer step is done: its row of metrics, the share of the budget that is spent (0..1), and the seconds left."""
         self.row, self.progress, self.eta_seconds = row, progress, eta_seconds
         self.curve.add(row["loss"])
+        self._shown = False
         waited = time.monotonic() - self._shown_at
         if self._live is not None:
             due = waited >= REFRESH_SECONDS
@@ -89,19 +91,26 @@ class Display:
         if self._live is not None:
             self._show()
         else:
+            self._catch_up()
             loss = f", loss {row['val_loss']:.3f}" if row.get("val_loss") is not None else ""
             self._print(f"evaluation at step {row['step']:,}: {row['val_bpb']:.4f} bits per byte{loss}")
 
     def message(self, text: str) -> None:
         """Something to tell apart from the figures; it stays on the screen."""
+        self._catch_up()
         self._print(text)
+
+    def _catch_up(self) -> None:
+        """What is told of a step comes after its line."""
+        if self._live is None and not self._shown:
+            self._show()
 
     def _show(self) -> None:
         if self._live is not None:
             self._live.refresh()
         else:
             self._print(self._line())
-        self._shown_at, self._shown_progress = time.monotonic(), self.progress
+        self._shown_at, self._shown_progress, self._shown = time.monotonic(), self.progress, True
 
     def _print(self, text: str) -> None:
         if self._console is not None:

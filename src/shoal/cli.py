@@ -48,8 +48,12 @@ from .finite import finite
 
 if TYPE_CHECKING:
     from .plan.command import Measurements
+    from .plan.rules import Rules
 
 T = TypeVar("T")
+
+NEAR = 0.05
+"""By so much a model may miss the size that was asked for before that is said."""
 
 
 def parse(cls: type[T], args: Sequence[str], verb: str, default: T | None = None) -> T:
@@ -81,14 +85,14 @@ def train(args: list[str]) -> None:
     from .config.recipes import load_recipe, recipe_names, with_one_budget
 
     given = list(args)
-    named = bool(args) and not args[0].startswith("-")
     derived = _derived(args)
+    named = bool(args) and not args[0].startswith("-")
     default = derived or load_recipe(args.pop(0) if named else "default")
     if "--help" in args or "-h" in args:
         print(f"shoal train [RECIPE] [OPTIONS]; RECIPE is a TOML file or one of: {', '.join(recipe_names())}")
         print(
             "shoal train [RULES] --minutes 5 [OPTIONS], or --flops 1e13, or --params 5M: shape, batch, rates and tokens from a budget or\n"
-            "a size; RULES: full (where neither rules nor a recipe are named), exportable (plain deepseek_v3 files) or baseline\n"
+            "about a size; RULES: full (where neither rules nor a recipe are named), exportable (plain deepseek_v3 files) or baseline\n"
         )
     config = parse(TrainConfig, args, "train", default)
 
@@ -97,7 +101,7 @@ def train(args: list[str]) -> None:
     from .train import find_run
     from .train import train as run
 
-    if config.resume and not named:
+    if config.resume and not named and derived is None:
         default = find_run(config.out).settings()
         config = parse(TrainConfig, args, "train", default)
     shape = next((arg for arg in given if arg.startswith("--model.")), None)
@@ -121,13 +125,19 @@ def _derived(args: list[str]) -> TrainConfig | None:
     """Settings that rules derive from `--flops`, `--params` or `--minutes`; None where a recipe or a model says what to train.
 
     The name of the rules, `--flops` and `--params` are taken out of `args`. `--params` with `--minutes` trains its model so long.
+    A run that goes on has what rules found for the machine as it was then.
     """
-    from .plan.rules import NAMES, Rules
+    from .config.recipes import RULES
+    from .plan.rules import Rules
 
     named = bool(args) and not args[0].startswith("-")
     flops, size = _take(args, "--flops"), _take(args, "--params")
     dialled = flops is not None or size is not None
-    if not dialled and not (args[0] in NAMES if named else _asked(args, "--minutes") and not _asked(args, "--start", "--resume")):
+    if _asked(args, "--help", "-h") or (not dialled and _asked(args, "--resume")):
+        if named and args[0] in RULES:
+            args.pop(0)
+        return None
+    if not dialled and not (args[0] in RULES if named else _asked(args, "--minutes") and not _asked(args, "--start")):
         return None
     if not named and _asked(args, "--resume"):
         raise UserError("--flops and --params are for new runs, a run that goes on has its shape: give --minutes, --tokens or --steps")
@@ -137,7 +147,7 @@ def _derived(args: list[str]) -> TrainConfig | None:
     if flops is not None:
         return rules.config(_number("--flops", flops, "1e13"))
     if size is not None:
-        return rules.config(rules.flops_for(_number("--params", size, "5M")))
+        return _of_size(rules, size)
     if not _asked(args, "--minutes"):
         raise UserError(f"{rules.name} are rules, which need a budget: give --minutes, --flops or --params")
     if "RANK" in os.environ:
@@ -151,6 +161,19 @@ def _derived(args: list[str]) -> TrainConfig | None:
         raise UserError("--minutes is None: it must be more than 0")
     asked.validate_budget()
     return rules.config_for_minutes(asked.minutes, start(asked.device, asked.precision, asked.threads).peak_flops)
+
+
+def _of_size(rules: Rules, size: str) -> TrainConfig:
+    """Settings of the model that comes nearest to what `--params` asks for; says so where it is not near. Widths and layers are whole."""
+    from .plan.cost import count_parameters
+    from .plan.report import count
+
+    asked = _number("--params", size, "5M")
+    config = rules.config(rules.flops_for(asked))
+    found = count_parameters(config.model).total
+    if abs(found / asked - 1) > NEAR and os.environ.get("RANK", "0") == "0":
+        print(f"asked for {count(asked)} parameters: the nearest model of the rules {rules.name} has {count(found)}", file=sys.stderr)
+    return config
 
 
 def _number(option: str, text: str, example: str) -> float:
@@ -383,6 +406,17 @@ def usage() -> str:
     return "\n".join(lines)
 
 
+class _Unheard(io.FileIO):
+    """A stderr whose reader may leave, as `head` does: what nobody reads any more is no reason to end a run before it has saved."""
+
+    def write(self, data: Any) -> int:
+        """All of `data` counts as written where nobody reads it."""
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return len(data)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; exit code 2 and one line on stderr for bad input."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -394,6 +428,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # models write characters that not every terminal's encoding has
+    if isinstance(sys.stderr, io.TextIOWrapper) and sys.stderr is sys.__stderr__ and not sys.stderr.isatty():
+        unheard = io.BufferedWriter(_Unheard(sys.stderr.fileno(), "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(unheard, sys.stderr.encoding, sys.stderr.errors, line_buffering=True)
     try:
         _refuse_broken_text(args)
         if args[0] not in VERBS:
@@ -406,7 +443,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("shoal: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output has left (as `head` does); say nothing, not even at exit.
+        # The reader of stdout has left; say nothing, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 from .config import MachineOptions, SamplingOptions, TrainConfig, UserError
+from .config.huggingface import export_obstacles
 from .engine import complete, load
+from .formats.huggingface import read_config
+from .formats.locate import locate_model
 from .train import Trained
 from .train.report import write_report
 from .train.run_folder import RunFolder
@@ -57,10 +61,11 @@ def _print_result(folder: Path, summary: dict[str, Any], report: Path | None) ->
     if report is not None:
         print(f"report:   {report}")
     prompt = next((sample["prompt"] for sample in summary["samples"] if "\n" not in sample["prompt"]), "The ")
-    print(f"chat:     shoal chat {folder}")
-    print(f"continue: shoal generate {folder} {prompt!r}")
-    if summary["counted_ngrams"]:
-        print("plain:    shoal train exportable --minutes 5; this model counts n-grams, which only Shoal knows how to read")
+    model = shlex.quote(str(folder))
+    print(f"chat:     shoal chat {model}")
+    print(f"continue: shoal generate {model} {shlex.quote(prompt)}")
+    if obstacles := export_obstacles(read_config(locate_model(folder))):
+        print(f"plain:    shoal train exportable --minutes 5; only Shoal knows how to read this model ({', '.join(obstacles)})")
     else:
-        print(f"export:   shoal export {folder} OUT --format hf")
+        print(f"export:   shoal export {model} OUT --format hf")
     print("your own: shoal train --data PATH --minutes 5")

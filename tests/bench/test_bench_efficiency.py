@@ -25,9 +25,9 @@ from shoal.bench.efficiency.sides import BUDGETS, load_side
 from shoal.cli import main
 from shoal.config import BenchAblationCommand, BenchEfficiencyCommand, TrainConfig, UserError
 from shoal.config.huggingface import export_obstacles
-from shoal.config.recipes import load_recipe
+from shoal.config.recipes import RULES, load_recipe
 from shoal.plan.budget import step_flops
-from shoal.plan.rules import NAMES, Point, Rules
+from shoal.plan.rules import Point, Rules
 from shoal.train import trainer
 
 pytest.importorskip("matplotlib")
@@ -146,7 +146,7 @@ def test_networks_of_several_layers_begin_copying_and_are_told_of_repetitions(la
 
 
 def test_all_sides_share_tokens_tokenizer_and_length() -> None:
-    shared = {(c.sequence_length, c.model.vocab_size, c.eval_tokens, c.precision) for c in (Rules.load(s).config(1e12) for s in NAMES)}
+    shared = {(c.sequence_length, c.model.vocab_size, c.eval_tokens, c.precision) for c in (Rules.load(s).config(1e12) for s in RULES)}
     assert len(shared) == 1
 
 

@@ -48,6 +48,7 @@ def names_in(folder: Path) -> set[str]:
         (["train", "--stepz", "3"], "--stepz"),
         (["train", "--model.hidden-sise", "3"], "hidden-sise"),
         (["train", "no-such-recipe"], "no recipe 'no-such-recipe'"),
+        (["train", "fulll"], "one of default, demo, or with a budget one of baseline, exportable, full"),
         (["train", "--steps", "3", "--minutes", "4"], "exactly one"),
         (["train", "--steps", "ten"], "ten"),
         (["train", "--steps", "0"], "--steps"),

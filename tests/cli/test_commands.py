@@ -7,8 +7,10 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +87,18 @@ def test_train_tells_people_what_to_do_next(train_args: Any, tmp_path: Path, cap
     assert "held-out text:" in out
     assert "'the red' continues:" in out
     assert f"shoal chat {tmp_path / 'run'}" in out
+    assert f"shoal export {tmp_path / 'run'} OUT" in out
     assert str(tmp_path / "run" / "report.html") in out
+
+
+def test_what_to_do_next_can_be_done(train_args: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, prompt = tmp_path / "my run", 'it\'s "red"'
+    assert main(train_args(run, "--steps", "2", "--prompts", prompt, "--model.value-embedding")) == 0
+    out = capsys.readouterr().out
+    assert shlex.split(out.split("continue: ")[1].splitlines()[0]) == ["shoal", "generate", str(run), prompt]
+    assert "shoal export" not in out, "it would be refused"
+    assert main(["export", str(run), str(tmp_path / "out")]) == 2
+    assert "only Shoal knows how to read this model (model.value_embedding is True)" in out
 
 
 def test_a_missing_plot_library_costs_the_report_and_nothing_else(
@@ -170,10 +183,23 @@ def test_doctor_says_what_runs_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(result["packages"]) >= {"matplotlib", "pyarrow", "transformers"}
 
 
-def test_output_into_a_closed_pipe_is_silent(trained: Path) -> None:
+@pytest.fixture
+def unread() -> Iterator[int]:
+    """The end to write to of a pipe that nobody reads."""
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "shoal", "generate", str(trained), "the", *FAST, "--max-tokens", "5"]
-    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    yield write
     os.close(write)
+
+
+def test_output_into_a_closed_pipe_is_silent(trained: Path, unread: int) -> None:
+    command = [sys.executable, "-m", "shoal", "generate", str(trained), "the", *FAST, "--max-tokens", "5"]
+    result = subprocess.run(command, stdout=unread, stderr=subprocess.PIPE, text=True, timeout=60)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_run_whose_progress_nobody_reads_any_more_goes_on_to_its_end(train_args: Any, unread: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "shoal", *train_args(tmp_path / "run", "--steps", "2")]
+    assert subprocess.run(command, stdout=unread, stderr=unread, timeout=120).returncode == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
+    assert subprocess.run(command, stdout=unread, stderr=unread, timeout=120).returncode == 2, "the folder is taken now"

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from shoal.cli import main
 from shoal.config import TrainConfig
-from shoal.config.recipes import load_recipe
+from shoal.config.recipes import RULES, load_recipe
 from shoal.plan.cost import count_parameters
-from shoal.plan.rules import NAMES, Rules
+from shoal.plan.rules import Rules
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,7 @@ def test_a_budget_of_flops_is_spent(order: list[str], workshop: Path, tmp_path: 
         assert "count_order is" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("wanted", [1e6, 1e7, 1e8, 1e9])
 def test_a_size_is_met(name: str, wanted: float) -> None:
     rules = Rules.load(name)
@@ -58,6 +59,24 @@ def test_a_model_of_a_size_is_trained(workshop: Path, tmp_path: Path, capsys: py
     assert 0.1e6 < summary["params_total"] < 0.5e6
 
 
+@pytest.mark.parametrize(("size", "near"), [("5M", False), ("3.4M", True)])
+def test_a_size_that_is_missed_is_told(size: str, near: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("shoal.train.train", lambda config: SimpleNamespace(reports=False))
+    assert main(["train", "exportable", "--params", size]) == 0
+    said = "" if near else "asked for 5.00M parameters: the nearest model of the rules exportable has 3.45M\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("args", [["exportable"], ["full", "--flops", "1e9"], ["--minutes", "5"], ["baseline", "--params=5M"], ["demo"]])
+def test_help_needs_no_budget(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *args, "--help"])
+    assert not stop.value.code
+    out = capsys.readouterr().out
+    assert "RULES: full" in out
+    assert "usage: shoal train" in out
+
+
 @pytest.mark.parametrize("rules", [[], ["exportable"]])
 def test_minutes_are_kept_and_give_a_shape(rules: list[str], workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     places = ["--data", str(workshop / "text.txt"), "--corpus.cache", str(workshop / "cache"), "--out", str(tmp_path / "run")]
@@ -65,6 +84,19 @@ def test_minutes_are_kept_and_give_a_shape(rules: list[str], workshop: Path, tmp
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert 1.8 <= summary["seconds"] < 10
     assert bool(summary["counted_ngrams"]) == (not rules)
+
+
+@pytest.mark.parametrize("dial", [["exportable", "--minutes", "0.01"], ["full", "--flops", "1e9"]])
+def test_the_same_command_resumes_the_model_that_rules_found(
+    dial: list[str], workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = ["--data", str(workshop / "text.txt"), "--corpus.cache", str(workshop / "cache"), "--out", str(tmp_path / "run")]
+    command = ["train", *dial, *places, "--threads", "1", "--json"]
+    assert main(command) == 0
+    monkeypatch.setattr("shoal.plan.rules.SHARE_OF_PEAK", 20.0)  # as if the machine had become faster
+    assert main([*command, "--resume"]) == 0
+    first, again = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
+    assert (first["params_total"], first["steps"]) == (again["params_total"], again["steps"])
 
 
 @pytest.mark.parametrize(

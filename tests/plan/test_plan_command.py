@@ -1,6 +1,7 @@
 """The command: figures, files, sources, machines, comparison with measurements."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -34,6 +35,13 @@ def test_every_built_in_model_has_the_promised_figures(name: str, capsys: pytest
     assert figures["train_flops_per_token"] <= figures["train_flops_per_token_with_mtp"]
     json.dumps(figures)
     assert "Parameters" in capsys.readouterr().out
+
+
+def test_a_small_model_has_figures_that_say_something(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(PlanCommand(model=str(trained)))
+    table = capsys.readouterr().out.split("FLOPs per token")[1].split("Bytes")[0]
+    assert re.search(r"main model +182\.30K +60\.77K", table)
+    assert "0.000" not in table
 
 
 def test_qwen_prints_what_shapes_give_beside_the_published_figure(capsys: pytest.CaptureFixture[str]) -> None:

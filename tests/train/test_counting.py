@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from shoal.cli import main
 from shoal.config import TeacherConfig, TrainConfig, UserError
+from shoal.config.recipes import load_recipe
 from shoal.data import Batches, Tokenizer, TokenShards
 from shoal.formats import complete_checkpoints, load_model
 from shoal.model import Transformer
@@ -59,8 +60,9 @@ def test_no_document_is_both_counted_and_studied(config: TrainConfig) -> None:
     assert {*other.tokens.tolist()} == {*range(1, 100, 2)}
     short, long = (half.num_tokens for half in halves(shards(*[1, 50] * 20)))
     assert abs(short - long) <= 50 + UNEVEN * 1020, "one kind of document and another, in turns"
-    with pytest.raises(UserError, match="two documents"):
+    with pytest.raises(UserError, match=r"two documents that differ: .* shoal train default"):
         halves(shards(5))
+    assert not counts_while_training(load_recipe("default")), "or the advice would lead back to the error"
     assert not counts_while_training(config)
     assert counts_while_training(with_counts(config))
     assert not counts_while_training(replace(config, model=replace(config.model, count_order=3, count_entries=7))), "it brings its counts"
@@ -161,7 +163,7 @@ def test_the_engine_predicts_what_the_model_predicts(config: TrainConfig, capsys
 
 def test_a_text_too_large_to_count_is_refused_at_once(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shoal.runtime.available_memory", lambda device: 10_000)
-    with pytest.raises(UserError, match=r"counting n-grams of [\d,]+ tokens needs .* GB"):
+    with pytest.raises(UserError, match=r"counting n-grams of [\d,]+ tokens needs .* GB .* shoal train default"):
         train(with_counts(config))
     assert not Path(str(config.out)).exists()
 

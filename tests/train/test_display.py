@@ -69,6 +69,17 @@ def test_plain_lines_come_by_time_when_progress_is_slow(capsys: pytest.CaptureFi
     assert 5 <= len(capsys.readouterr().err.splitlines()) <= 15
 
 
+def test_what_is_told_of_a_step_comes_after_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with Display("100 steps", "a model", plain=True) as display:
+        for step in range(1, 4):
+            display.step(step_row(step), 0.01 * step, 99)
+        display.evaluation({"step": 3, "val_bpb": 1.25})
+        display.message("stopped")
+    first, last, evaluation, message = capsys.readouterr().err.splitlines()[1:]
+    assert ("step 1 " in first, "step 3 " in last, message) == (True, True, "stopped")
+    assert evaluation.startswith("evaluation at step 3")
+
+
 def test_a_killed_run_still_shows_its_last_step(capsys: pytest.CaptureFixture[str]) -> None:
     def train() -> None:
         with Display("100 steps", "a model", plain=True) as display:
@@ -93,7 +104,7 @@ def test_live_output_goes_to_stderr_and_ends_with_the_last_step(capsys: pytest.C
     assert re.search(r"step +10 ", err)
 
 
-@pytest.mark.parametrize("width", [40, 80, 120, 200])
+@pytest.mark.parametrize("width", [28, 40, 50, 60, 80, 120, 200])
 @pytest.mark.parametrize("layers", [0, 1, 26, 61])
 def test_panel_fits_the_terminal(width: int, layers: int) -> None:
     display = Display("5 minutes", "a model with a long description " * 3 + "that ends", plain=True)
@@ -104,11 +115,13 @@ def test_panel_fits_the_terminal(width: int, layers: int) -> None:
     text = drawn(display, width)
     lines = text.splitlines()
     assert {len(line) for line in lines} == {min(width, 120)}
+    for figure in ("2.119", "1.700", "7,123", "0.21", "61%", "30.2 k", "59 G", "1.234", "50%", "0.4", "98%"):
+        assert re.search(rf"(?<!\S){re.escape(figure)}(?!\S)", text)
+    assert ("MaxVio" in text) == (layers > 0)
     if width >= 80:
         assert len(lines) <= 17
-        for figure in ("2.119", "1.700", "7,123", "0.21", "61%", "59 G", "1.234", "ETA 0:01", "98%", "that ends"):
+        for figure in ("ETA 0:01", "that ends"):
             assert figure in text
-        assert ("MaxVio" in text) == (layers > 0)
 
 
 def test_panel_bears_missing_and_not_finite_figures() -> None:

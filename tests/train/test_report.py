@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from shoal.config import UserError
 from shoal.train.history import read_metrics
-from shoal.train.plots import smooth
+from shoal.train.plots import _frame, smooth
 from shoal.train.report import write_report
 from shoal.train.units import duration, si, spelled
 
@@ -88,6 +88,18 @@ def test_one_step_without_evaluation_or_summary_is_enough(tmp_path: Path, layers
         warnings.simplefilter("error")
         html = write_report(write_run(tmp_path / "run", [step_row(1, layers=layers)])).read_text()
     assert "512" in html
+
+
+@pytest.mark.parametrize("evaluated", [{2: 5.8}, {1: 30.0, 2: 5.96}], ids=["the only one", "the first one"])
+def test_an_evaluation_far_from_the_curve_leaves_the_picture_its_layout(tmp_path: Path, evaluated: dict[int, float]) -> None:
+    rows = [step_row(1, loss=5.97, bpb=2.5), step_row(2, loss=5.96, bpb=2.5)]
+    rows += [evaluation_row(step) | {"val_loss": loss} for step, loss in evaluated.items()]
+    run = write_run(tmp_path / "run", rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_report(run)
+    floor, ceiling = _frame(read_metrics(run / "metrics.jsonl"))
+    assert floor < evaluated[2] < ceiling
 
 
 def test_not_finite_and_missing_figures_are_left_out(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -357,7 +359,7 @@ def test_counting_that_takes_all_the_time_is_refused(config: TrainConfig, monkey
     counted = replace(config, steps=None, minutes=1.0, model=counted_model(config))
     ticks = itertools.count()
     monkeypatch.setattr("shoal.train.counting.time.perf_counter", lambda: 61.0 * next(ticks))
-    with pytest.raises(UserError, match="counting n-grams took 61 s, all of --minutes 1"):
+    with pytest.raises(UserError, match=r"counting n-grams took 61 s, all of --minutes 1: .* shoal train default"):
         train(counted)
     assert not Path(config.out or "").exists()
 
@@ -422,6 +424,16 @@ def copy(trained: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
+def test_the_command_to_go_on_with_can_be_pasted(
+    config: TrainConfig, stopped_after: Callable[[int], AbstractContextManager[None]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "my run")
+    with stopped_after(2):
+        train(replace(config, out=out))
+    [command] = re.findall("go on with: (.*)", capsys.readouterr().err)
+    assert shlex.split(command) == ["shoal", "train", "--resume", "--out", out]
+
+
 def test_resume_needs_nothing_but_the_folder(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--resume", "--out", str(copy), "--steps", "15", "--json"]) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -458,9 +470,10 @@ def test_resume_clears_what_a_killed_save_left(copy: Path) -> None:
     assert rows_of(copy)[0][-1]["step"] == 12
 
 
-def test_resume_without_a_name_takes_the_newest_run(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "runs").mkdir()
+def test_resume_without_a_name_takes_the_newest_run_that_pretrains(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "chat").mkdir(parents=True)
     copy.rename(tmp_path / "runs" / "mine")
+    (tmp_path / "runs" / "chat" / "run.json").write_text('{"requested": {}, "precision": "fp32"}')  # as fine-tuning writes it
     monkeypatch.chdir(tmp_path)
     # another kind of budget takes the place of the first
     assert main(["train", "--resume", "--tokens", str(13 * 128), "--json"]) == 0
@@ -474,6 +487,19 @@ def test_a_damaged_run_json_is_one_line(copy: Path, content: str, capsys: pytest
     (copy / "run.json").write_text(content)
     assert main(["train", "--resume", "--out", str(copy)]) == 2
     assert capsys.readouterr().err.startswith("shoal: error: ")
+
+
+def test_a_run_in_the_home_folder_is_written_found_and_kept(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves the ~ of --out=~/mine to us."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    first = train(replace(config, out="~/mine", steps=1))
+    assert first.folder == tmp_path / "mine"
+    assert train(replace(config, out="~/mine", steps=2, resume=True)).folder == first.folder
+    with pytest.raises(UserError, match="already holds a run"):
+        train(replace(config, out="~/mine", steps=1))
+    assert train(replace(config, out="~/mine", steps=1, overwrite=True)).folder == first.folder
+    assert not (tmp_path / "~").exists()
 
 
 def test_runs_without_a_name_get_one_from_the_data(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,9 @@ else:
 
 T = TypeVar("T")
 
+RULES = ("baseline", "exportable", "full")
+"""What `shoal train` can be told in place of a recipe: rules that make one from a budget (`plan.rules`)."""
+
 
 def recipe_names() -> list[str]:
     """Names of the recipes that come with Shoal."""
@@ -39,7 +42,8 @@ def load_recipe(name: str) -> TrainConfig:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"recipe {name} cannot be read: {error}") from None
     else:
-        raise UserError(f"there is no recipe {name!r}: give a TOML file or one of {', '.join(recipe_names())}")
+        known = f"a TOML file, one of {', '.join(recipe_names())}, or with a budget one of {', '.join(RULES)}"
+        raise UserError(f"there is no recipe {name!r}: give {known}")
     return from_table(TrainConfig, read_toml(text, name), name)
 
 

@@ -175,7 +175,7 @@ class TrainConfig:
     out: str | None = None
     """Run folder. None: a new one under runs/."""
     resume: bool = False
-    """Go on from the last complete checkpoint in --out (default: the newest run under runs/)."""
+    """Go on from the last complete checkpoint in --out (default: the newest run of `shoal train` under runs/)."""
     overwrite: bool = False
     """Discard a run that --out already holds."""
     json: bool = False

@@ -75,20 +75,16 @@ def parameter_table(parameters: Parameters, model: ModelConfig) -> Table:
 
 
 def flops_table(training: Flops, inference: Flops, model: ModelConfig, sequence_length: int) -> Table:
-    rows = [
-        (name.replace("_", " "), f"{number / 1e9:.3f}", f"{getattr(inference, name) / 1e9:.3f}")
-        for name, number in asdict(training).items()
-        if number
-    ]
-    rows.append(("main model", f"{training.main / 1e9:.3f}", f"{inference.main / 1e9:.3f}"))
+    rows = [(name.replace("_", " "), count(number), count(getattr(inference, name))) for name, number in asdict(training).items() if number]
+    rows.append(("main model", count(training.main), count(inference.main)))
     if training.mtp:
-        rows.append(("with multi-token prediction", f"{training.total / 1e9:.3f}", ""))
+        rows.append(("with multi-token prediction", count(training.total), ""))
     orthogonalisation = optimizer_flops(model, OptimizerConfig())
     note = (
         "attention is causal: a mean context of (T + 1) / 2; training is 3 x forward. Muon's Newton-Schulz "
         f"({NEWTON_SCHULZ_STEPS} iterations) adds {count(orthogonalisation)}FLOP per optimizer step"
     )
-    return Table(f"GFLOPs per token at sequence length {sequence_length}", ("part", "training", "inference"), rows, note)
+    return Table(f"FLOPs per token at sequence length {sequence_length}", ("part", "training", "inference"), rows, note)
 
 
 def bytes_table(model: ModelConfig) -> Table:

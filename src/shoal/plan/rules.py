@@ -19,11 +19,10 @@ from typing import Any
 
 from ..config import TrainConfig, UserError
 from ..config.model import LONGEST_NGRAM
-from ..config.recipes import from_table, read_toml
+from ..config.recipes import RULES, from_table, read_toml
 from .budget import steps_for
 from .cost import count_parameters
 
-NAMES = ("baseline", "exportable", "full")
 VALUES = ("width", "layers", "batch", "rate")
 HEAD = 16
 """Width of a head, and what widths are multiples of."""
@@ -63,9 +62,9 @@ class Rules:
 
     @classmethod
     def load(cls, name: str) -> Rules:
-        """One of `NAMES`. Raises `UserError` for another."""
-        if name not in NAMES:
-            raise UserError(f"there are no rules {name!r}: use one of {', '.join(NAMES)}")
+        """One of `RULES`. Raises `UserError` for another."""
+        if name not in RULES:
+            raise UserError(f"there are no rules {name!r}: use one of {', '.join(RULES)}")
         common, own = _table("common"), _table(name)
         return cls(name, merged(common, own["settings"]), own["rule"], own.get("several_layers", {}))
 

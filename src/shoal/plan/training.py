@@ -257,8 +257,8 @@ def plan_step(
         timeline=timeline,
         seconds=timeline.makespan + synchronising + update,
         computing=computing,
-        exposed=busy - computing,
-        bubble=timeline.makespan - busy,
+        exposed=max(busy - computing, 0.0),  # the same times, added in another order, may differ by a rounding
+        bubble=max(timeline.makespan - busy, 0.0),
         gradient_exchange=synchronising,
         optimizer=update,
         memory=memory,

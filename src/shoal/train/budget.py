@@ -21,17 +21,17 @@ class Budget:
         return cls(config.minutes, config.tokens, config.steps, config.tokens_per_step)
 
     def progress(self, step: int, seconds: float) -> float:
-        """Share of the budget spent after `step` steps and `seconds` of training; the run ends at 1."""
+        """Share of the budget spent after `step` steps and `seconds`; the run ends at 1, though its last step may cost more."""
         if self.minutes is not None:
-            return seconds / (60 * self.minutes)
+            return min(seconds / (60 * self.minutes), 1.0)
         if self.steps is not None:
-            return step / self.steps
+            return min(step / self.steps, 1.0)
         assert self.tokens is not None
-        return step * self.tokens_per_step / self.tokens
+        return min(step * self.tokens_per_step / self.tokens, 1.0)
 
     def seconds_left(self, step: int, seconds: float) -> float:
         progress = self.progress(step, seconds)
-        return seconds * max(1 - progress, 0.0) / progress if progress else float("inf")
+        return seconds * (1 - progress) / progress if progress else float("inf")
 
     def __str__(self) -> str:
         if self.minutes is not None:

@@ -32,6 +32,9 @@ LONG, PIECE = 1 << 16, 1 << 12
 UNEVEN = 0.05
 """Share of all tokens by which one half may be ahead of the other where documents go to them in turns."""
 
+WITHOUT = "train a model that needs no counts: shoal train default"
+"""What to do instead. Sampled softmax and repetitions of a teacher stand on counts, too: more settings than a line has room for."""
+
 COUNTING_BYTES = 200
 """Memory that counting takes for every token."""
 
@@ -60,7 +63,7 @@ def halves(text: TokenShards) -> tuple[TokenShards, TokenShards]:
     for one, length in zip(sums, np.diff(text.documents).tolist(), strict=True):
         lengths[one] += length
     if len(lengths) < 2:
-        raise UserError("counting n-grams needs two documents that differ: give more data, or set model.count_order and teacher.order to 0")
+        raise UserError(f"counting n-grams needs two documents that differ: give more data, or {WITHOUT}")
     part_of: dict[int, int] = {}
     sizes, last = [0, 0], 1
     for one, length in lengths.items():
@@ -88,7 +91,7 @@ def count_into(model: Transformer, text: TokenShards) -> float:
 def _count(config: ModelConfig, text: TokenShards) -> Counts:
     """Raises `UserError` where there is not enough memory."""
     what = f"counting n-grams of {text.num_tokens:,} tokens"
-    require_memory(COUNTING_BYTES * text.num_tokens, what, "set model.count_order and teacher.order to 0, or name a recipe")
+    require_memory(COUNTING_BYTES * text.num_tokens, what, WITHOUT)
     text = in_pieces(text)
     return count_ngrams(text.tokens, text.documents, config.count_order, config.vocab_size)
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 REFRESH_SECONDS = 0.5  # a panel takes some milliseconds, which training should not feel
 LINE_SECONDS, LINE_PROGRESS = 15.0, 0.05  # a plain line when either has passed
 CURVE_ROWS = 3
+FIGURE_WIDTH = 17  # of a name, and of a value as long as 123,456
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 TIDE, DEEP, CORAL, SAND, MUTED = "#35a7c9", "#1b6f93", "#e2734f", "#d9a441", "grey58"
@@ -45,6 +46,7 @@ class Display:
         self.eta_seconds = math.nan
         self._shown_at = -math.inf
         self._shown_progress = 0.0
+        self._shown = True  # whether the last step is
         self._console: Console | None = None
         self._live: Live | None = None
 
@@ -67,13 +69,14 @@ class Display:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._live is not None:
             self._live.stop()
-        elif self.row and self._shown_progress != self.progress:
-            self._print(self._line())
+        else:
+            self._catch_up()
 
     def step(self, row: dict[str, Any], progress: float, eta_seconds: float) -> None:
         """An optimizer step is done: its row of metrics, the share of the budget that is spent (0..1), and the seconds left."""
         self.row, self.progress, self.eta_seconds = row, progress, eta_seconds
         self.curve.add(row["loss"])
+        self._shown = False
         waited = time.monotonic() - self._shown_at
         if self._live is not None:
             due = waited >= REFRESH_SECONDS
@@ -88,19 +91,26 @@ class Display:
         if self._live is not None:
             self._show()
         else:
+            self._catch_up()
             loss = f", loss {row['val_loss']:.3f}" if row.get("val_loss") is not None else ""
             self._print(f"evaluation at step {row['step']:,}: {row['val_bpb']:.4f} bits per byte{loss}")
 
     def message(self, text: str) -> None:
         """Something to tell apart from the figures; it stays on the screen."""
+        self._catch_up()
         self._print(text)
+
+    def _catch_up(self) -> None:
+        """What is told of a step comes after its line."""
+        if self._live is None and not self._shown:
+            self._show()
 
     def _show(self) -> None:
         if self._live is not None:
             self._live.refresh()
         else:
             self._print(self._line())
-        self._shown_at, self._shown_progress = time.monotonic(), self.progress
+        self._shown_at, self._shown_progress, self._shown = time.monotonic(), self.progress, True
 
     def _print(self, text: str) -> None:
         if self._console is not None:
@@ -145,7 +155,7 @@ class Display:
         if not row:
             lines.append(Text("the first step is under way", style=MUTED))
         else:
-            lines += [self._loss(inside), Text(""), self._figures()]
+            lines += [self._loss(inside), Text(""), self._figures(inside)]
             if row.get("max_vio_layers"):
                 lines += [_balance(row, inside)]
         return Panel(
@@ -173,8 +183,8 @@ class Display:
         grid.add_row(figures, Text("\n").join(Text(line, style=color) for line, color in zip(curve, (TIDE, "#2789ac", DEEP), strict=True)))
         return grid
 
-    def _figures(self) -> RenderableType:
-        """Three columns of a name and a value."""
+    def _figures(self, inside: int) -> RenderableType:
+        """Up to three columns of a name and a value, as many as are legible."""
         from rich.table import Table
 
         row = self.row
@@ -194,11 +204,12 @@ class Display:
             cells.append(("MaxVio", f"{row['max_vio']:.2f}", f"bold {_heat(row['max_vio'])}"))
         if row.get("skipped"):
             cells.append(("skipped", str(row["skipped"]), CORAL))
+        columns = min(max(inside // FIGURE_WIDTH, 1), 3)
         grid = Table.grid(expand=True)
-        for _ in range(3):
+        for _ in range(columns):
             grid.add_column(ratio=1)
-        for start in range(0, len(cells), 3):
-            grid.add_row(*(_named(*cell) for cell in cells[start : start + 3]))
+        for start in range(0, len(cells), columns):
+            grid.add_row(*(_named(*cell) for cell in cells[start : start + columns]))
         return grid
 
 

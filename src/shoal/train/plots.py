@@ -162,7 +162,8 @@ def _draw_loss(ax: Axes, metrics: Metrics, x: Floats, x_name: str, log: bool) ->
     if np.isfinite(val_loss).any():
         at = column(metrics.evaluations, x_name)
         style: dict[str, Any] = {"marker": "o", "markersize": 5, "markeredgecolor": PAPER, "markeredgewidth": 1.0}
-        ax.plot(at, val_loss, color=CORAL, linewidth=1.2, zorder=4, clip_on=False, **style)
+        # The last mark lies on the edge, and is not cut. The first may lie far outside, for which the layout must not make room.
+        ax.plot(at, val_loss, color=CORAL, linewidth=1.2, zorder=4, clip_on=False, in_layout=False, **style)
         lines.append(Line(at, val_loss, "validation", CORAL))
     return lines
 
@@ -176,7 +177,7 @@ def _frame(metrics: Metrics) -> tuple[float, float]:
     loss, mtp = metrics.column("loss"), metrics.column("mtp_loss")
     first = int(np.isfinite(mtp).argmax())
     mtp_begin = first + len(mtp) // 10 if first else begin
-    curves = [loss[begin:], mtp[mtp_begin:], column(metrics.evaluations[1:], "val_loss")]
+    curves = [loss[begin:], mtp[mtp_begin:], column(metrics.evaluations[1:] or metrics.evaluations, "val_loss")]
     shown = np.concatenate(curves)
     shown = shown[np.isfinite(shown)]
     if not len(shown):

@@ -80,12 +80,16 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path / name} cannot be read ({error}): is {self.path} the folder of a run?") from None
 
+    def pretrains(self) -> bool:
+        """Whether this is a run that can be resumed. Fine-tuning cannot, and knows no data fingerprint."""
+        facts = self.read_json("run.json")
+        return isinstance(facts, dict) and {"requested", "data_fingerprint", "precision"} <= facts.keys()
+
     def facts(self) -> dict[str, Any]:
         """What `run_facts` wrote when the run began."""
-        facts = self.read_json("run.json")
-        if not isinstance(facts, dict) or not {"requested", "data_fingerprint", "precision"} <= facts.keys():
-            raise UserError(f"{self.path / 'run.json'} does not describe a run: choose another --out")
-        return facts
+        if not self.pretrains():
+            raise UserError(f"{self.path / 'run.json'} does not describe a run of shoal train: choose another --out")
+        return cast("dict[str, Any]", self.read_json("run.json"))
 
     def settings(self) -> TrainConfig:
         """What the run was asked for, as the defaults of resuming it."""
@@ -115,7 +119,7 @@ def refuse_taken(config: Destination, source: Path | None = None) -> None:
     """Raise `UserError` where --out holds what must not be written over. `source` is the model that the run begins with, if any."""
     if config.out is None:
         return
-    path = Path(config.out)
+    path = Path(config.out).expanduser()
     if source is not None and config.overwrite and source.resolve().is_relative_to(path.resolve()):
         raise UserError(f"{source} lies in {path}, which --overwrite would discard before the run has a model: choose another --out")
     if (path / "run.json").exists():
@@ -130,7 +134,7 @@ def refuse_taken(config: Destination, source: Path | None = None) -> None:
 def new_run(config: Destination, name: str, source: Path | None = None) -> RunFolder:
     """Create the folder of a new run: --out, or the next free runs/NAME. Refuses what `refuse_taken` does."""
     refuse_taken(config, source)
-    path = Path(config.out or f"runs/{name}")
+    path = Path(config.out or f"runs/{name}").expanduser()
     if (path / "run.json").exists() and config.out is not None:
         remove_folder(path)
     try:
@@ -155,16 +159,19 @@ def _next_free(path: Path) -> Path:
 
 
 def find_run(out: str | None) -> RunFolder:
-    """The run to resume: `out`, or the one under runs/ that was written to last."""
+    """The run to resume: `out`, or of those under runs/ that pretrain the one that was written to last."""
     if out is not None:
-        if not (Path(out) / "run.json").exists():
+        path = Path(out).expanduser()
+        if not (path / "run.json").exists():
             raise UserError(f"{out} holds no run to resume: check --out, or leave out --resume to start one")
-        return RunFolder(Path(out))
-    runs = [file.parent for file in Path("runs").glob("*/run.json")]
-    if not runs:
-        raise UserError("there is no run under runs/ to resume: name one with --out, or leave out --resume")
+        return RunFolder(path)
+    runs = [RunFolder(file.parent) for file in Path("runs").glob("*/run.json")]
     # metrics.jsonl is appended to all the time, which does not touch the folder itself.
-    return RunFolder(max(runs, key=lambda run: max(file.stat().st_mtime for file in run.iterdir())))
+    runs.sort(key=lambda run: max(file.stat().st_mtime for file in run.path.iterdir()), reverse=True)
+    found = next((run for run in runs if run.pretrains()), None)
+    if found is None:
+        raise UserError("there is no run under runs/ to resume: name one with --out, or leave out --resume")
+    return found
 
 
 def learnt_from(model: Path) -> str | None:

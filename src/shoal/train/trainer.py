@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shlex
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from ..plan.cost import optimizer_flops
 from ..runtime import Machine, start
 from .balance import routing_row, update_biases
 from .budget import Budget
-from .counting import AlternatingBatches, Counting, count_into, counts_while_training
+from .counting import WITHOUT, AlternatingBatches, Counting, count_into, counts_while_training
 from .display import Display
 from .early import EarlyUpdates
 from .likelihood import BATCH_TOKENS, Document, Likelihood, held_out, likelihood
@@ -95,7 +96,7 @@ def train(requested: TrainConfig) -> Trained:
     if counting is not None and folder is None and config.minutes and counting.seconds >= 60 * config.minutes:
         raise UserError(
             f"counting n-grams took {counting.seconds:.0f} s, all of --minutes {config.minutes:g}: give more minutes or less data, "
-            "or set model.count_order and teacher.order to 0"
+            f"or {WITHOUT}"
         )
     if folder is None:
         folder = team.decide(lambda: begin_run(requested, corpus.name, data.fingerprint, machine))
@@ -247,7 +248,8 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
         if stopping:
             state.save(None)
             state.finish_saving()
-            display.message(f"stopped at step {at.step} and saved; go on with: shoal train --resume --out {state.folder.path}")
+            resume = f"shoal train --resume --out {shlex.quote(str(state.folder.path))}"
+            display.message(f"stopped at step {at.step} and saved; go on with: {resume}")
             return Trained(state.folder.path, {"step": at.step}, finished=False, stop_asked=True, reports=team.is_first)
         if model.model.counted is not None and counts_while_training(config):
             at.counting_seconds += count_into(model, state.data.train)

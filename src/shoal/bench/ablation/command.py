@@ -24,7 +24,7 @@ QUICK = 0.01
 def run_bench(command: BenchAblationCommand, trainer: Trainer | None = None) -> dict[str, Any]:
     """Make the runs that are missing, print the table, draw the picture, return the JSON object. `trainer`: see `Runs`."""
     command.validate()
-    study, folder = Study.load(command.study), Path(command.out)
+    study, folder = Study.load(command.study), Path(command.out).expanduser()
     picture = folder / f"{study.name}.png"
     made = []
     with open_runs(folder, open_corpus(command.data, CorpusConfig()).fingerprint, trainer) as runs:

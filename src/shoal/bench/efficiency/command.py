@@ -36,7 +36,7 @@ QUICK = 0.03
 def run_bench(command: BenchEfficiencyCommand, trainer: Trainer | None = None) -> dict[str, Any]:
     """Make the runs that are missing, print the table, draw the picture, return the JSON object. `trainer`: see `Runs`."""
     command.validate()
-    folder = Path(command.out)
+    folder = Path(command.out).expanduser()
     sides = [load_side(name) for name in BUDGETS[command.scale]]
     budgets = {name: [flops * (QUICK if command.quick else 1) for flops in some] for name, some in BUDGETS[command.scale].items()}
     with open_runs(folder, open_corpus(command.data, CorpusConfig()).fingerprint, trainer) as runs:

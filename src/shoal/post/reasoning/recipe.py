@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 import time
 from collections.abc import Iterable
@@ -221,4 +222,4 @@ def report(command: ReasoningCommand, folder: RunFolder, summary: dict[str, Any]
     print(f"{100 * summary['gain_over_more_sft']:+.1f} over as much more of it; {summary['seconds'] / 60:.1f} minutes in all")
     if summary["figure"]:
         print(f"figure: {summary['figure']}")
-    print(f"chat:   shoal chat {folder.path / 'grpo'}")
+    print(f"chat:   shoal chat {shlex.quote(str(folder.path / 'grpo'))}")

@@ -73,6 +73,7 @@ assert any(isinstance(text, str) and re.fullmatch("[0-9a-f]{32}", text) for text
 """,
     "is no Python": "def f(:",
     "recurses": "def f(): f()\nf()",
+    "names a type that it does not import": "def f(n) -> List[int]: return [n]\nassert f(1) == [1]",
 }
 
 

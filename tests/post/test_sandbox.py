@@ -30,7 +30,7 @@ from shoal.post.confined import (
     RETURN,
     system_call_filter,
 )
-from shoal.post.rewards import Judge, brevity, code, exact, form, number_in, numeric, pattern
+from shoal.post.rewards import Judge, brevity, code, code_in, exact, form, number_in, numeric, pattern
 from shoal.post.sandbox import Function, Limits, runs_to_end
 
 QUICK = Limits(seconds=1.0, memory=512 << 20)
@@ -250,6 +250,22 @@ def test_rewards_grade_what_they_say() -> None:
     good = "<think>t</think>Here:\n```python\ndef f(x):\n    return x + 1\n```"
     assert code("", good, "assert f(1) == 2") == 1
     assert code("", good, "assert f(1) == 3") == 0
+
+
+@given(st.lists(st.tuples(st.sampled_from(["bash", "text", "python", "Python", "python3", "py", "json title=x"]), st.integers(0, 2)), max_size=5))
+def test_the_last_block_of_python_is_the_code_whatever_stands_around_it(blocks: list[tuple[str, int]]) -> None:
+    reply, wanted = "", None
+    for number, (language, indent) in enumerate(blocks):
+        content = f"x = {number}\n    ```\n    of a docstring\n    ```\n"
+        reply += f"Look:\n{' ' * indent}```{language}\n{content}{' ' * indent}```\n"
+        wanted = content if language.lower().startswith("py") else wanted
+    assert code_in(f"{reply}Done.") == (wanted or f"{reply}Done.")
+
+
+def test_what_the_code_prints_is_not_taken_for_the_code() -> None:
+    assert code_in("```python\nprint(1)\n```\nIt prints:\n```\n1\n```") == "print(1)\n"
+    assert code_in("```bash\nls\n```\n```\nprint(1)\n```") == "print(1)\n"
+    assert code_in("````python\nx = 1\n```\n````") == "x = 1\n```\n"
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,9 @@ SUM = re.compile(r"(?:[\d\s,+\-*/×·÷=)%]|\((?!\s*=)|\.\d)+")
 FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
 DECORATION = re.compile(r"\\?\$|\\[,!;]")
 BOXED = "\\boxed{"
-FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+FENCED = re.compile(r"^([ \t]*)(`{3,})[ \t]*([^\s`]*)[^`\n]*\n(.*?)^(?:\1| {0,3})\2`*[ \t]*$", re.DOTALL | re.MULTILINE)
+"""Any block, so that fences are taken in pairs; its groups 3 and 4 are language and content."""
+PYTHON = re.compile(r"(?:python|py)[\d.]*", re.IGNORECASE)
 SHAPE = re.compile(r"\s*<think>.+</think>\s*\S.*", re.DOTALL)
 SAID = re.compile(r"####\s*(.+)|answer is:?\s*(.+)", re.IGNORECASE)
 CODE_LIMITS = Limits(seconds=5.0, memory=1 << 30)
@@ -109,9 +111,11 @@ def _fraction(number: str) -> Fraction | None:
 
 
 def code_in(text: str) -> str:
-    """The last fenced block of Python, or else all of the text."""
-    blocks = FENCED.findall(text)
-    return blocks[-1] if blocks else text
+    """The last fenced block of Python; or else the last one without a language, or all of the text."""
+    blocks = [(language, content) for _, _, language, content in FENCED.findall(text)]
+    python = [content for language, content in blocks if PYTHON.fullmatch(language)]
+    unnamed = [content for language, content in blocks if not language]
+    return (python or unnamed or [text])[-1]
 
 
 def _plain(text: str) -> str:

@@ -252,7 +252,11 @@ def test_rewards_grade_what_they_say() -> None:
     assert code("", good, "assert f(1) == 3") == 0
 
 
-@given(st.lists(st.tuples(st.sampled_from(["bash", "text", "python", "Python", "python3", "py", "json title=x"]), st.integers(0, 2)), max_size=5))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["bash", "text", "python", "Python", "python3", "py", "json title=x"]), st.integers(0, 2)), max_size=5
+    )
+)
 def test_the_last_block_of_python_is_the_code_whatever_stands_around_it(blocks: list[tuple[str, int]]) -> None:
     reply, wanted = "", None
     for number, (language, indent) in enumerate(blocks):

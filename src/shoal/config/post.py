@@ -202,7 +202,7 @@ class DPOCommand:
     folder: Annotated[RunFolderOptions, tyro.conf.arg(name="")] = field(default_factory=RunFolderOptions)
     machine: Annotated[MachineOptions, tyro.conf.arg(name="")] = field(default_factory=MachineOptions)
     data: tuple[str, ...] = ()
-    """JSON Lines or Parquet files or folders: `prompt` (text or messages), `chosen` and `rejected` (text or messages)."""
+    """JSON Lines or Parquet files or folders: `prompt` or `question`, `chosen` and `rejected` (each text or messages)."""
     beta: float = 0.1
     """How strongly the model is held to the one it starts from."""
     epochs: float = 1.0

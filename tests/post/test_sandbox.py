@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
 import os
 import re
 import struct
+import subprocess
+import sys
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +18,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.alive import wait_for_end
 
 from shoal.config import UserError
 from shoal.post.confined import (
@@ -167,6 +171,41 @@ def test_the_filter_allows_what_is_listed_and_nothing_else(machine: str) -> None
         assert verdict(number[name], *refused) == ERROR | errno.EPERM, name  # type: ignore[arg-type]
     assert verdict(435) == verdict(0x40000000) == ERROR | errno.ENOSYS
     assert verdict(0, of=next(other for other in MACHINES if other != machine)) == ERROR | errno.EPERM
+
+
+WAITING = """
+import sys
+from shoal.post.sandbox import Function, Limits, runs_to_end
+print("here", flush=True)
+if sys.argv[1] == "code":
+    runs_to_end("import time; time.sleep(600)", Limits(600))
+else:
+    Function(sys.argv[1], Limits(600)).call(prompt="", reply="hang", answer="")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux has /proc")
+@pytest.mark.parametrize("what", ["code", "function"])
+def test_the_sandbox_ends_with_the_process_that_waits_for_it(what: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(REWARDS)
+    where = "code" if what == "code" else f"{tmp_path / 'mine.py'}:reward"
+    with subprocess.Popen([sys.executable, "-c", WAITING, where], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        while not (children := children_of(process.pid)):
+            time.sleep(0.02)
+        time.sleep(0.5)  # the sandbox may be at work by now, or still be starting
+        process.kill()
+    wait_for_end(children, 10)
+
+
+def children_of(parent: int) -> list[int]:
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int((place / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(place.name))
+    return found
 
 
 REWARDS = """

@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import resource
+import signal
 import struct
 import sys
 from collections.abc import Callable
@@ -63,7 +64,7 @@ NEWEST = 424
 
 LOAD, JUMP_EQUAL, JUMP_GREATER_EQUAL, JUMP_SET, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 ALLOW, ERROR = 0x7FFF0000, 0x00050000
-PR_SET_NAME, PR_GET_NAME, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 15, 16, 22, 38, 2
+PR_SET_PDEATHSIG, PR_SET_NAME, PR_GET_NAME, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 1, 15, 16, 22, 38, 2
 CLONE_THREAD = 0x10000
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 EVERY_BIT = 0xFFFFFFFF
@@ -119,6 +120,14 @@ def _refuse_unless(word: int, jump: int, operands: tuple[int, ...], wanted: bool
     return [(LOAD, 0, 0, 16 + 4 * word), *tests, (RETURN, 0, 0, ERROR | errno.EPERM)]
 
 
+def end_with(parent: int) -> None:
+    """Have the system kill this process when `parent` ends, by whatever signal; only Linux can."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it had ended before
+        sys.exit(1)
+
+
 def confine(seconds: float, memory: int) -> None:
     """Give up what honest code does not need. Raises `OSError` where the system does not let us; there is no filter off Linux."""
     cpu = max(1, math.ceil(seconds))
@@ -171,7 +180,7 @@ def load_function(where: str) -> Callable[..., Any]:
 
 
 def main() -> None:
-    """One line of orders `{"seconds", "memory", "code" | "function"}`; then, with code, what to say at its end, or a line of arguments for
+    """One line of orders `{"parent", "seconds", "memory", "code" | "function"}`; then, with code, what to say at its end, or a line of arguments for
     every call of the function."""
     lines = open(os.dup(0), "rb", buffering=0)  # noqa: SIM115  unbuffered: what comes later stays outside of memory until then
     answers = os.dup(1)
@@ -179,6 +188,7 @@ def main() -> None:
     for descriptor in range(3):
         os.dup2(nothing, descriptor)
     orders = json.loads(lines.readline())
+    end_with(orders["parent"])
 
     def answer(value: Any) -> None:
         os.write(answers, json.dumps(value).encode() + b"\n")

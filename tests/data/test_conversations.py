@@ -136,6 +136,23 @@ def test_the_usual_forms_become_the_same_messages(tmp_path: Path) -> None:
     assert found == [[question, answer]] * 4
 
 
+@pytest.mark.parametrize(
+    ("names", "read"),
+    [
+        (["train_sft-0.jsonl", "train_sft-1.jsonl", "test_sft-0.jsonl", "README.json"], {"train_sft-0.jsonl", "train_sft-1.jsonl"}),
+        (["train/a.json", "test/a.json"], {"train/a.json"}),
+        (["train.jsonl", "more.jsonl"], {"train.jsonl", "more.jsonl"}),
+    ],
+)
+def test_of_a_folder_the_split_for_tests_is_not_learnt(tmp_path: Path, names: list[str], read: set[str]) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pair = {"prompt": name, "chosen": "a", "rejected": "b"}
+        (tmp_path / name).write_text(json.dumps({"messages": [{"role": "user", "content": name}]} | pair) + "\n")
+    assert {conversation.messages[0]["content"] for _, conversation in read_conversations([str(tmp_path)])} == read
+    assert {chosen.messages[0]["content"] for _, chosen, _ in read_pairs([str(tmp_path)])} == read
+
+
 def test_thoughts_and_parts_are_folded_into_the_content() -> None:
     row = {
         "messages": [

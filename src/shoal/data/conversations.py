@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ..config import UserError
+from ..config import CorpusConfig, UserError
 from .chat_template import encode_turns
 from .readers import JSON_SUFFIXES, data_suffix, read_rows
+from .sources import file_sources
 from .tokenizer import Tokenizer
 
 SIDES = ("chosen", "rejected")
@@ -39,7 +40,7 @@ class Example:
 
 
 def read_conversations(paths: Sequence[str]) -> Iterator[tuple[str, Conversation]]:
-    """Conversations of JSON Lines or Parquet files, or of all such files in a folder, each with its place.
+    """Conversations of JSON Lines or Parquet files, or of such files in a folder (see `_files`), each with its place.
 
     Rows hold `messages` (OpenAI), `conversations` (ShareGPT) or `instruction`, `input` and `output` (Alpaca). Raises `UserError`
     naming the place of what is none of these.
@@ -94,6 +95,8 @@ def _messages(value: Any, role: str, place: str) -> list[dict[str, Any]]:
 
 
 def _files(path: Path) -> list[Path]:
+    """The file that `path` is, or those of a folder; where some are marked as train and others as val or test, the former, as in
+    pretraining."""
     if not path.exists():
         raise UserError(f"{path} does not exist: check --data")
     if path.is_file():
@@ -101,7 +104,9 @@ def _files(path: Path) -> list[Path]:
     found = sorted(file for file in path.rglob("*") if file.is_file() and data_suffix(file) in (*JSON_SUFFIXES, ".parquet"))
     if not found:
         raise UserError(f"{path} holds no .jsonl or .parquet file: check --data")
-    return found
+    names = {file: file.relative_to(path).as_posix() for file in found}
+    learnt = {source.name for source in file_sources(names, CorpusConfig()) if source.split != "val"}
+    return [file for file in found if names[file] in learnt]
 
 
 def conversation_of(row: Any, place: str) -> Conversation:

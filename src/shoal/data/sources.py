@@ -186,9 +186,9 @@ def open_corpus(data: tuple[str, ...], config: CorpusConfig) -> Corpus:
     for path in files:
         if not path.stat().st_size:
             raise UserError(f"{path} is empty: give a file with text")
-    sources = _file_sources({path: path.name for path in files}, config)
+    sources = file_sources({path: path.name for path in files}, config)
     for folder in filter(Path.is_dir, paths):
-        sources += _file_sources(_files_below(folder), config)
+        sources += file_sources(_files_below(folder), config)
     for item in data:
         if item.startswith("hf:"):
             sources += _dataset_sources(item, config)
@@ -236,7 +236,7 @@ def _files_below(folder: Path) -> dict[Path, str]:
     raise UserError(f"{folder} holds no text, JSON Lines or Parquet file that is not empty: give another folder")
 
 
-def _file_sources(files: dict[Path, str], config: CorpusConfig) -> list[Source]:
+def file_sources(files: dict[Path, str], config: CorpusConfig) -> list[Source]:
     """Sources of files that belong together; the values are their names below the folder that holds them."""
     labels = {file: _label(name) for file, name in files.items()}
     val = "val" if "val" in labels.values() else "test"

@@ -180,8 +180,8 @@ def load_function(where: str) -> Callable[..., Any]:
 
 
 def main() -> None:
-    """One line of orders `{"parent", "seconds", "memory", "code" | "function"}`; then, with code, what to say at its end, or a line of arguments for
-    every call of the function."""
+    """One line of orders `{"parent", "seconds", "memory", "code" | "function"}`; then, with code, what to say at its end, or a line of
+    arguments for every call of the function."""
     lines = open(os.dup(0), "rb", buffering=0)  # noqa: SIM115  unbuffered: what comes later stays outside of memory until then
     answers = os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)

@@ -162,6 +162,8 @@ class GRPOCommand:
     """Updates of the weights per step, each on its share of the problems."""
     max_tokens: int = 256
     """Of a reply."""
+    thinking: bool = False
+    """Have replies begin with a thought, where the chat template leaves the choice (v3.1)."""
     overlong: Literal["mask", "keep"] = "mask"
     """`mask` learns nothing from replies that were cut off; `keep` takes their reward (0 without an answer) as it is."""
     routing_replay: bool = True

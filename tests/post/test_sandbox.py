@@ -240,6 +240,31 @@ def test_a_users_function_that_fails_costs_one_call(tmp_path: Path) -> None:
             assert function.call(prompt="p", reply="fine", answer="a") == 6.0
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from helper import ONE\ndef reward(prompt, reply, answer): return ONE",
+        """
+from __future__ import annotations
+import pickle
+from dataclasses import dataclass
+@dataclass
+class Worth:
+    value: float
+def reward(prompt, reply, answer):
+    return pickle.loads(pickle.dumps(Worth(1.0))).value
+""",
+    ],
+)
+def test_a_users_file_is_loaded_as_python_loads_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    (tmp_path / "helper.py").write_text("ONE = 1.0")
+    (tmp_path / "mine.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    for place in ("mine.py", str(tmp_path / "mine.py")):
+        with Function(f"{place}:reward", Limits()) as function:
+            assert function.call(prompt="", reply="", answer="") == 1.0
+
+
 def test_a_judge_adds_rewards_and_counts_what_was_lost(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(REWARDS)
     with Judge(["exact", "form*0.5", f"{tmp_path / 'mine.py'}:reward*0.1"]) as judge:
@@ -268,7 +293,7 @@ def test_functions_that_cannot_be_called_are_refused_before_anything_is_judged(
         pass
 
 
-@pytest.mark.parametrize("spec", ["nonsense", "exact*x"])
+@pytest.mark.parametrize("spec", ["nonsense", "exact*x", "exact*nan", "form*-inf"])
 def test_rewards_that_do_not_exist_are_refused(spec: str) -> None:
     with pytest.raises(UserError):
         Judge([spec])
@@ -316,6 +341,9 @@ def test_what_the_code_prints_is_not_taken_for_the_code() -> None:
     [
         (r"6, so \boxed{\frac{3}{4}}", "3/4"),
         (r"\boxed{-\dfrac{3}{4}}", "-3/4"),
+        (r"\boxed{\frac12}", "1/2"),
+        (r"\boxed{-\tfrac{1}2}", "-1/2"),
+        (r"\boxed{\frac 1{20}}", "1/20"),
         (r"\boxed{1{,}000}", "1000"),
         (r"\boxed{\text{12 apples}}", "12"),
         (r"\boxed{5}. No, \boxed{\$7}", "7"),

@@ -92,6 +92,8 @@ READING = 0b110
 LANDLOCK_CREATE_RULESET, LANDLOCK_RESTRICT_SELF = 444, 446
 LANDLOCK_CHANGES = 0x1FF3
 """All rights over files of Landlock's first version but reading."""
+FILE_MODULE = "__reward__"
+"""What a user's file is called as a module: like no other that it may import."""
 
 
 def system_call_filter(machine: str) -> bytes:
@@ -166,10 +168,13 @@ def load_function(where: str) -> Callable[..., Any]:
 
     source, _, name = where.rpartition(":")
     if source.endswith(".py"):
-        spec = importlib.util.spec_from_file_location("reward", source)
+        spec = importlib.util.spec_from_file_location(FILE_MODULE, source)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        # As for a program: what lies beside it can be imported, and its classes are found by their module's name.
+        sys.path.insert(0, os.path.dirname(os.path.abspath(source)))
+        sys.modules[FILE_MODULE] = module
         spec.loader.exec_module(module)
     else:
         module = importlib.import_module(source)

@@ -52,11 +52,12 @@ class Tuner:
         self._adam = AdamW([group for group in groups if group["params"]], lr=options.lr, betas=(0.9, 0.95), fused=True)
 
     def rate(self, step: int) -> float:
-        """Learning rate of step 1, 2, ..."""
-        progress, options = step / self._steps, self._options
-        if progress < options.warmup:
-            return options.lr * progress / options.warmup
-        return options.lr * (options.final + (1 - options.final) * (1 - progress) / max(1 - options.warmup, 1e-9))
+        """Learning rate of step 1, 2, ...: the first one after the warm-up has the peak, also where it is the only one."""
+        options = self._options
+        if step / self._steps < options.warmup:
+            return options.lr * step / self._steps / options.warmup
+        left = min((self._steps - step + 1) / self._steps / max(1 - options.warmup, 1e-9), 1.0)
+        return options.lr * (options.final + (1 - options.final) * left)
 
     def step(self, step: int) -> float:
         """One update, gradients cleared; the norm that they had. Nothing changes where they are not finite."""

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from shoal.cli import main
 from shoal.config import SFTCommand, TuneOptions
 from shoal.data import Tokenizer
+from shoal.evaluate import default_window
 from shoal.formats import load_model, locate_model
+from shoal.formats.huggingface import read_config
 from shoal.post.packing import Text
 from shoal.post.sft import Plan
 from shoal.post.tuning import Tuner
@@ -101,6 +103,20 @@ def test_a_model_that_would_be_discarded_is_refused(chat_model: Path, conversati
         assert main(["sft", str(model), "--data", str(conversations_file), "--out", str(chat_model), "--overwrite", "--steps", "1"]) == 2
         assert "choose another --out" in capsys.readouterr().err
     assert sorted(chat_model.rglob("*")) == before
+
+
+def test_what_cannot_be_resumed_is_not_offered_to_be(
+    chat_model: Path, conversations_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sft", str(chat_model), "--data", str(conversations_file), "--out", str(chat_model), "--steps", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "already holds a run: --overwrite discards it" in error
+    assert "--resume" not in error
+
+
+def test_text_is_scored_in_the_window_of_pretraining(trained: Path, chat_model: Path) -> None:
+    before, after = (locate_model(path) for path in (trained, chat_model))
+    assert default_window(before, read_config(before)) == default_window(after, read_config(after)) == 32
 
 
 def test_preview_counts_what_it_shows(trained: Path, conversations_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from ..formats.export import chat_template
 from ..formats.locate import locate_model
 from ..formats.weight_files import read_generation
 from ..model import Transformer
-from ..train.run_folder import RunFolder, new_run
+from ..train.run_folder import TRAINED_LENGTH, RunFolder, new_run, trained_length
 from ..train.uncompiled import AdamW
 from .adapters import adapt, is_adapted, merge
 
@@ -24,6 +24,8 @@ from .adapters import adapt, is_adapted, merge
 def load_trainable(path: str, machine: MachineOptions, options: TuneOptions) -> Plain:
     """The model in fp32, ready to be trained, with adapters where they are asked for."""
     loaded = load_plain(path, machine)
+    if length := trained_length(loaded.folder, loaded.model.config):
+        loaded.model.config.extra[TRAINED_LENGTH] = length  # what the model becomes is judged as it was
     if options.lora_rank > loaded.model.config.hidden_size:
         raise UserError(
             f"--lora-rank {options.lora_rank} is more than the width of the model, {loaded.model.config.hidden_size}: take a smaller one"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -233,6 +234,21 @@ def test_rollouts_of_what_transformers_does_not_have_are_refused(
     capsys.readouterr()
     assert main(["bench", "rollouts", str(tmp_path / "run"), "--vs", "transformers", "--prompt-tokens", "4", "--tokens", "4"]) == 2
     assert "model.qk_norm is on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_rollouts_of_both_sides_have_weights_of_one_type(
+    trained: Path, precision: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    load, peers = transformers.AutoModelForCausalLM.from_pretrained, []
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_pretrained", lambda *args, **options: peers.append(load(*args, **options)) or peers[-1]
+    )
+    small = ["--prompts", "2", "--group", "2", "--prompt-tokens", "4", "--tokens", "4", "--rounds", "1", "--threads", "1"]
+    assert main(["bench", "rollouts", str(trained), "--vs", "transformers", "--precision", precision, *small]) == 0
+    [peer] = peers
+    assert {parameter.dtype for parameter in peer.parameters() if parameter.ndim > 1} == {dtype}
 
 
 def test_quantization_beside_llama_cpp(trained: Path, workshop: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from shoal.formats.export import chat_template
 PLAIN = train_tokenizer(["the reef and the fish swim over 12 + 30 = 42, été 😀 call(x)\n" * 20], 400)
 TEMPLATES = {"plain": chat_template(), **{name: built_in_template(name) for name in BUILT_IN}}
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}]
+ASKED, GOOD, BAD = {"role": "user", "content": "red?"}, {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}
 said = st.text(alphabet="abc é😀1+\n.{}", min_size=1, max_size=12)
 
 
@@ -135,6 +136,23 @@ def test_the_usual_forms_become_the_same_messages(tmp_path: Path) -> None:
     assert found == [[question, answer]] * 4
 
 
+@pytest.mark.parametrize(
+    ("names", "read"),
+    [
+        (["train_sft-0.jsonl", "train_sft-1.jsonl", "test_sft-0.jsonl", "README.json"], {"train_sft-0.jsonl", "train_sft-1.jsonl"}),
+        (["train/a.json", "test/a.json"], {"train/a.json"}),
+        (["train.jsonl", "more.jsonl"], {"train.jsonl", "more.jsonl"}),
+    ],
+)
+def test_of_a_folder_the_split_for_tests_is_not_learnt(tmp_path: Path, names: list[str], read: set[str]) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pair = {"prompt": name, "chosen": "a", "rejected": "b"}
+        (tmp_path / name).write_text(json.dumps({"messages": [{"role": "user", "content": name}]} | pair) + "\n")
+    assert {conversation.messages[0]["content"] for _, conversation in read_conversations([str(tmp_path)])} == read
+    assert {chosen.messages[0]["content"] for _, chosen, _ in read_pairs([str(tmp_path)])} == read
+
+
 def test_thoughts_and_parts_are_folded_into_the_content() -> None:
     row = {
         "messages": [
@@ -150,10 +168,84 @@ def test_thoughts_and_parts_are_folded_into_the_content() -> None:
     assert messages[1] == {"role": "assistant", "content": "<think>\nhm\n</think>\ngreen"}
 
 
+def test_what_stands_beside_the_turns_is_said(tmp_path: Path) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    for row in (
+        {"system": "Be brief.", "messages": [ASKED, GOOD]},
+        {"system": "Be brief.", "messages": [system, ASKED, GOOD]},
+        {"system": "Be brief.", "conversations": [{"from": "human", "value": "red?"}, {"from": "gpt", "value": "a"}]},
+        {"system": "Be brief.", "instruction": "red?", "output": "a"},
+    ):
+        assert conversation_of(row, "here").messages == [system, ASKED, GOOD]
+    history = conversation_of({"instruction": "red?", "output": "b", "history": [["red?", "a"]]}, "here")
+    assert history.messages == [ASKED, GOOD, ASKED, BAD]
+
+
+def test_functions_of_openais_first_form_are_tools() -> None:
+    function, asked = TOOLS[0]["function"], {"role": "user", "content": "12 + 30?"}
+    first = {
+        "functions": [function],
+        "messages": [
+            asked,
+            {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": "{}"}},
+            {"role": "function", "name": "add", "content": "42"},
+            {"role": "assistant", "content": "42"},
+        ],
+    }
+    second = {
+        "tools": json.dumps(TOOLS),
+        "messages": [
+            asked,
+            {"role": "assistant", "content": "", "tool_calls": [call("{}")]},
+            {"role": "tool", "content": "42"},
+            {"role": "assistant", "content": "42"},
+        ],
+    }
+    for template in BUILT_IN:
+        one, other = (tokenize(with_template(template), conversation_of(row, "here"), "here") for row in (first, second))
+        assert one.ids.tolist() == other.ids.tolist()
+        assert one.written.tolist() == other.written.tolist()
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_roles_that_a_template_does_not_know_are_refused_not_dropped(template: str) -> None:
+    conversation = Conversation([ASKED, {"role": "critic", "content": "no"}, GOOD])
+    with pytest.raises(UserError, match=r"file:3: .*critic"):
+        tokenize(with_template(template), conversation, "file:3")
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_answers_of_no_weight_are_read_and_not_learnt(template: str) -> None:
+    tokenizer = with_template(template)
+    row = {"messages": [ASKED, BAD | {"weight": 0}, ASKED, GOOD | {"weight": 1}]}
+    example = tokenize(tokenizer, conversation_of(row, "here"), "here")
+    assert tokenizer.decode(example.ids[example.written].tolist(), skip_special=False) == f"a{EOS}"
+    assert example.ids.tolist() == tokenize(tokenizer, Conversation([ASKED, BAD, ASKED, GOOD]), "here").ids.tolist()
+
+
+def test_parquet_teaches_what_json_lines_teach(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = []
+    for name, arguments, kind in (("weather", {"city": "Rome"}, "string"), ("search", {"limit": 3}, "integer")):
+        properties = {field: {"type": kind} for field in arguments}
+        tool = {"name": name, "description": "", "parameters": {"type": "object", "properties": properties}}
+        calls = [{"type": "function", "function": {"name": name, "arguments": arguments}}]
+        messages = [ASKED, {"role": "assistant", "content": "", "tool_calls": calls}]
+        rows.append({"messages": messages, "tools": [{"type": "function", "function": tool}]})
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    found = [conversation for _, conversation in read_conversations([str(tmp_path)])]
+    assert found == [conversation_of(row, "here") for row in rows]
+
+
 @pytest.mark.parametrize(
     "row",
     [
         "text",
+        {"system": 1, "messages": []},
+        {"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]},
+        {"instruction": "a", "output": "b", "history": ["ab"]},
+        {"instruction": "a", "output": "b", "history": 1},
         {"text": "a"},
         {"messages": ["a"]},
         {"messages": [{"role": "user", "content": 1}]},
@@ -175,13 +267,11 @@ def test_what_the_plain_template_cannot_write_is_refused_not_dropped(given: dict
         tokenize(with_template("plain"), conversation, "file:3")
 
 
-ASKED, GOOD, BAD = {"role": "user", "content": "red?"}, {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}
-
-
 @pytest.mark.parametrize(
     "row",
     [
         {"prompt": "red?", "chosen": "a", "rejected": "b"},
+        {"question": "red?", "system": "", "chosen": "a", "rejected": "b"},
         {"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]},
         {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
         {"prompt": "red?", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
@@ -191,6 +281,10 @@ def test_pairs_have_their_prompt_once(tmp_path: Path, row: dict[str, Any]) -> No
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
     ((_, chosen, rejected),) = read_pairs([str(tmp_path / "pairs.jsonl")])
     assert (chosen.messages, rejected.messages) == ([ASKED, GOOD], [ASKED, BAD])
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row | {"system": "Be brief.", "tools": json.dumps(TOOLS)}) + "\n")
+    ((_, chosen, rejected),) = read_pairs([str(tmp_path / "pairs.jsonl")])
+    system = {"role": "system", "content": "Be brief."}
+    assert (chosen, rejected) == (Conversation([system, ASKED, GOOD], TOOLS), Conversation([system, ASKED, BAD], TOOLS))
 
 
 @pytest.mark.parametrize(
@@ -199,6 +293,9 @@ def test_pairs_have_their_prompt_once(tmp_path: Path, row: dict[str, Any]) -> No
         {"prompt": "red?", "chosen": None, "rejected": "b"},
         {"chosen": [ASKED, GOOD], "rejected": [ASKED]},
         {"prompt": "blue?", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+        {"chosen": "a", "rejected": "b"},
+        {"chosen": [GOOD], "rejected": [BAD]},
+        {"system": "Be brief.", "input": "red?", "chosen": "a", "rejected": "b"},
     ],
 )
 def test_pairs_that_teach_nothing_are_refused_with_their_place(tmp_path: Path, row: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from shoal.engine import Request
 from shoal.evaluate.harness import HarnessModel, register
 from shoal.formats import load_model, locate_model
 
@@ -49,6 +50,23 @@ def test_generation_stops_where_it_is_told(model: HarnessModel) -> None:
     assert whole
     [cut] = model.generate_until([ask("red fish", {"until": [whole[3:6]], "max_gen_toks": 12})])
     assert cut == whole[: whole.index(whole[3:6])]
+
+
+def test_a_long_answer_takes_no_more_than_half_of_the_context(model: HarnessModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Request] = []
+
+    def run(requests: list[Request]) -> list[SimpleNamespace]:
+        asked.extend(requests)
+        return [SimpleNamespace(text="")] * len(requests)
+
+    monkeypatch.setattr(model.engine, "run", run)
+    text, context = "red fish swims over the reef " * 30, model.engine.context
+    ids = model.tokenizer.encode(text, bos=True)
+    model.generate_until([ask(text, {"max_gen_toks": most}) for most in (context // 4, context - 1, context, 9 * context)])
+    assert [request.prompt for request in asked] == [ids[-(context - context // 4) :], *[ids[-(context // 2) :]] * 3]
+    asked.clear()
+    model.generate_until([ask("red fish", {"max_gen_toks": context})])
+    assert [request.prompt for request in asked] == [model.tokenizer.encode("red fish", bos=True)]
 
 
 def test_samples_of_one_prompt_differ_and_are_the_same_next_time(model: HarnessModel) -> None:

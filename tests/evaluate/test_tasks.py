@@ -70,6 +70,27 @@ def test_choices_are_scored_and_reported(trained: Path, tmp_path: Path, capsys: 
     assert result["tasks"]["choice=c.jsonl"]["accuracy"] in (0, 0.5, 1)
 
 
+def test_what_does_not_fit_is_left_out_and_costs_no_other_score(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = "red fish swims over the reef " * 30
+    problems = [{"question": text, "answer": "#### 1"} for text in ("red", long, "blue")]
+    choices = [{"question": "red", "choices": ["fish", text], "answer": 0} for text in ("over", long)]
+    for name, rows in (("g", problems), ("long", problems[1:2]), ("c", choices)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = ["eval", str(trained), "--max-tokens", "2", "--tasks", f"gsm8k={tmp_path / 'g.jsonl'}", f"choice={tmp_path / 'c.jsonl'}"]
+    assert main([*args, "--json"]) == 0
+    output = capsys.readouterr()
+    assert {name: score["problems"] for name, score in json.loads(output.out.splitlines()[-1])["tasks"].items()} == {
+        "gsm8k": 2,
+        "choice=c.jsonl": 1,
+    }
+    assert "1 problems of gsm8k do not fit" in output.err
+    assert "1 problems of choice=c.jsonl do not fit" in output.err
+    assert main([*args, f"gsm8k={tmp_path / 'long.jsonl'}"]) == 2
+    output = capsys.readouterr()
+    assert "no problem of gsm8k fits" in output.err
+    assert [line.split()[0] for line in output.out.splitlines()] == ["task", "gsm8k", "choice=c.jsonl"]
+
+
 @pytest.mark.parametrize(
     "row", [{"question": "a"}, {"question": "a", "choices": ["b"], "answer": 1}, {"question": 1, "choices": [], "answer": 0}]
 )

@@ -17,7 +17,7 @@ from shoal.cli import main
 from shoal.config import EngineOptions, GRPOCommand, MachineOptions, TuneOptions, UserError
 from shoal.data import Tokenizer
 from shoal.data.chat_template import encode_chat
-from shoal.engine import load_plain
+from shoal.engine import Engine, load_plain
 from shoal.formats import complete_checkpoints, load_model
 from shoal.kernels.selection import BACKEND
 from shoal.post import rollouts
@@ -170,7 +170,7 @@ def test_prompts_that_leave_no_room_are_left_out(chat_model: Path, tmp_path: Pat
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text, "answer": "blue"}) + "\n" for text in questions))
     command = ["grpo", str(chat_model), "--data", str(tmp_path / "p.jsonl"), *SMALL, "--out", str(tmp_path / "run"), "--steps", "3"]
     assert main(command) == 0
-    assert "3 problems of p.jsonl have 64 tokens or more and are left out" in capsys.readouterr().err
+    assert "3 problems of p.jsonl do not fit into the 64 tokens that the model sees and are left out" in capsys.readouterr().err
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text, "answer": "blue"}) + "\n" for text in questions[:4]))
     assert main([*command, "--overwrite"]) == 2
     assert "too few problems" in capsys.readouterr().err
@@ -207,12 +207,34 @@ def test_a_run_that_is_stopped_claims_no_evaluation_that_it_has_not_made(
 def test_a_thought_that_the_template_begins_belongs_to_the_reply(trained: Path) -> None:
     run, _ = steps_of(trained, TuneOptions(), 0)
     problem = Problem("What does <think> or <｜User｜> mean?", "", "")
-    for name, begun in (("r1", "<think>\n"), ("v3.1", "")):
+    for name, thinking, begun in (("r1", False, "<think>\n"), ("v3.1", False, ""), ("v3.1", True, "<think>")):
         tokenizer = with_chat_template(run.tokenizer, name)
-        prompt = prompt_of(tokenizer, run.tasks[0], problem)
-        assert prompt == encode_chat(tokenizer, [{"role": "user", "content": problem.question}])[1]
+        prompt = prompt_of(tokenizer, run.tasks[0], problem, thinking)
+        assert prompt == encode_chat(tokenizer, [{"role": "user", "content": problem.question}], thinking=thinking)[1]
         [[sample]] = run.sampler.sample([prompt], 1, 8, seed=0)
         assert sample.text == begun + tokenizer.decode(sample.ids)
+
+
+def test_thoughts_are_asked_for_where_the_template_leaves_the_choice(
+    trained: Path, conversations_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["sft", str(trained), "--data", str(conversations_file), "--chat-template", "v3.1", "--steps", "1"]
+    assert main([*command, "--out", str(tmp_path / "chat")]) == 0
+    asked: list[list[int]] = []
+    add = Engine.add_request
+    monkeypatch.setattr(Engine, "add_request", lambda engine, request: asked.append(list(request.prompt)) or add(engine, request))
+    tokenizer = Tokenizer.load(next((tmp_path / "chat" / "checkpoints").iterdir()))
+    args = [str(tmp_path / "chat"), "--tasks", "strings", "--thinking", "--max-tokens", "2"]
+    assert main(["eval", *args, "--problems", "2"]) == 0
+    assert main(["grpo", *args, *SMALL, "--out", str(tmp_path / "run"), "--steps", "1"]) == 0
+    assert len(asked) > 4
+    assert all(tokenizer.decode(prompt, skip_special=False).endswith("<｜Assistant｜><think>") for prompt in asked)
+
+
+@pytest.mark.parametrize("verb", ["eval", "grpo"])
+def test_a_template_that_leaves_no_choice_refuses_thinking(verb: str, chat_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, str(chat_model), "--tasks", "strings", "--thinking"]) == 2
+    assert "leave --thinking away" in capsys.readouterr().err
 
 
 def test_a_base_model_is_refused(trained: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
 import os
 import re
 import struct
+import subprocess
+import sys
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +18,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.alive import wait_for_end
 
 from shoal.config import UserError
 from shoal.post.confined import (
@@ -30,7 +34,7 @@ from shoal.post.confined import (
     RETURN,
     system_call_filter,
 )
-from shoal.post.rewards import Judge, brevity, code, exact, form, number_in, numeric, pattern
+from shoal.post.rewards import Judge, brevity, code, code_in, exact, form, number_in, numeric, pattern
 from shoal.post.sandbox import Function, Limits, runs_to_end
 
 QUICK = Limits(seconds=1.0, memory=512 << 20)
@@ -73,6 +77,7 @@ assert any(isinstance(text, str) and re.fullmatch("[0-9a-f]{32}", text) for text
 """,
     "is no Python": "def f(:",
     "recurses": "def f(): f()\nf()",
+    "names a type that it does not import": "def f(n) -> List[int]: return [n]\nassert f(1) == [1]",
 }
 
 
@@ -168,6 +173,41 @@ def test_the_filter_allows_what_is_listed_and_nothing_else(machine: str) -> None
     assert verdict(0, of=next(other for other in MACHINES if other != machine)) == ERROR | errno.EPERM
 
 
+WAITING = """
+import sys
+from shoal.post.sandbox import Function, Limits, runs_to_end
+print("here", flush=True)
+if sys.argv[1] == "code":
+    runs_to_end("import time; time.sleep(600)", Limits(600))
+else:
+    Function(sys.argv[1], Limits(600)).call(prompt="", reply="hang", answer="")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux has /proc")
+@pytest.mark.parametrize("what", ["code", "function"])
+def test_the_sandbox_ends_with_the_process_that_waits_for_it(what: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(REWARDS)
+    where = "code" if what == "code" else f"{tmp_path / 'mine.py'}:reward"
+    with subprocess.Popen([sys.executable, "-c", WAITING, where], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        while not (children := children_of(process.pid)):
+            time.sleep(0.02)
+        time.sleep(0.5)  # the sandbox may be at work by now, or still be starting
+        process.kill()
+    wait_for_end(children, 10)
+
+
+def children_of(parent: int) -> list[int]:
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int((place / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(place.name))
+    return found
+
+
 REWARDS = """
 import os, time
 CALLS = 0
@@ -200,6 +240,31 @@ def test_a_users_function_that_fails_costs_one_call(tmp_path: Path) -> None:
             assert function.call(prompt="p", reply="fine", answer="a") == 6.0
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from helper import ONE\ndef reward(prompt, reply, answer): return ONE",
+        """
+from __future__ import annotations
+import pickle
+from dataclasses import dataclass
+@dataclass
+class Worth:
+    value: float
+def reward(prompt, reply, answer):
+    return pickle.loads(pickle.dumps(Worth(1.0))).value
+""",
+    ],
+)
+def test_a_users_file_is_loaded_as_python_loads_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    (tmp_path / "helper.py").write_text("ONE = 1.0")
+    (tmp_path / "mine.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    for place in ("mine.py", str(tmp_path / "mine.py")):
+        with Function(f"{place}:reward", Limits()) as function:
+            assert function.call(prompt="", reply="", answer="") == 1.0
+
+
 def test_a_judge_adds_rewards_and_counts_what_was_lost(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(REWARDS)
     with Judge(["exact", "form*0.5", f"{tmp_path / 'mine.py'}:reward*0.1"]) as judge:
@@ -228,7 +293,7 @@ def test_functions_that_cannot_be_called_are_refused_before_anything_is_judged(
         pass
 
 
-@pytest.mark.parametrize("spec", ["nonsense", "exact*x"])
+@pytest.mark.parametrize("spec", ["nonsense", "exact*x", "exact*nan", "form*-inf"])
 def test_rewards_that_do_not_exist_are_refused(spec: str) -> None:
     with pytest.raises(UserError):
         Judge([spec])
@@ -251,11 +316,34 @@ def test_rewards_grade_what_they_say() -> None:
     assert code("", good, "assert f(1) == 3") == 0
 
 
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["bash", "text", "python", "Python", "python3", "py", "json title=x"]), st.integers(0, 2)), max_size=5
+    )
+)
+def test_the_last_block_of_python_is_the_code_whatever_stands_around_it(blocks: list[tuple[str, int]]) -> None:
+    reply, wanted = "", None
+    for number, (language, indent) in enumerate(blocks):
+        content = f"x = {number}\n    ```\n    of a docstring\n    ```\n"
+        reply += f"Look:\n{' ' * indent}```{language}\n{content}{' ' * indent}```\n"
+        wanted = content if language.lower().startswith("py") else wanted
+    assert code_in(f"{reply}Done.") == (wanted or f"{reply}Done.")
+
+
+def test_what_the_code_prints_is_not_taken_for_the_code() -> None:
+    assert code_in("```python\nprint(1)\n```\nIt prints:\n```\n1\n```") == "print(1)\n"
+    assert code_in("```bash\nls\n```\n```\nprint(1)\n```") == "print(1)\n"
+    assert code_in("````python\nx = 1\n```\n````") == "x = 1\n```\n"
+
+
 @pytest.mark.parametrize(
     ("text", "number"),
     [
         (r"6, so \boxed{\frac{3}{4}}", "3/4"),
         (r"\boxed{-\dfrac{3}{4}}", "-3/4"),
+        (r"\boxed{\frac12}", "1/2"),
+        (r"\boxed{-\tfrac{1}2}", "-1/2"),
+        (r"\boxed{\frac 1{20}}", "1/20"),
         (r"\boxed{1{,}000}", "1000"),
         (r"\boxed{\text{12 apples}}", "12"),
         (r"\boxed{5}. No, \boxed{\$7}", "7"),

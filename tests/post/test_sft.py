@@ -14,12 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.cli import main
-from shoal.config import SFTCommand
+from shoal.config import SFTCommand, TuneOptions
 from shoal.data import Tokenizer
+from shoal.evaluate import default_window
 from shoal.formats import load_model, locate_model
+from shoal.formats.huggingface import read_config
 from shoal.post.packing import Text
 from shoal.post.sft import Plan
-from shoal.post.tuning import with_chat_template
+from shoal.post.tuning import Tuner, with_chat_template
 
 OPTIONS = ["--steps", "12", "--batch-tokens", "512", "--lr", "0.003", "--threads", "1", "--precision", "fp32", "--json"]
 
@@ -101,6 +103,39 @@ def test_a_model_that_would_be_discarded_is_refused(chat_model: Path, conversati
         assert main(["sft", str(model), "--data", str(conversations_file), "--out", str(chat_model), "--overwrite", "--steps", "1"]) == 2
         assert "choose another --out" in capsys.readouterr().err
     assert sorted(chat_model.rglob("*")) == before
+
+
+def test_what_cannot_be_resumed_is_not_offered_to_be(
+    chat_model: Path, conversations_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sft", str(chat_model), "--data", str(conversations_file), "--out", str(chat_model), "--steps", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "already holds a run: --overwrite discards it" in error
+    assert "--resume" not in error
+
+
+def test_text_is_scored_in_the_window_of_pretraining(trained: Path, chat_model: Path) -> None:
+    before, after = (locate_model(path) for path in (trained, chat_model))
+    assert default_window(before, read_config(before)) == default_window(after, read_config(after)) == 32
+
+
+def test_preview_counts_what_it_shows(trained: Path, conversations_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "three.jsonl").write_text("".join(conversations_file.read_text().splitlines(keepends=True)[:3]))
+    assert main(["sft", str(trained), "--data", str(tmp_path / "three.jsonl"), "--preview", "10", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["conversations"] == 3
+
+
+@given(st.integers(1, 300), st.floats(0, 1), st.floats(0, 1))
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_end(steps: int, warmup: float, final: float) -> None:
+    tuner = Tuner(torch.nn.Linear(1, 1), TuneOptions(lr=2.0, warmup=warmup, final=final), steps)
+    rates = [tuner.rate(step) for step in range(1, steps + 1)]
+    peak = rates.index(max(rates))
+    assert rates[peak] == pytest.approx(2.0)
+    assert min(rates) > 0
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    if warmup < 0.5:
+        assert rates[-1] <= 2.0 * (final + 2 / steps) + 1e-9
 
 
 def test_preview_marks_what_is_learnt(trained: Path, conversations_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

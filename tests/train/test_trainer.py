@@ -261,7 +261,7 @@ def test_processes_that_are_started_again_go_on_with_no_run_but_their_own(
     earlier, store = files_of(run), torch.distributed.HashStore()
     monkeypatch.setattr(trainer, "join", lambda config: Team(store=store))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # the first attempt died before it came to training
-    with pytest.raises(UserError, match="already holds a run"):
+    with pytest.raises(UserError, match="already holds a run: --resume goes on with it"):
         train(config)
     assert files_of(run) == earlier
     with stopped_after(5):

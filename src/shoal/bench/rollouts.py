@@ -14,9 +14,8 @@ import torch
 
 from ..config import BenchRolloutsCommand, EngineOptions, SamplingOptions, UserError
 from ..config.huggingface import export_obstacles
-from ..engine import Request, load_plain
+from ..engine import Plain, Request, load_plain
 from ..formats.huggingface import save_model
-from ..model import Transformer
 from ..post.rollouts import Sampler
 from ..post.tasks import parse_task, prompt_of
 
@@ -64,7 +63,7 @@ def run_bench(command: BenchRolloutsCommand) -> dict[str, Any]:
 
     sides["shoal"] = shoal
     if command.vs is not None:
-        sides["transformers"] = _transformers(plain.model, prompts, command, plain.tokenizer.eos_id)
+        sides["transformers"] = _transformers(plain, prompts, command)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     made: dict[str, list[int]] = {name: [] for name in sides}
     for turn in range(command.rounds + 1):
@@ -89,15 +88,16 @@ def run_bench(command: BenchRolloutsCommand) -> dict[str, Any]:
     return result
 
 
-def _transformers(model: Transformer, prompts: list[list[int]], command: BenchRolloutsCommand, eos: int) -> Callable[[int], int]:
+def _transformers(plain: Plain, prompts: list[list[int]], command: BenchRolloutsCommand) -> Callable[[int], int]:
     """`generate` with the cache on, all replies in one batch, prompts padded on the left; returns the tokens before padding."""
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
         raise UserError("transformers is not installed: pip install 'shoal[peers]'") from None
+    eos, dtype = plain.tokenizer.eos_id, torch.bfloat16 if plain.machine.precision == "bf16" else torch.float32
     with tempfile.TemporaryDirectory() as folder:
-        save_model(model, Path(folder) / "model", dtype=torch.float32)
-        peer = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32).eval()
+        save_model(plain.model, Path(folder) / "model", dtype=dtype)
+        peer = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=dtype).eval()
 
     longest = max(map(len, prompts))
     padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])

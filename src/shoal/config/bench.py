@@ -244,8 +244,8 @@ class BenchServeCommand:
 class BenchRolloutsCommand:
     """Replies as reinforcement draws them: many at once, several to every prompt, with log-probabilities and experts.
 
-    Both sides hold the weights in fp32. Without --task they write the same number of tokens after random prompts; with it, replies to its
-    problems, which end by themselves.
+    Both sides hold the weights in fp32 or bf16, as --precision says. Without --task they write the same number of tokens after random
+    prompts; with it, replies to its problems, which end by themselves.
     """
 
     model: Model

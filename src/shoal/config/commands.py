@@ -85,6 +85,8 @@ class EvalCommand:
     """Replies to every problem; with more than one, also pass@k."""
     temperature: float = 1.0
     """Of the replies."""
+    thinking: bool = False
+    """Have replies begin with a thought, where the chat template leaves the choice (v3.1)."""
     seed: int = 0
     max_running: int = 64
     """Replies that are written at the same time."""

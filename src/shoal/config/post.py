@@ -69,7 +69,8 @@ class SFTCommand:
     folder: Annotated[RunFolderOptions, tyro.conf.arg(name="")] = field(default_factory=RunFolderOptions)
     machine: Annotated[MachineOptions, tyro.conf.arg(name="")] = field(default_factory=MachineOptions)
     data: tuple[str, ...] = ()
-    """JSON Lines or Parquet files or folders: `messages` (OpenAI), `conversations` (ShareGPT), or `instruction` and `output` (Alpaca)."""
+    """JSON Lines or Parquet files or folders: `messages` (OpenAI), `conversations` (ShareGPT), or `instruction` and `output` (Alpaca).
+    Of a folder with `train*` and `val*` or `test*` files, the former."""
     chat_template: str | None = None
     """r1, v3.1 or a Jinja file; it is saved with the model and serves it. None: the model's own, or a plain one for a base model."""
     preview: int = 0
@@ -161,6 +162,8 @@ class GRPOCommand:
     """Updates of the weights per step, each on its share of the problems."""
     max_tokens: int = 256
     """Of a reply."""
+    thinking: bool = False
+    """Have replies begin with a thought, where the chat template leaves the choice (v3.1)."""
     overlong: Literal["mask", "keep"] = "mask"
     """`mask` learns nothing from replies that were cut off; `keep` takes their reward (0 without an answer) as it is."""
     routing_replay: bool = True
@@ -202,7 +205,8 @@ class DPOCommand:
     folder: Annotated[RunFolderOptions, tyro.conf.arg(name="")] = field(default_factory=RunFolderOptions)
     machine: Annotated[MachineOptions, tyro.conf.arg(name="")] = field(default_factory=MachineOptions)
     data: tuple[str, ...] = ()
-    """JSON Lines or Parquet files or folders: `prompt` (text or messages), `chosen` and `rejected` (text or messages)."""
+    """JSON Lines or Parquet files or folders: `prompt` or `question`, `chosen` and `rejected` (each text or messages). Of a folder with
+    `train*` and `val*` or `test*` files, the former."""
     beta: float = 0.1
     """How strongly the model is held to the one it starts from."""
     epochs: float = 1.0

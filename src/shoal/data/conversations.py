@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ..config import UserError
+from ..config import CorpusConfig, UserError
 from .chat_template import encode_turns
 from .readers import JSON_SUFFIXES, data_suffix, existing, read_rows
+from .sources import file_sources
 from .tokenizer import Tokenizer
 
 SIDES = ("chosen", "rejected")
@@ -35,11 +36,11 @@ class Example:
     ids: np.ndarray
     """`[n]` int32."""
     written: np.ndarray
-    """`[n]` bool: the tokens that the model is to write, end-of-text among them."""
+    """`[n]` bool: the tokens that the model is to write, end-of-text among them, but for answers of weight 0."""
 
 
 def read_conversations(paths: Sequence[str]) -> Iterator[tuple[str, Conversation]]:
-    """Conversations of JSON Lines or Parquet files, or of all such files in a folder, each with its place.
+    """Conversations of JSON Lines or Parquet files, or of such files in a folder (see `_files`), each with its place.
 
     Rows hold `messages` (OpenAI), `conversations` (ShareGPT) or `instruction`, `input` and `output` (Alpaca). Raises `UserError`
     naming the place of what is none of these.
@@ -53,17 +54,19 @@ def read_conversations(paths: Sequence[str]) -> Iterator[tuple[str, Conversation
 def read_pairs(paths: Sequence[str]) -> Iterator[tuple[str, Conversation, Conversation]]:
     """Pairs of conversations of which the first was preferred, each with its place.
 
-    Rows hold `chosen` and `rejected`: answers (text or messages) to `prompt` (text or messages), or whole conversations, beside which a
-    `prompt` says what is in them already.
+    Rows hold `chosen` and `rejected`: answers (text or messages) to `prompt` or `question` (text or messages), or whole conversations,
+    beside which a `prompt` says what is in them already. Both may have a `system` text beside them.
     """
     for path in paths:
         for file in _files(existing(path)):
             for place, row in read_rows(file):
                 if not isinstance(row, dict) or "chosen" not in row or "rejected" not in row:
                     raise UserError(f"{place} is no pair: prompt, chosen and rejected are expected")
-                opening = _messages(row.get("prompt"), "user", place)
-                chosen, rejected = (_answered(opening, _messages(row[name], "assistant", place), f"{place}: {name}") for name in SIDES)
-                yield place, Conversation(chosen, row.get("tools") or None), Conversation(rejected, row.get("tools") or None)
+                opening = _messages(row.get("prompt") or row.get("question"), "user", place)
+                answered = [_answered(opening, _messages(row[name], "assistant", place), f"{place}: {name}") for name in SIDES]
+                tools = _tools(row, place)
+                chosen, rejected = (Conversation(_behind_system(row, messages, place), tools) for messages in answered)
+                yield place, chosen, rejected
 
 
 def _answered(opening: list[dict[str, Any]], answer: list[dict[str, Any]], place: str) -> list[dict[str, Any]]:
@@ -71,6 +74,8 @@ def _answered(opening: list[dict[str, Any]], answer: list[dict[str, Any]], place
     if not answer or answer[-1]["role"] != "assistant":
         raise UserError(f"{place} does not end with an answer: a text, or messages of which the last is the assistant's, are expected")
     if answer[0]["role"] == "assistant":
+        if not any(message["role"] == "user" for message in opening):
+            raise UserError(f"{place} answers nothing: give what was asked as prompt beside it, or whole conversations as messages")
         return opening + answer
     said = [(message["role"], message["content"]) for message in answer]
     if any((message["role"], message["content"]) not in said for message in opening):
@@ -90,39 +95,61 @@ def _messages(value: Any, role: str, place: str) -> list[dict[str, Any]]:
 
 
 def _files(path: Path) -> list[Path]:
+    """The file that `path` is, or those of a folder; where some are marked as train and others as val or test, the former, as in
+    pretraining."""
     if path.is_file():
         return [path]
     found = sorted(file for file in path.rglob("*") if file.is_file() and data_suffix(file) in (*JSON_SUFFIXES, ".parquet"))
     if not found:
         raise UserError(f"{path} holds no .jsonl or .parquet file: check --data")
-    return found
+    names = {file: file.relative_to(path).as_posix() for file in found}
+    learnt = {source.name for source in file_sources(names, CorpusConfig()) if source.split != "val"}
+    return [file for file in found if names[file] in learnt]
 
 
 def conversation_of(row: Any, place: str) -> Conversation:
     """A row in any of the known forms."""
     if not isinstance(row, dict):
         raise UserError(f"{place} is not an object with named fields: one with messages, conversations or instruction is expected")
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        tools = _parsed(tools, f"{place}: tools")
     if isinstance(row.get("messages"), list):
         messages = [_openai(message, place) for message in row["messages"]]
     elif isinstance(row.get("conversations"), list):
         messages = [_sharegpt(message, place) for message in row["conversations"]]
-        if row.get("system"):
-            messages.insert(0, {"role": "system", "content": row["system"]})
     elif "instruction" in row and "output" in row:
         messages = _alpaca(row, place)
     else:
         raise UserError(f"{place} has neither messages, nor conversations, nor instruction and output, but {', '.join(row) or 'nothing'}")
-    return Conversation(messages, tools or None)
+    return Conversation(_behind_system(row, messages, place), _tools(row, place))
+
+
+def _behind_system(row: dict[str, Any], messages: list[dict[str, Any]], place: str) -> list[dict[str, Any]]:
+    """The messages of a row after the `system` text that stands beside them, unless they begin with it."""
+    system = row.get("system") or ""
+    if not isinstance(system, str):
+        raise UserError(f"{place}: system is {type(system).__name__}: text is expected")
+    first = {"role": "system", "content": system}
+    return [first, *messages] if system and messages[:1] != [first] else messages
+
+
+def _tools(row: dict[str, Any], place: str) -> list[dict[str, Any]] | None:
+    """The tools that stand beside a row's messages, also as JSON text; None where there are none. Before tools, OpenAI had `functions`."""
+    found = {name: row.get(name) for name in ("tools", "functions")}
+    found = {name: _parsed(value, f"{place}: {name}") if isinstance(value, str) else value for name, value in found.items()}
+    return found["tools"] or [{"type": "function", "function": function} for function in found["functions"] or []] or None
 
 
 def _openai(message: Any, place: str) -> dict[str, Any]:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise UserError(f"{place}: a message without a role: each is to be like {{'role': 'user', 'content': ...}}")
-    # Parquet gives every message all fields that any of them has.
+    # A message may name what it lacks, as OpenAI's do.
     kept = {key: value for key, value in message.items() if value is not None}
+    if kept.get("weight", 1) not in (0, 1):
+        raise UserError(f"{place}: the weight of a message is {kept['weight']!r}: 0 (not to be learnt) or 1 is expected")
+    # Before tools, OpenAI had functions: one call in a message, its result in the next one.
+    if "function_call" in kept:
+        kept["tool_calls"] = [{"type": "function", "function": kept.pop("function_call")}]
+    if kept["role"] == "function":
+        kept["role"] = "tool"
     content = kept.get("content", "")
     if isinstance(content, list):
         parts = [part.get("text") or "" for part in content if isinstance(part, dict)]
@@ -145,13 +172,14 @@ def _sharegpt(message: Any, place: str) -> dict[str, Any]:
 
 
 def _alpaca(row: dict[str, Any], place: str) -> list[dict[str, Any]]:
-    parts = [row.get(name) or "" for name in ("system", "instruction", "input", "output")]
+    instruction, given, output = parts = [row.get(name) or "" for name in ("instruction", "input", "output")]
     if not all(isinstance(part, str) for part in parts):
         raise UserError(f"{place}: instruction, input and output must be text")
-    system, instruction, given, output = parts
-    question = f"{instruction}\n\n{given}" if given else instruction
-    opening = [{"role": "system", "content": system}] if system else []
-    return [*opening, {"role": "user", "content": question}, {"role": "assistant", "content": output}]
+    history = row.get("history") or []
+    if not isinstance(history, list) or any(not isinstance(turn, list) or list(map(type, turn)) != [str, str] for turn in history):
+        raise UserError(f"{place}: history must be a list of earlier turns, each as [INSTRUCTION, OUTPUT]")
+    turns = [*history, [f"{instruction}\n\n{given}" if given else instruction, output]]
+    return [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
 
 
 def _parsed(text: str, place: str) -> Any:
@@ -166,12 +194,22 @@ def tokenize(tokenizer: Tokenizer, conversation: Conversation, place: str, **var
 
     `variables` are what the chat template knows besides. Raises `UserError` as `encode_turns` does, with `place` in front.
     """
-    ids: list[int] = []
-    written: list[bool] = []
     try:
-        for piece, is_written in encode_turns(tokenizer, conversation.messages, conversation.tools, **variables):
-            ids += piece
-            written += [is_written] * len(piece)
+        pieces = encode_turns(tokenizer, conversation.messages, conversation.tools, **variables)
+        learnt = _learnt([is_written for _, is_written in pieces], conversation.messages)
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
-    return Example(np.array(ids, np.int32), np.array(written, bool))
+    ids = [token for piece, _ in pieces for token in piece]
+    lengths = [len(piece) for piece, _ in pieces]
+    return Example(np.array(ids, np.int32), np.repeat(np.array(learnt, bool), lengths))
+
+
+def _learnt(written: list[bool], messages: list[dict[str, Any]]) -> list[bool]:
+    """Which pieces are to be learnt: those that the model writes, but for answers that OpenAI's `weight` 0 takes out."""
+    weights = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
+    if all(weights):
+        return written
+    if sum(written) != len(weights):
+        raise UserError("the chat template does not mark every answer by itself, which messages with weight 0 need: leave those away")
+    answers = iter(weights)
+    return [is_written and bool(next(answers)) for is_written in written]

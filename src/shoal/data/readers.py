@@ -168,9 +168,16 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
             for batch in file.iter_batches(batch_size=256):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}, row {number}", row
+                    yield f"{path}, row {number}", {name: _without_nulls(value) for name, value in row.items()}
     except (arrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} after row {number}: {_first_line(error)}") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without the fields that Parquet gives it because other rows have them."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(field) for name, field in value.items() if field is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _read_parquet(path: Path, column: str) -> Iterator[Document]:

@@ -195,7 +195,7 @@ def open_corpus(data: tuple[str, ...], config: CorpusConfig) -> Corpus:
     sources: list[Source] = []
     left_out: list[str] = []
     for found, together in groups:
-        chosen = _file_sources(together, config)
+        chosen = file_sources(together, config)
         sources += chosen
         names = {source.name for source in chosen}
         left_out += [name for name in found.values() if name not in names]
@@ -250,7 +250,7 @@ def _data_files(folder: Path, found: dict[Path, str]) -> dict[Path, str]:
     raise UserError(f"{folder} holds no text, JSON Lines or Parquet file that is not empty: give another folder")
 
 
-def _file_sources(files: dict[Path, str], config: CorpusConfig) -> list[Source]:
+def file_sources(files: dict[Path, str], config: CorpusConfig) -> list[Source]:
     """Sources of files that belong together; the values are their names below the folder that holds them."""
     labels = {file: _label(name) for file, name in files.items()}
     val = "val" if "val" in labels.values() else "test"

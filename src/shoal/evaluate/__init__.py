@@ -1,6 +1,5 @@
 """Judges models on text and tasks."""
 
-from .bits_per_byte import TRAINED_WINDOW as TRAINED_WINDOW
 from .bits_per_byte import default_window as default_window
 from .bits_per_byte import run_eval as run_eval
 from .bits_per_byte import score_texts as score_texts

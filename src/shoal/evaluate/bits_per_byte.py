@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 
 from ..config import CorpusConfig, EvalCommand, ModelConfig, UserError
-from ..config.recipes import load_recipe
 from ..data import Tokenizer, open_corpus
 from ..engine import Plain, load_plain
 from ..train import Likelihood, likelihood
+from ..train.run_folder import trained_length
 
 DEFAULT_WINDOW = 2048
-TRAINED_WINDOW = "training_sequence_length"
-"""In `config.json` of a quantized model: the sequence length of the run it was quantized from."""
 
 
 def run_eval(command: EvalCommand) -> dict[str, Any]:
@@ -61,14 +59,8 @@ def score_texts(
 
 
 def default_window(folder: Path, config: ModelConfig) -> int:
-    """Sequence length of the run that a checkpoint (or a quantized model) comes from; else the longest context up to `DEFAULT_WINDOW`."""
-    recipe = folder.parent.parent / "config.toml"
-    if folder.parent.name == "checkpoints" and recipe.is_file():
-        return load_recipe(str(recipe)).sequence_length
-    trained = config.extra.get(TRAINED_WINDOW)
-    if type(trained) is int and 1 <= trained <= config.max_position_embeddings:
-        return trained
-    return min(DEFAULT_WINDOW, config.max_position_embeddings)
+    """Sequence length of the run that a model comes from; else the longest context up to `DEFAULT_WINDOW`."""
+    return trained_length(folder, config) or min(DEFAULT_WINDOW, config.max_position_embeddings)
 
 
 def _tokenized(texts: Iterable[str], tokenizer: Tokenizer, limit: int | None) -> Iterator[tuple[np.ndarray, int]]:

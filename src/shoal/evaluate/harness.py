@@ -54,7 +54,10 @@ class HarnessModel:
         return totals
 
     def generate_until(self, requests: Sequence[Instance], **_: Any) -> list[str]:
-        """Of `(context, options)`: the text up to the first of `options["until"]`."""
+        """Of `(context, options)`: the text up to the first of `options["until"]`.
+
+        A long context loses its beginning to make room for `options["max_gen_toks"]`, though not for more than half of what the model sees.
+        """
         asked = []
         for number, request in enumerate(requests):
             context, options = request.args
@@ -67,7 +70,7 @@ class HarnessModel:
                 stop=tuple(text for text in ([until] if isinstance(until, str) else until) if text),
                 seed=number,  # samples of one prompt are to differ
             )
-            room = max(1, self.engine.context - sampling.max_tokens)
+            room = max(self.engine.context - sampling.max_tokens, self.engine.context // 2)
             asked.append(Request(self._start(context)[-room:], sampling))
         return [result.text for result in self.engine.run(asked)]
 

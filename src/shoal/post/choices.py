@@ -10,7 +10,7 @@ from ..config import UserError
 from ..data import Tokenizer
 from ..data.readers import read_rows
 from ..engine import Engine
-from .tasks import Score, half_interval, mean
+from .tasks import Score, half_interval, mean, that_fit
 
 AT_ONCE = 64
 """Questions that are scored together."""
@@ -50,21 +50,21 @@ def _question(row: Any, place: str) -> Question:
 
 
 def examine_choices(engine: Engine, tokenizer: Tokenizer, task: Choices, count: int) -> Score:
-    """Score the first `count` questions, as text to be continued."""
+    """Score those of the first `count` questions that fit, as text to be continued."""
     grades: list[float] = []
-    asked = task.questions[:count]
+    questions = task.questions[:count]
+    starts = [tokenizer.encode(f"{question.text}\n", bos=True) for question in questions]
+    choices = [
+        [tokenizer.encode(choice, behind=start) for choice in question.choices] for start, question in zip(starts, questions, strict=True)
+    ]
+    longest = [len(start) + max(map(len, of_one)) for start, of_one in zip(starts, choices, strict=True)]
+    asked = that_fit(task.name, longest, engine.context)
     for first in range(0, len(asked), AT_ONCE):
         part = asked[first : first + AT_ONCE]
-        texts, spans = [], []
-        for question in part:
-            start = tokenizer.encode(f"{question.text}\n", bos=True)
-            for choice in question.choices:
-                ids = tokenizer.encode(choice, behind=start)
-                texts.append(start + ids)
-                spans.append((len(ids), len(choice.encode())))
-        scored = engine.score(texts)
-        per_byte = iter([sum(logprobs[-length:]) / size for logprobs, (length, size) in zip(scored, spans, strict=True)])
-        for question in part:
-            of_one = [next(per_byte) for _ in question.choices]
-            grades.append(float(of_one.index(max(of_one)) == question.right))
+        scored = iter(engine.score([starts[i] + ids for i in part for ids in choices[i]]))
+        for i in part:
+            of_one = [
+                sum(next(scored)[-len(ids) :]) / len(choice.encode()) for ids, choice in zip(choices[i], questions[i].choices, strict=True)
+            ]
+            grades.append(float(of_one.index(max(of_one)) == questions[i].right))
     return Score(task.name, len(grades), 1, mean(grades), half_interval(grades), 0.0, 1.0)

@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import resource
+import signal
 import struct
 import sys
 from collections.abc import Callable
@@ -63,7 +64,7 @@ NEWEST = 424
 
 LOAD, JUMP_EQUAL, JUMP_GREATER_EQUAL, JUMP_SET, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 ALLOW, ERROR = 0x7FFF0000, 0x00050000
-PR_SET_NAME, PR_GET_NAME, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 15, 16, 22, 38, 2
+PR_SET_PDEATHSIG, PR_SET_NAME, PR_GET_NAME, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 1, 15, 16, 22, 38, 2
 CLONE_THREAD = 0x10000
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 EVERY_BIT = 0xFFFFFFFF
@@ -91,6 +92,8 @@ READING = 0b110
 LANDLOCK_CREATE_RULESET, LANDLOCK_RESTRICT_SELF = 444, 446
 LANDLOCK_CHANGES = 0x1FF3
 """All rights over files of Landlock's first version but reading."""
+FILE_MODULE = "__reward__"
+"""What a user's file is called as a module: like no other that it may import."""
 
 
 def system_call_filter(machine: str) -> bytes:
@@ -117,6 +120,14 @@ def _refuse_unless(word: int, jump: int, operands: tuple[int, ...], wanted: bool
         met, failed = (last - i + wanted, 0) if i < last else (int(wanted), int(not wanted))
         tests.append((jump, met, failed, operand))
     return [(LOAD, 0, 0, 16 + 4 * word), *tests, (RETURN, 0, 0, ERROR | errno.EPERM)]
+
+
+def end_with(parent: int) -> None:
+    """Have the system kill this process when `parent` ends, by whatever signal; only Linux can."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it had ended before
+        sys.exit(1)
 
 
 def confine(seconds: float, memory: int) -> None:
@@ -157,10 +168,13 @@ def load_function(where: str) -> Callable[..., Any]:
 
     source, _, name = where.rpartition(":")
     if source.endswith(".py"):
-        spec = importlib.util.spec_from_file_location("reward", source)
+        spec = importlib.util.spec_from_file_location(FILE_MODULE, source)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        # As for a program: what lies beside it can be imported, and its classes are found by their module's name.
+        sys.path.insert(0, os.path.dirname(os.path.abspath(source)))
+        sys.modules[FILE_MODULE] = module
         spec.loader.exec_module(module)
     else:
         module = importlib.import_module(source)
@@ -171,21 +185,23 @@ def load_function(where: str) -> Callable[..., Any]:
 
 
 def main() -> None:
-    """One line of orders `{"seconds", "memory", "code" | "function"}`; then, with code, what to say at its end, or a line of arguments for
-    every call of the function."""
+    """One line of orders `{"parent", "seconds", "memory", "code" | "function"}`; then, with code, what to say at its end, or a line of
+    arguments for every call of the function."""
     lines = open(os.dup(0), "rb", buffering=0)  # noqa: SIM115  unbuffered: what comes later stays outside of memory until then
     answers = os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in range(3):
         os.dup2(nothing, descriptor)
     orders = json.loads(lines.readline())
+    end_with(orders["parent"])
 
     def answer(value: Any) -> None:
         os.write(answers, json.dumps(value).encode() + b"\n")
 
     if "code" in orders:
         confine(orders["seconds"], orders["memory"])
-        exec(compile(orders["code"], "<reply>", "exec"), {"__name__": "__main__"})
+        # This file's own `from __future__` is not to hold for the code: it would not look at annotations.
+        exec(compile(orders["code"], "<reply>", "exec", dont_inherit=True), {"__name__": "__main__"})
         answer(json.loads(lines.readline()))  # leaving early, exit code 0 or not, does not get here
         return
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,9 @@ class FileTask:
         while True:
             yield from rng.sample(rows, len(rows))
 
-    def leave_out(self, problems: Sequence[Problem]) -> None:
-        """Forget some. Raises `UserError` where too few are left."""
-        unwanted = set(problems)
-        self.rows = [row for row in self.rows if row not in unwanted]
+    def keep(self, problems: list[Problem]) -> None:
+        """Forget all others. Raises `UserError` where these are too few."""
+        self.rows = problems
         self._refuse_too_few()
 
     def _learnt(self) -> list[Problem]:

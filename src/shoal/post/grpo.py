@@ -36,7 +36,7 @@ from .progress import Progress
 from .reference import Reference
 from .rewards import Judge
 from .rollouts import Sample, Sampler
-from .tasks import Score, Task, examine, mean, parse_task, prompt_of
+from .tasks import Score, Task, examine, mean, parse_task, prompt_of, refuse_thinking, that_fit
 from .tuning import Tuner, finish, load_trainable, open_run, save
 
 
@@ -58,7 +58,9 @@ def run_grpo(command: GRPOCommand) -> dict[str, Any]:
         plain = load_trainable(command.model, command.machine, command.tune)
         if plain.tokenizer.chat_template is None:
             raise UserError(f"{command.model} is a base model without a chat template: fine-tune it with shoal sft first")
-        leave_out_long_prompts(tasks, plain.tokenizer, plain.model.config.max_position_embeddings)
+        if command.thinking:
+            refuse_thinking(plain.tokenizer)
+        leave_out_long_prompts(tasks, plain.tokenizer, plain.model.config.max_position_embeddings, command.thinking)
         folder = open_run(command.folder, "grpo", command.model)
         folder.write_json("run.json", {"requested": dataclasses.asdict(command), "precision": plain.machine.precision})
         summary = Run(command, tasks, plain.model, plain.tokenizer, plain.machine).train(folder)
@@ -67,15 +69,12 @@ def run_grpo(command: GRPOCommand) -> dict[str, Any]:
     return summary
 
 
-def leave_out_long_prompts(tasks: Sequence[Task], tokenizer: Tokenizer, context: int) -> None:
+def leave_out_long_prompts(tasks: Sequence[Task], tokenizer: Tokenizer, context: int, thinking: bool) -> None:
     """Forget problems of files whose prompt leaves no room for a reply; they are counted on stderr."""
     for task in tasks:
-        if not isinstance(task, FileTask):
-            continue
-        too_long = [problem for problem in task.rows if len(prompt_of(tokenizer, task, problem)) >= context]
-        if too_long:
-            print(f"{len(too_long):,} problems of {task.name} have {context:,} tokens or more and are left out", file=sys.stderr)
-            task.leave_out(too_long)
+        if isinstance(task, FileTask):
+            fit = that_fit(task.name, [len(prompt_of(tokenizer, task, problem, thinking)) + 1 for problem in task.rows], context)
+            task.keep([task.rows[i] for i in fit])
 
 
 class Run:
@@ -129,7 +128,14 @@ class Run:
         command = self.command
         return [
             examine(
-                self.sampler.engine, self.tokenizer, task, count=command.eval_problems, samples=1, max_tokens=command.max_tokens, seed=0
+                self.sampler.engine,
+                self.tokenizer,
+                task,
+                count=command.eval_problems,
+                samples=1,
+                max_tokens=command.max_tokens,
+                seed=0,
+                thinking=command.thinking,
             )
             for task in self.tasks
         ]
@@ -138,7 +144,7 @@ class Run:
         """Sample, judge, learn; the figures of one step."""
         command, began = self.command, time.perf_counter()
         asked = list(islice(self._next_problems(), command.prompts))
-        prompts = [prompt_of(self.tokenizer, task, problem) for task, problem in asked]
+        prompts = [prompt_of(self.tokenizer, task, problem, command.thinking) for task, problem in asked]
         seed = command.tune.seed * 1_000_000 + step
         groups = self.sampler.sample(prompts, command.group, command.max_tokens, seed, experts=command.routing_replay)
         sampled = time.perf_counter()

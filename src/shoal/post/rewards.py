@@ -22,10 +22,13 @@ Reward = Callable[[str, str, str], float]
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?")
 """A minus that follows a digit or a bracket subtracts."""
 SUM = re.compile(r"(?:[\d\s,+\-*/×·÷=)%]|\((?!\s*=)|\.\d)+")
-FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+FRACTION = re.compile(r"\\[dt]?frac" + 2 * r"\s*(?:\{([^{}]*)\}|(\d))")
+"""TeX takes one digit without braces, too."""
 DECORATION = re.compile(r"\\?\$|\\[,!;]")
 BOXED = "\\boxed{"
-FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+FENCED = re.compile(r"^([ \t]*)(`{3,})[ \t]*([^\s`]*)[^`\n]*\n(.*?)^(?:\1| {0,3})\2`*[ \t]*$", re.DOTALL | re.MULTILINE)
+"""Any block, so that fences are taken in pairs; its groups 3 and 4 are language and content."""
+PYTHON = re.compile(r"(?:python|py)[\d.]*", re.IGNORECASE)
 SHAPE = re.compile(r"\s*<think>.+</think>\s*\S.*", re.DOTALL)
 SAID = re.compile(r"####\s*(.+)|answer is:?\s*(.+)", re.IGNORECASE)
 CODE_LIMITS = Limits(seconds=5.0, memory=1 << 30)
@@ -79,7 +82,7 @@ REWARDS: dict[str, Reward] = {
 def number_in(text: str) -> Fraction | None:
     """The number that a text gives as its answer; None if there is none."""
     text = DECORATION.sub("", text.replace("\N{MINUS SIGN}", "-").replace("{,}", ","))
-    text = FRACTION.sub(r"\1/\2", text)
+    text = FRACTION.sub(r"\1\2/\3\4", text)
     said = SAID.findall(text)
     for place in (_boxed(text), "".join(said[-1]) if said else ""):
         if found := NUMBER.search(place):
@@ -109,9 +112,11 @@ def _fraction(number: str) -> Fraction | None:
 
 
 def code_in(text: str) -> str:
-    """The last fenced block of Python, or else all of the text."""
-    blocks = FENCED.findall(text)
-    return blocks[-1] if blocks else text
+    """The last fenced block of Python; or else the last one without a language, or all of the text."""
+    blocks = [(language, content) for _, _, language, content in FENCED.findall(text)]
+    python = [content for language, content in blocks if PYTHON.fullmatch(language)]
+    unnamed = [content for language, content in blocks if not language]
+    return (python or unnamed or [text])[-1]
 
 
 def _plain(text: str) -> str:
@@ -135,7 +140,9 @@ class Judge:
             try:
                 weight = float(factor or 1)
             except ValueError:
-                raise UserError(f"reward {spec!r}: what follows * must be a number") from None
+                weight = math.nan
+            if not math.isfinite(weight):
+                raise UserError(f"reward {spec!r}: what follows * must be a finite number")
             if name not in REWARDS and ":" not in name:
                 raise UserError(f"there is no reward {name!r}: use {', '.join(REWARDS)}, or FILE.py:FUNCTION")
             self._parts.append((weight, REWARDS[name] if name in REWARDS else Function(name, FUNCTION_LIMITS)))

@@ -45,7 +45,7 @@ class Limits:
 
 
 class _Child:
-    """A process in the sandbox, and all that it may have started."""
+    """A process in the sandbox, and all that it may have started. On Linux it ends with the thread that makes it, however that ends."""
 
     def __init__(self, orders: dict[str, Any]) -> None:
         self._process = subprocess.Popen(
@@ -58,7 +58,7 @@ class _Child:
             env={"PATH": os.defpath, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )
         self._rest = b""
-        self.tell(orders)
+        self.tell(orders | {"parent": os.getpid()})
 
     def tell(self, value: Any) -> None:
         """Send a line; whether anyone reads it shows in the answer."""

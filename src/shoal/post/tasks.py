@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -77,12 +78,21 @@ def parse_task(text: str, training: bool = False) -> Task:
     return EnvironmentTask(text, environment, range(first, last + 1))
 
 
-def prompt_of(tokenizer: Tokenizer, task: Task, problem: Problem) -> list[int]:
-    """The question up to where the model begins to write: a chat, or plain text for a base model."""
+def prompt_of(tokenizer: Tokenizer, task: Task, problem: Problem, thinking: bool = False) -> list[int]:
+    """The question up to where the model begins to write: a chat, or plain text for a base model.
+
+    `thinking`: a chat template that leaves the choice (see `refuse_thinking`) is to open a thought.
+    """
     if tokenizer.chat_template is not None:
-        return encode_chat(tokenizer, [{"role": "user", "content": problem.question}])[1]
+        return encode_chat(tokenizer, [{"role": "user", "content": problem.question}], thinking=thinking)[1]
     text = problem.question if task.continues else f"{problem.question}\n"
     return tokenizer.encode(text, bos=True)
+
+
+def refuse_thinking(tokenizer: Tokenizer) -> None:
+    """Raise `UserError` where the chat template leaves no choice whether an answer begins with a thought."""
+    if "thinking" not in (tokenizer.chat_template or ""):
+        raise UserError("this model has no chat template that opens a thought on demand, as v3.1 does: leave --thinking away")
 
 
 @dataclass(frozen=True)
@@ -109,11 +119,22 @@ class Score:
 
 
 def examine(
-    engine: Engine, tokenizer: Tokenizer, task: Task, *, count: int, samples: int, max_tokens: int, seed: int, temperature: float = 1.0
+    engine: Engine,
+    tokenizer: Tokenizer,
+    task: Task,
+    *,
+    count: int,
+    samples: int,
+    max_tokens: int,
+    seed: int,
+    temperature: float = 1.0,
+    thinking: bool = False,
 ) -> Score:
-    """Ask the first `count` held-out problems, each `samples` times."""
-    asked = list(islice(task.problems("test", seed), count))
-    prompts = [prompt_of(tokenizer, task, problem) for problem in asked]
+    """Ask those of the first `count` held-out problems that fit, each `samples` times."""
+    first = list(islice(task.problems("test", seed), count))
+    prompts = [prompt_of(tokenizer, task, problem, thinking) for problem in first]
+    fit = that_fit(task.name, [len(prompt) + 1 for prompt in prompts], engine.context)
+    asked, prompts = [first[i] for i in fit], [prompts[i] for i in fit]
     stops = task.stops if tokenizer.chat_template is None else ()
     groups = draw(engine, prompts, samples, max_tokens, seed, temperature=temperature, stop=stops)
     grades = [[task.grade(problem, sample) for sample in group] for problem, group in zip(asked, groups, strict=True)]
@@ -130,6 +151,19 @@ def examine(
         mean([float(sample.finished) for sample in everything]),
         {str(k): mean([pass_at(samples, count, k) for count in right]) for k in _powers(samples)},
     )
+
+
+def that_fit(name: str, lengths: Sequence[int], context: int) -> list[int]:
+    """Indices of a task's problems that have at most `context` tokens; the others are counted on stderr. Raises `UserError` without any."""
+    fit = [i for i, length in enumerate(lengths) if length <= context]
+    if not fit:
+        raise UserError(f"no problem of {name} fits into the {context:,} tokens that the model sees: shorten them")
+    if len(fit) < len(lengths):
+        print(
+            f"{len(lengths) - len(fit):,} problems of {name} do not fit into the {context:,} tokens that the model sees and are left out",
+            file=sys.stderr,
+        )
+    return fit
 
 
 def _powers(most: int) -> list[int]:

@@ -16,7 +16,7 @@ from ..formats.export import chat_template
 from ..formats.locate import locate_model
 from ..formats.weight_files import read_generation
 from ..model import Transformer
-from ..train.run_folder import RunFolder, new_run
+from ..train.run_folder import TRAINED_LENGTH, RunFolder, new_run, trained_length
 from ..train.uncompiled import AdamW
 from .adapters import adapt, is_adapted, merge
 
@@ -24,6 +24,8 @@ from .adapters import adapt, is_adapted, merge
 def load_trainable(path: str, machine: MachineOptions, options: TuneOptions) -> Plain:
     """The model in fp32, ready to be trained, with adapters where they are asked for."""
     loaded = load_plain(path, machine)
+    if length := trained_length(loaded.folder, loaded.model.config):
+        loaded.model.config.extra[TRAINED_LENGTH] = length  # what the model becomes is judged as it was
     if options.lora_rank > loaded.model.config.hidden_size:
         raise UserError(
             f"--lora-rank {options.lora_rank} is more than the width of the model, {loaded.model.config.hidden_size}: take a smaller one"
@@ -53,11 +55,12 @@ class Tuner:
         self._adam = AdamW([group for group in groups if group["params"]], lr=options.lr, betas=(0.9, 0.95), fused=True)
 
     def rate(self, step: int) -> float:
-        """Learning rate of step 1, 2, ..."""
-        progress, options = step / self._steps, self._options
-        if progress < options.warmup:
-            return options.lr * progress / options.warmup
-        return options.lr * (options.final + (1 - options.final) * (1 - progress) / max(1 - options.warmup, 1e-9))
+        """Learning rate of step 1, 2, ...: the first one after the warm-up has the peak, also where it is the only one."""
+        options = self._options
+        if step / self._steps < options.warmup:
+            return options.lr * step / self._steps / options.warmup
+        left = min((self._steps - step + 1) / self._steps / max(1 - options.warmup, 1e-9), 1.0)
+        return options.lr * (options.final + (1 - options.final) * left)
 
     def step(self, step: int) -> float:
         """One update, gradients cleared; the norm that they had. Nothing changes where they are not finite."""

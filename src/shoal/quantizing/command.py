@@ -18,7 +18,7 @@ from ..config import CorpusConfig, QuantizeCommand, UserError
 from ..data import Corpus, Tokenizer, open_corpus
 from ..engine.load import Plain, load_transformer
 from ..engine.weights import quantized_scheme
-from ..evaluate import TRAINED_WINDOW, default_window, score_texts
+from ..evaluate import default_window, score_texts
 from ..formats.huggingface import open_model, refuse_other_copies
 from ..formats.locate import locate_model
 from ..formats.packing import BITS, RoundingCost, pack_files
@@ -28,6 +28,7 @@ from ..formats.weight_files import WeightFiles, read_generation
 from ..kernels.packed import PackedMatrix
 from ..model import Transformer
 from ..runtime import Machine, peak_memory, require_memory, start
+from ..train.run_folder import TRAINED_LENGTH
 from .calibrate import Calibration
 from .calibration_text import calibration_ids
 from .report import Settled, figures, print_table
@@ -57,7 +58,7 @@ def run_quantize(command: QuantizeCommand) -> dict[str, Any]:
         _require_room(out, plan)
         window = default_window(folder, empty.config)
         if window != default_window(out, empty.config):
-            empty.config.extra[TRAINED_WINDOW] = window
+            empty.config.extra[TRAINED_LENGTH] = window
         ids = None
         if corpora[0] is not None:
             ids = calibration_ids(corpora[0], tokenizer, command.calibrate_tokens, window)

@@ -26,8 +26,8 @@ from filelock import FileLock, Timeout
 
 from .. import __version__
 from ..atomic import remove_folder
-from ..config import TrainConfig, UserError
-from ..config.recipes import from_table, to_toml
+from ..config import ModelConfig, TrainConfig, UserError
+from ..config.recipes import from_table, load_recipe, to_toml
 
 RESUME_MAY_CHANGE = {
     "out", "resume", "overwrite", "json", "minutes", "tokens", "steps", "threads", "tensorboard",
@@ -35,6 +35,8 @@ RESUME_MAY_CHANGE = {
     "nproc", "parallel", "memory_limit", "recompute", "return_memory", "offload",
 }  # fmt: skip
 """Settings that do not change what is learned from which data; everything else must stay as it was."""
+TRAINED_LENGTH = "training_sequence_length"
+"""In `config.json` of models that were made from a run's: see `trained_length`."""
 
 
 class Destination(Protocol):
@@ -124,7 +126,8 @@ def refuse_taken(config: Destination, source: Path | None = None) -> None:
         raise UserError(f"{source} lies in {path}, which --overwrite would discard before the run has a model: choose another --out")
     if (path / "run.json").exists():
         if not config.overwrite:
-            raise UserError(f"{path} already holds a run: --resume goes on with it, --overwrite discards it; or choose another --out")
+            resume = "--resume goes on with it, " if isinstance(config, TrainConfig) else ""
+            raise UserError(f"{path} already holds a run: {resume}--overwrite discards it; or choose another --out")
         with RunFolder(path).held():
             pass  # nobody trains in what is to be discarded
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -180,6 +183,16 @@ def learnt_from(model: Path) -> str | None:
     if model.parent.name != "checkpoints" or not (run / "run.json").is_file():
         return None
     return cast("str | None", RunFolder(run).read_json("run.json").get("data_fingerprint"))  # fine-tuning has none
+
+
+def trained_length(model: Path, config: ModelConfig) -> int | None:
+    """Sequence length of pretraining: of the run whose checkpoint `model` is, or as `config.json` of a fine-tuned or quantized model says;
+    None where nothing tells."""
+    recipe = model.parent.parent / "config.toml"
+    if model.parent.name == "checkpoints" and recipe.is_file():
+        return load_recipe(str(recipe)).sequence_length
+    length = config.extra.get(TRAINED_LENGTH)
+    return length if type(length) is int and 1 <= length <= config.max_position_embeddings else None
 
 
 def run_facts(config: TrainConfig, data_fingerprint: str, precision: str) -> dict[str, Any]:

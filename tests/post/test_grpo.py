@@ -6,7 +6,9 @@ import json
 import os
 import signal
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,14 +111,30 @@ def test_with_adapters_the_engine_samples_from_the_merged_weights(trained: Path,
     assert max(row["mismatch"] for row in rows) < 1e-3
 
 
-def test_cut_off_replies_teach_nothing_when_masked(trained: Path) -> None:
+class LikesEverySecond(LikesOneToken):
+    """Every group has something to teach, whatever was drawn."""
+
+    def __init__(self) -> None:
+        self._turns = cycle((0.0, 1.0))
+
+    def grade(self, problem: Problem, sample: Sample) -> float:
+        return next(self._turns)
+
+
+@pytest.mark.parametrize("overlong", ["mask", "keep"])
+def test_cut_off_replies_teach_nothing_when_masked(trained: Path, overlong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = load_plain(str(trained), MachineOptions("cpu", "fp32", 1))
     before = {name: p.clone() for name, p in plain.model.named_parameters()}
-    command = GRPOCommand("", tasks=("likes",), steps=1, prompts=2, group=4, max_tokens=2, max_running=8)
-    run = Run(command, [LikesOneToken()], plain.model, with_chat_template(plain.tokenizer, None), plain.machine)  # type: ignore[list-item]
-    row = run.step(1)
-    if row["finished"] == 0:
-        assert all(torch.equal(p, before[name]) for name, p in plain.model.named_parameters())
+    command = GRPOCommand("", tasks=("likes",), steps=1, prompts=2, group=4, max_tokens=2, max_running=8, overlong=overlong)  # type: ignore[arg-type]
+    run = Run(command, [LikesEverySecond()], plain.model, with_chat_template(plain.tokenizer, None), plain.machine)  # type: ignore[list-item]
+    draw = run.sampler.sample
+
+    def cut_off(*args: Any, **more: Any) -> list[list[Sample]]:
+        return [[replace(sample, finished=False) for sample in group] for group in draw(*args, **more)]
+
+    monkeypatch.setattr(run.sampler, "sample", cut_off)
+    assert run.step(1)["finished"] == 0
+    assert all(torch.equal(p, before[name]) for name, p in plain.model.named_parameters()) == (overlong == "mask")
 
 
 def test_the_command_trains_evaluates_and_saves(chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

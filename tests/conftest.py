@@ -8,8 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from shoal.cli import main
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("shoal", deadline=None)
+settings.load_profile("shoal")
 
 TINY = """
 steps = 12

@@ -77,6 +77,13 @@ def test_ratios_are_those_of_the_laws_behind_the_runs(command: BenchEfficiencyCo
         assert name in shown
 
 
+def test_the_seconds_of_a_run_are_those_of_undisturbed_steps_and_of_counting() -> None:
+    config = load_side("full").config(BUDGETS["small"]["full"][0])
+    summary, _ = made_up_run(config, 1.0)
+    steps = [{"tokens_per_second": config.tokens_per_step / seconds} for seconds in (9.0, 1.0, 1.0, 4.0, 1.0, 2.0, 1.0, 3.0)]
+    assert runs._run("full", 1.0, config, "", summary | {"counting_seconds": 5.0}, steps).seconds == pytest.approx(8 * 1.0 + 5)
+
+
 @pytest.mark.parametrize(("quick", "asked", "got"), [(False, None, 3), (True, None, 1), (True, 2, 2)])
 def test_as_many_seeds_as_asked_for(command: BenchEfficiencyCommand, quick: bool, asked: int | None, got: int) -> None:
     command.quick, command.seeds = quick, asked

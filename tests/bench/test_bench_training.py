@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.bench import fp8, memory
+from shoal.bench import train as bench_train
 from shoal.bench.memory import Row
 from shoal.bench.train import SHAPE, Transformers
 from shoal.cli import finish
-from shoal.config import BenchFP8Command, BenchMemoryCommand, TrainConfig, UserError
+from shoal.config import BenchFP8Command, BenchMemoryCommand, BenchTrainCommand, OptimizerConfig, TrainConfig, UserError
+from shoal.runtime import Machine
 
 
 def test_a_loss_that_was_not_finite_is_no_figure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,3 +96,19 @@ def tiny() -> Any:
         SHAPE, vocab_size=64, hidden_size=32, num_hidden_layers=2, intermediate_size=48, num_attention_heads=2, kv_lora_rank=16,
         qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
     )  # fmt: skip
+
+
+def test_shoal_is_compared_with_the_fastest_form_of_the_peer() -> None:
+    machine = Machine(torch.device("cpu"), "fp32", 1, 1e12, "")
+    peers = [SimpleNamespace(precision=precision) for precision in ("bf16", "bf16", "fp32", "fp32")]
+    contestants: Any = [None, None, *peers]
+    command = BenchTrainCommand(batch_size=4, sequence_length=32)
+    result = bench_train._result(contestants, [1200.0, 600.0, 100.0, 200.0, 400.0, 300.0], machine, command)
+    assert result["peak_share"] == pytest.approx(1200 / 128 * bench_train.step_flops(command, OptimizerConfig()) / 1e12)
+    del result["peak_share"]
+    assert result == {
+        "shoal_tokens_per_second": 1200, "shoal_adamw_tokens_per_second": 600, "precision": "fp32", "peak_flops": 1e12,
+        "transformers_bf16_tokens_per_second": 200, "transformers_fp32_tokens_per_second": 400, "transformers_tokens_per_second": 400,
+        "ratio": 6, "ratio_adamw": 3, "ratio_fastest": 3, "ratio_fastest_adamw": 1.5,
+    }  # fmt: skip
+    assert "ratio" not in bench_train._result(contestants[:2], [1200.0, 600.0], machine, command)

@@ -137,7 +137,7 @@ CONFIGS = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(CONFIGS)
 def test_any_shoal_model_comes_back_as_it_was(config: ModelConfig) -> None:
     assert model_config_from_dict(model_config_to_dict(config)) == config

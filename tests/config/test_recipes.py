@@ -59,7 +59,7 @@ CONFIGS = st.builds(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(CONFIGS)
 def test_any_settings_come_back_from_toml_as_they_were(config: TrainConfig) -> None:
     """All but what a `config.json` says besides, which may be more than TOML can."""
@@ -67,7 +67,7 @@ def test_any_settings_come_back_from_toml_as_they_were(config: TrainConfig) -> N
     assert from_table(TrainConfig, tomllib.loads(to_toml(config)), "recipe") == kept
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(CONFIGS)
 def test_any_settings_come_back_from_the_json_of_a_run(config: TrainConfig) -> None:
     assert from_table(TrainConfig, json.loads(json.dumps(dataclasses.asdict(config))), "run.json") == config

@@ -70,7 +70,7 @@ def conversations(draw: st.DrawFn, template: str) -> tuple[list[dict[str, Any]],
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_exactly_what_the_assistant_wrote_carries_loss(template: str, data: st.DataObject) -> None:
     tokenizer = with_template(template)
     messages, written = data.draw(conversations(template))

@@ -143,7 +143,7 @@ def test_small_caches_are_read_as_plain_torch_reads_them(name: str, cache: str) 
 
 @pytest.mark.parametrize("cache", ["fp32", "bf16", "fp8"])
 @pytest.mark.parametrize("name", ["v3", "lite", "many heads", "qwen", "looking up"])
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_results_do_not_depend_on_chunks_or_neighbours(name: str, cache: str, data: st.DataObject) -> None:
     native, _ = runners(name, cache)

@@ -37,7 +37,7 @@ def probabilities(one: Sampler, logits: np.ndarray) -> np.ndarray:
     return dense
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     logits_of,
     st.sampled_from([0.3, 1.0, 2.5]),
@@ -121,7 +121,7 @@ def test_a_mask_decides_until_it_lets_go(temperature: float) -> None:
     assert made == [3, 4, 20, 4]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(0, 1000), st.lists(st.sampled_from([0.0, 0.05, 1.0, 2.5]), min_size=1, max_size=20), st.sampled_from([1, 3 * SIZE, 1 << 15])
 )
@@ -235,7 +235,7 @@ def race(table: np.ndarray, temperatures: list[float], starts: list[int]) -> np.
     rows=st.lists(st.integers(0, 5), min_size=4, max_size=6),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_kernel_draws_what_numpy_draws(vocab: int, spread: float, temperature: float, rows: list[int], seed: int) -> None:
     draw = np.random.default_rng(seed)
     table = (spread * draw.standard_normal((6, vocab))).astype(np.float32)

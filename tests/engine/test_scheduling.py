@@ -122,7 +122,7 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 EngineMachine.TestCase.settings = settings(
-    max_examples=25, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+    max_examples=25, stateful_step_count=40, suppress_health_check=list(HealthCheck), derandomize=True
 )
 test_any_life = EngineMachine.TestCase
 

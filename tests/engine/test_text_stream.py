@@ -39,7 +39,7 @@ def stream(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     return [*(text.push(token) for token in ids), text.finish()]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.text(max_size=30))
 @example("\ufffd" * 9)
 @example("😀" * 5 + "\ufffd")
@@ -52,7 +52,7 @@ def test_any_text_comes_out_whole_and_in_whole_characters(text: str) -> None:
         assert not any("\ufffd" in piece for piece in pieces)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(sorted(TOKENIZERS)), st.data())
 def test_whatever_a_model_says_comes_out_as_if_decoded_at_once(name: str, data: st.DataObject) -> None:
     tokenizer = TOKENIZERS[name]
@@ -72,7 +72,7 @@ def test_a_character_appears_with_its_last_byte_and_words_keep_their_spaces() ->
     assert stream(tokenizer, ids) == ["the", "", "é", " fish", "", " fish", ""]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.sampled_from(["▁the", "▁fish", "▁", "s", "é", "<0xC3> <0xA9>", "<0xF0> <0x9F> <0x98> <0x80>", "<0x0A>"]), max_size=8))
 def test_bytes_of_tokens_join_to_the_text(names: list[str]) -> None:
     tokenizer = TOKENIZERS["sentencepiece"]

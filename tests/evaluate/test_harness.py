@@ -37,12 +37,29 @@ def test_likelihoods_are_those_of_the_model(model: HarnessModel, trained: Path) 
         assert greedy == all(int(logprobs[i - 1].argmax()) == whole[i] for i in range(start, len(whole)))
 
 
-def test_long_texts_count_every_token_once(model: HarnessModel) -> None:
+def test_long_texts_count_every_token_once(model: HarnessModel, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "red fish swims over the reef " * 30
+    pieces: list[tuple[list[int], list[int]]] = []
+    scored: list[tuple[float, bool]] = []
+    score = model._score
+
+    def note(pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        pieces.extend(pairs)
+        scored.extend(score(pairs))
+        return scored
+
+    monkeypatch.setattr(model, "_score", note)
     [total] = model.loglikelihood_rolling([ask(text)])
-    count = len(model.tokenizer.encode(text))
-    assert count > model.engine.context
-    assert 0.1 < -total / count < 12
+    ids, context = model.tokenizer.encode(text, bos=True), model.engine.context
+    assert len(ids) > 2 * context
+    at = 1
+    for read, counted in pieces:
+        assert read + counted == ids[at - len(read) : at + len(counted)]
+        assert len(read) + len(counted) <= context
+        assert len(read) >= context // 2 or at == 1
+        at += len(counted)
+    assert at == len(ids)
+    assert total == pytest.approx(sum(logprob for logprob, _ in scored))
 
 
 def test_generation_stops_where_it_is_told(model: HarnessModel) -> None:

@@ -64,10 +64,12 @@ def test_humaneval_runs_the_function_in_both_styles(tmp_path: Path) -> None:
 def test_choices_are_scored_and_reported(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"question": "red", "choices": ["fish", "over"], "answer": "B"}, {"question": "blue", "choices": ["the", "reef"], "answer": 0}]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert main(["eval", str(trained), "--tasks", f"choice={tmp_path / 'c.jsonl'}", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["tasks"]["choice=c.jsonl"]["problems"] == 2
-    assert result["tasks"]["choice=c.jsonl"]["accuracy"] in (0, 0.5, 1)
+    others = [row | {"answer": other} for row, other in zip(rows, (0, "B"), strict=True)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in others))
+    assert main(["eval", str(trained), "--tasks", *(f"choice={tmp_path / name}.jsonl" for name in "cd"), "--json"]) == 0
+    one, other = json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"].values()
+    assert one["problems"] == other["problems"] == 2
+    assert one["accuracy"] + other["accuracy"] == 1
 
 
 def test_what_does_not_fit_is_left_out_and_costs_no_other_score(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,7 +80,7 @@ def damaged(models: dict[str, Path], kind: str, tmp_path: Path, change: Callable
     return message
 
 
-FUZZ = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @FUZZ

@@ -9,7 +9,7 @@ from shoal.config import UserError
 from shoal.numerics.fp8 import dequantize_blocks
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
 def test_every_number_is_multiplied_by_the_scale_of_its_block(rows: int, columns: int, high: int, wide: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

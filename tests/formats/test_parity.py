@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
-SEARCH = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+SEARCH = settings(max_examples=10, derandomize=True, suppress_health_check=list(HealthCheck))
 LENGTH = 40
 
 

@@ -18,7 +18,7 @@ from shoal.kernels import cpu, reference, selection
 
 native = pytest.importorskip("shoal.kernels._cpu", reason="shoal was installed without a C++ compiler")
 
-varied = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+varied = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 sizes = st.integers(1, 70)
 scales = st.sampled_from([1e-12, 1e-3, 1.0, 30.0, 1e4])
 seeds = st.integers(0, 2**31)

@@ -37,7 +37,7 @@ def compare(x: Tensor, steps: int, atol: float = 2e-5) -> None:
 @given(
     st.integers(1, 4), st.integers(1, 70), st.integers(1, 70), st.integers(0, 6), st.sampled_from([1e-12, 1e-3, 1e6]), st.integers(0, 2**31)
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_shapes(batch: int, rows: int, columns: int, steps: int, scale: float, seed: int) -> None:
     torch.manual_seed(seed)
     compare(scale * torch.randn(batch, rows, columns), steps)

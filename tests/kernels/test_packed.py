@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from shoal.kernels.packed import pack_floats, pack_integers, unpack, unpack_integers
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     leading=st.sampled_from([(), (3,), (2, 2)]),
     rows=st.integers(1, 40),

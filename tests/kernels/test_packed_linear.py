@@ -34,7 +34,7 @@ def multiply(isa: str, matrix: PackedMatrix, x: torch.Tensor, threads: int = 2) 
 
 @pytest.mark.parametrize("isa", SETS)
 @pytest.mark.parametrize("kind", FORMATS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     leading=st.sampled_from([(), (3,)]),
     rows=st.integers(1, 70),

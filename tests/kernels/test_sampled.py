@@ -16,7 +16,7 @@ from shoal.kernels import Candidates, CountTables, cpu, reference
 
 native = pytest.importorskip("shoal.kernels._cpu", reason="shoal was installed without a C++ compiler")
 
-varied = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+varied = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 seeds = st.integers(0, 2**31)
 
 

@@ -127,7 +127,7 @@ def test_where_it_cannot_be_is_refused(changes: dict[str, Any]) -> None:
 
 
 @given(width=st.integers(8, 80), latent=st.integers(2, 40), nope=st.integers(1, 20), value=st.integers(1, 20), heads=st.integers(2, 4))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_any_other_shape_begins_with_finite_weights(width: int, latent: int, nope: int, value: int, heads: int) -> None:
     shape = {"hidden_size": width, "kv_lora_rank": latent, "qk_nope_head_dim": nope, "v_head_dim": value, "num_attention_heads": heads}
     model = make(**shape)

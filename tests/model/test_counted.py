@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.config import ModelConfig, UserError
@@ -57,7 +57,6 @@ def model_of(texts: list[list[int]], order: int) -> Transformer:
     return model
 
 
-@settings(deadline=None)
 @given(TEXTS, st.integers(1, 4))
 def test_counts_are_those_of_counting_by_hand(texts: list[list[int]], order: int) -> None:
     counts, bits = count(texts, order), token_bits(V)
@@ -71,7 +70,6 @@ def test_counts_are_those_of_counting_by_hand(texts: list[list[int]], order: int
     assert not found, "nothing else was counted"
 
 
-@settings(deadline=None)
 @given(TEXTS, st.integers(1, 4), st.lists(st.integers(0, V - 1), min_size=1, max_size=10))
 def test_probabilities_are_interpolated_absolute_discounting(texts: list[list[int]], order: int, ids: list[int]) -> None:
     if max(map(len, texts)) < 2:
@@ -111,7 +109,6 @@ def test_contexts_of_each_length_are_discounted_by_their_own_counts(order: int) 
     assert module.filled.discounts.equal(torch.tensor(expected))
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, V - 1), min_size=2, max_size=20), st.data())
 def test_keys_are_the_same_wherever_a_text_is_cut(text: list[int], data: st.DataObject) -> None:
     order = data.draw(st.integers(1, 5))

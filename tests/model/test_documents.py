@@ -34,7 +34,7 @@ def tiny(shape: str, dtype: torch.dtype = torch.float32) -> Transformer:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=9))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_packed_documents_give_what_each_gives_alone(shape: str, lengths: list[int]) -> None:
     model = tiny(shape)
     texts = [torch.randint(0, 64, (1, length), generator=torch.Generator().manual_seed(length)) for length in lengths]

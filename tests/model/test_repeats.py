@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.config import ModelConfig, UserError
@@ -46,7 +46,6 @@ def by_hand(text: list[int], window: int) -> list[tuple[int, int]]:
     return found
 
 
-@settings(deadline=None)
 @given(TEXT, st.integers(1, 50))
 def test_the_latest_of_the_longest_repetitions_of_the_same_text_is_found(text: list[int], window: int) -> None:
     found = finder(window).find(torch.tensor([text]), None)
@@ -60,7 +59,6 @@ def test_a_model_without_an_end_of_text_looks_through_all_of_it() -> None:
     assert finder(9).find(torch.tensor([text]), None)[0, -1].tolist() == [0, 0]
 
 
-@settings(deadline=None)
 @given(TEXT, st.integers(1, 12), st.data())
 def test_it_is_the_same_wherever_a_text_is_cut(text: list[int], window: int, data: st.DataObject) -> None:
     module = finder(window)
@@ -71,7 +69,6 @@ def test_it_is_the_same_wherever_a_text_is_cut(text: list[int], window: int, dat
     assert module.find(torch.tensor([text[cut:]]), before).equal(whole[:, cut:])
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.integers(1, 40), st.integers(1, 3))
 def test_the_kernel_is_its_reference(seed: int, size: int, window: int, tokens: int) -> None:
     draw = torch.Generator().manual_seed(seed)
@@ -82,7 +79,6 @@ def test_the_kernel_is_its_reference(seed: int, size: int, window: int, tokens: 
     assert find_repeats(texts, numbers, fresh, window, REPEAT_LENGTHS).equal(expected)
 
 
-@settings(deadline=None)
 @given(st.lists(TEXT, min_size=2, max_size=4))
 def test_packed_texts_are_searched_by_themselves(texts: list[list[int]]) -> None:
     packed = torch.tensor([[token for text in texts for token in text]])

@@ -22,7 +22,7 @@ def yarn(factor: float, original: int, mscales: tuple[float | None, float | None
     return scaling | {name: value for name, value in zip(("mscale", "mscale_all_dim"), mscales, strict=True) if value is not None}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.sampled_from([1.0, 2.0, 40.0]),
     st.sampled_from([64, 4096]),
@@ -59,7 +59,7 @@ def test_llama_attention_keeps_its_scale_under_yarn() -> None:
     assert softmax_scale(config) == 0.25
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.sampled_from([16, 128]), st.sampled_from([10000.0, 500000.0]), st.sampled_from([64, 8192]))
 def test_llama3_equals_transformers(width: int, theta: float, original: int) -> None:
     transformers = pytest.importorskip("transformers")

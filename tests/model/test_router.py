@@ -53,7 +53,7 @@ def naive(router: Router, token: Tensor) -> dict[int, float]:
     return {e: scores[e] / total * config.routed_scaling_factor for e in chosen}
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(
     st.integers(0, 10_000),
     st.sampled_from(["greedy", "group_limited_greedy", "noaux_tc"]),

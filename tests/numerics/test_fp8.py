@@ -56,7 +56,7 @@ def numbers(rows: int, columns: int, seed: int, spread: float = 3.0) -> Tensor:
 shapes = st.tuples(st.integers(1, 300), st.integers(1, 300), st.integers(0, 999), st.booleans())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(shapes)
 def test_operands_are_those_of_a_float64_emulation(shape: tuple[int, int, int, bool]) -> None:
     rows, columns, seed, power_of_two = shape
@@ -69,7 +69,7 @@ def test_operands_are_those_of_a_float64_emulation(shape: tuple[int, int, int, b
         assert set(np.abs(expected).ravel()) <= set(E4M3)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(shapes, st.integers(1, 200))
 def test_products_are_those_of_a_float64_emulation(shape: tuple[int, int, int, bool], outputs: int) -> None:
     rows, columns, seed, power_of_two = shape
@@ -94,7 +94,7 @@ def test_products_of_small_integers_are_exact() -> None:
     assert got.equal(x @ weight.T)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=4), st.integers(1, 200), st.integers(1, 200), st.integers(0, 99))
 def test_groups_of_rows_are_multiplied_as_each_by_itself(sizes: list[int], columns: int, outputs: int, seed: int) -> None:
     sizes = [*sizes, 1]
@@ -146,7 +146,7 @@ def test_what_is_not_finite_stays_so() -> None:
 
 
 @given(st.integers(1, 400), st.integers(1, 300), st.integers(0, 99))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_tiles_with_powers_of_two_hold_what_was_snapped_to_blocks(rows: int, columns: int, seed: int) -> None:
     snapped = fp8.snap_to_blocks(numbers(rows, columns, seed))
     assert fp8.dequantize_tiles(fp8.quantize_tiles(snapped, power_of_two=True)).equal(snapped)

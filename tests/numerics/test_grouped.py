@@ -23,7 +23,7 @@ def error(approximation: torch.Tensor, weight: torch.Tensor) -> float:
     return float((approximation - weight).double().square().sum())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
     rows=st.integers(1, 5),
@@ -68,7 +68,7 @@ def test_search_beats_the_absolute_maximum_by_more_than_a_twentieth(tail: int) -
     assert error(dequantize(quantize(weight, 4)), weight) < 0.95 * plain
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.floats(-3, 3))
 def test_no_group_is_worse_than_with_the_absolute_maximum(seed: int, exponent: float) -> None:
     weight = torch.randn(20, 32, generator=torch.Generator().manual_seed(seed)) * 10**exponent

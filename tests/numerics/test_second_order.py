@@ -40,7 +40,7 @@ def test_every_sweep_lowers_the_error() -> None:
     assert errors[2] < 0.97 * errors[0]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 10**6),
     leading=st.sampled_from([(), (3,)]),

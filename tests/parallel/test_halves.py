@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -25,17 +26,22 @@ def test_halves_take_turns_at_exchanges_in_one_order() -> None:
 
 
 def test_an_exchange_hides_behind_the_other_half() -> None:
-    halves = Halves()
+    halves, computes, carried = Halves(), threading.Event(), threading.Event()
 
-    def half() -> None:
-        for _ in range(3):
-            time.sleep(0.02)
-            halves(lambda: time.sleep(0.02))
+    def exchange() -> bool:
+        hidden = computes.wait(5)
+        time.sleep(0.2)
+        carried.set()
+        return hidden
 
-    began = time.perf_counter()
-    halves.run(half, half)
-    assert time.perf_counter() - began < 0.2  # one after the other: 0.24
-    assert halves.exposed_seconds < 0.06
+    def other() -> bool:
+        computes.set()
+        return carried.wait(5)
+
+    assert halves.run(lambda: halves(exchange), other) == (True, True)
+    assert halves.exposed_seconds < 0.2
+    assert halves(exchange)
+    assert halves.exposed_seconds >= 0.2  # with nothing to hide behind
 
 
 def test_an_error_in_one_half_is_told() -> None:

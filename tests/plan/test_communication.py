@@ -21,7 +21,7 @@ def test_exact_and_simulated_reach_agree(name: str, places: int) -> None:
     assert simulated_places(BUILT_IN[name], places, samples) == pytest.approx(exact, abs=4 * 1.5 / samples**0.5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from([1, 2, 4, 8]), st.integers(1, 8), st.integers(1, 8), st.sampled_from([1, 2, 3, 4, 6, 8, 12, 24]))
 def test_exact_and_simulated_reach_agree_for_any_grouping(groups: int, reachable: int, chosen: int, places: int) -> None:
     """Places that are smaller than groups, larger, and across their borders."""

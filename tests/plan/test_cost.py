@@ -111,7 +111,7 @@ def without_impossible_mtp(config: ModelConfig) -> ModelConfig:
     return config if possible else replace(config, num_nextn_predict_layers=0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(CONFIGS)
 def test_parameters_and_bytes_equal_what_the_transformer_allocates(config: ModelConfig) -> None:
     config = without_impossible_mtp(config)
@@ -129,7 +129,7 @@ def test_parameters_and_bytes_equal_what_the_transformer_allocates(config: Model
     assert cost.checkpoint_bytes(config, cost.NUMBER_FORMATS["fp32"]) == sum(sizes) - repeated
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 @given(st.sampled_from(["deepseek-v3", "deepseek-v2", "deepseek-v2-lite", "llama-3.1-405b", "qwen2.5-72b"]))
 def test_published_models_agree_with_the_transformer_to_the_parameter(name: str) -> None:
     with torch.device("meta"):

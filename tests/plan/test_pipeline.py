@@ -65,7 +65,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
     return build(name, devices, microbatches)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(schedules(), st.floats(0.1, 3), st.floats(0.1, 3), st.floats(0.1, 3), st.floats(0, 2))
 def test_every_schedule_does_all_work_once_and_in_order(
     schedule: Schedule, forward: float, inputs: float, weights: float, transfer: float

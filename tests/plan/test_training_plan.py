@@ -85,7 +85,7 @@ def test_states_of_one_device_are_counted_to_the_byte() -> None:
     assert muon.optimizer == pytest.approx(4 * parameters + 4 * embeddings, rel=0.01)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.floats(0.1, 5), min_size=1, max_size=20),
     st.floats(0.1, 5),

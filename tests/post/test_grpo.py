@@ -6,7 +6,9 @@ import json
 import os
 import signal
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from shoal.engine import Engine, load_plain
 from shoal.formats import complete_checkpoints, load_model
 from shoal.kernels.selection import BACKEND
 from shoal.post import rollouts
-from shoal.post.grpo import Run
+from shoal.post.grpo import Episode, Run
 from shoal.post.losses import row_logprobs
 from shoal.post.packing import make_rows
 from shoal.post.problems import Problem, Split
@@ -109,14 +111,48 @@ def test_with_adapters_the_engine_samples_from_the_merged_weights(trained: Path,
     assert max(row["mismatch"] for row in rows) < 1e-3
 
 
-def test_cut_off_replies_teach_nothing_when_masked(trained: Path) -> None:
+class LikesEverySecond(LikesOneToken):
+    """Every group has something to teach, whatever was drawn."""
+
+    def __init__(self) -> None:
+        self._turns = cycle((0.0, 1.0))
+
+    def grade(self, problem: Problem, sample: Sample) -> float:
+        return next(self._turns)
+
+
+@pytest.mark.parametrize("overlong", ["mask", "keep"])
+def test_cut_off_replies_teach_nothing_when_masked(trained: Path, overlong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = load_plain(str(trained), MachineOptions("cpu", "fp32", 1))
     before = {name: p.clone() for name, p in plain.model.named_parameters()}
-    command = GRPOCommand("", tasks=("likes",), steps=1, prompts=2, group=4, max_tokens=2, max_running=8)
+    command = GRPOCommand("", tasks=("likes",), steps=1, prompts=2, group=4, max_tokens=2, max_running=8, overlong=overlong)  # type: ignore[arg-type]
+    run = Run(command, [LikesEverySecond()], plain.model, with_chat_template(plain.tokenizer, None), plain.machine)  # type: ignore[list-item]
+    draw = run.sampler.sample
+
+    def cut_off(*args: Any, **more: Any) -> list[list[Sample]]:
+        return [[replace(sample, finished=False) for sample in group] for group in draw(*args, **more)]
+
+    monkeypatch.setattr(run.sampler, "sample", cut_off)
+    assert run.step(1)["finished"] == 0
+    assert all(torch.equal(p, before[name]) for name, p in plain.model.named_parameters()) == (overlong == "mask")
+
+
+def test_each_update_of_a_step_learns_from_its_own_share(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = load_plain(str(trained), MachineOptions("cpu", "fp32", 1))
+    command = GRPOCommand("", tasks=("likes",), steps=1, prompts=4, group=2, updates=2, max_tokens=2, max_running=8)
     run = Run(command, [LikesOneToken()], plain.model, with_chat_template(plain.tokenizer, None), plain.machine)  # type: ignore[list-item]
-    row = run.step(1)
-    if row["finished"] == 0:
-        assert all(torch.equal(p, before[name]) for name, p in plain.model.named_parameters())
+    texts = [["e", ""], ["", "e"], ["ee", "eb"], ["bb", "eb"]]
+    groups = [[Sample([1], [2], np.zeros(1, np.float32), None, text, True) for text in group] for group in texts]
+    seen: list[list[tuple[str, float]]] = []
+
+    def update(episodes: list[Episode]) -> dict[str, float]:
+        seen.append([(episode.sample.text, episode.advantage) for episode in episodes])
+        return {"mismatch": 0.0}
+
+    monkeypatch.setattr(run.sampler, "sample", lambda *_, **__: groups)
+    monkeypatch.setattr(run, "_update", update)
+    run.step(1)
+    assert seen == [[("e", 0.5), ("", -0.5), ("", -0.5), ("e", 0.5)], [("ee", 0.25), ("eb", -0.25), ("bb", -0.25), ("eb", 0.25)]]
 
 
 def test_the_command_trains_evaluates_and_saves(chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

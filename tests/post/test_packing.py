@@ -56,7 +56,7 @@ def test_targets_are_the_next_learnt_tokens_of_the_same_document() -> None:
 
 @pytest.mark.parametrize("kind", ["v3", "v2", "llama"])
 @given(sizes=st.lists(st.integers(1, 30), min_size=2, max_size=8))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_packing_changes_no_documents_loss(kind: str, sizes: list[int]) -> None:
     model, texts = make_model(kind), random_texts(sizes)
     with torch.no_grad():

@@ -65,25 +65,14 @@ def test_off_policy_mask_takes_whole_bad_replies_that_the_policy_left_behind() -
     assert (logprobs.grad[2:] < 0).all()
 
 
-def test_kl_estimate_is_that_of_the_distributions_and_so_is_its_gradient() -> None:
-    """Over all tokens of a small vocabulary the estimate, weighted by where tokens come from, is the divergence itself."""
+def test_off_policy_the_kl_estimate_is_the_divergence_and_so_is_its_gradient() -> None:
+    """Over all tokens of a small vocabulary, each drawn as often as the others."""
     torch.manual_seed(0)
     logits = torch.randn(5, dtype=torch.float64, requires_grad=True)
-    old, reference = torch.randn(5, dtype=torch.float64).log_softmax(0), torch.randn(5, dtype=torch.float64).log_softmax(0)
-
-    def estimate() -> torch.Tensor:
-        logprobs = logits.log_softmax(0)
-        away = reference - logprobs
-        return (old.exp() * (logprobs - old).exp() * (away.exp() - away - 1)).sum()
-
-    def divergence() -> torch.Tensor:
-        logprobs = logits.log_softmax(0)
-        return (logprobs.exp() * (logprobs - reference)).sum()
-
-    assert torch.allclose(estimate(), divergence())
-    [one], [other] = torch.autograd.grad(estimate(), [logits]), torch.autograd.grad(divergence(), [logits])
-    assert torch.allclose(one, other)
-    options = PolicyOptions(kl=2.0)
-    new = torch.tensor([-1.0, -2.0])
-    loss = policy_loss(new, new, torch.zeros(2), torch.arange(2), options, reference=torch.tensor([-1.5, -2.0]))
-    assert torch.allclose(loss.kl, torch.tensor(0.5).neg().exp() - 0.5)
+    sampled, reference = torch.full_like(logits, 1 / 5).log().detach(), torch.randn(5, dtype=torch.float64).log_softmax(0)
+    logprobs = logits.log_softmax(0)
+    divergence = (logprobs.exp() * (logprobs - reference)).sum()
+    loss = policy_loss(logprobs, sampled, torch.zeros(5), torch.arange(5), PolicyOptions(kl=2.0), reference)
+    assert torch.allclose(loss.kl / 5, divergence)
+    [one], [other] = torch.autograd.grad(loss.total / 5, [logits], retain_graph=True), torch.autograd.grad(divergence, [logits])
+    assert torch.allclose(one, 2 * other)

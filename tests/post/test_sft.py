@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.engine.small_models import make_model
 
 from shoal.cli import main
 from shoal.config import SFTCommand, TuneOptions
@@ -20,8 +21,9 @@ from shoal.evaluate import default_window
 from shoal.formats import load_model, locate_model
 from shoal.formats.huggingface import read_config
 from shoal.post.packing import Text
-from shoal.post.sft import Plan
+from shoal.post.sft import Plan, held_out_loss, split
 from shoal.post.tuning import Tuner, with_chat_template
+from shoal.runtime import Machine
 
 OPTIONS = ["--steps", "12", "--batch-tokens", "512", "--lr", "0.003", "--threads", "1", "--precision", "fp32", "--json"]
 
@@ -171,3 +173,29 @@ def test_a_tuned_model_keeps_its_templates_unless_it_is_given_one() -> None:
     own = Tokenizer("{}", {}, "D", {"tool_use": "T"})
     assert with_chat_template(own, None).template(tools=True) == "T"
     assert with_chat_template(own, "r1").template(tools=True) == with_chat_template(own, "r1").template(tools=False) != "D"
+
+
+def made_up_texts() -> list[Text]:
+    """Of different lengths, of which different parts are learnt."""
+    draw = np.random.default_rng(0)
+    return [Text(draw.integers(0, 64, 5 + i), draw.random(5 + i) < 0.2 + 0.1 * (i % 6)) for i in range(20)]
+
+
+def test_what_is_held_out_is_not_trained_on() -> None:
+    texts = made_up_texts()
+    training, held_out = split(texts, SFTCommand("m", val_fraction=0.25))
+    assert (len(training), len(held_out)) == (15, 5)
+    assert {id(text) for text in training + held_out} == {id(text) for text in texts}
+
+
+def test_the_held_out_loss_is_the_mean_over_learnt_tokens() -> None:
+    model, texts = make_model("v3"), made_up_texts()
+    nats: list[float] = []
+    for text in texts:
+        ids = torch.from_numpy(text.ids)
+        with torch.no_grad():
+            logprobs = model.logits(model(ids[None, :-1]).hidden)[0].log_softmax(-1)
+        nats += [-float(logprobs[i - 1, ids[i]]) for i in range(1, len(ids)) if text.learnt[i]]
+    command = SFTCommand("m", tune=TuneOptions(micro_tokens=64))
+    found = held_out_loss(model, Machine(torch.device("cpu"), "fp32", 1, 1.0, ""), texts, command)
+    assert found == pytest.approx(np.mean(nats), rel=1e-5)

@@ -51,14 +51,14 @@ def refused(served: Served, path: str, body: bytes) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=64).filter(lambda body: not body.strip().startswith((b"{", b"n", b"t", b"f"))))
 def test_random_bytes(served: Served, path: str, body: bytes) -> None:
     refused(served, path, body)
 
 
 @pytest.mark.parametrize("path", PATHS)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.sampled_from(FIELDS), JSON))
 def test_random_values_in_known_fields(served: Served, path: str, body: dict[str, Any]) -> None:
     status, answer, _ = ask(served.url + path, json.dumps({"max_tokens": 1, "max_output_tokens": 1} | body).encode())

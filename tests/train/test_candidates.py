@@ -169,10 +169,15 @@ def test_multi_token_prediction_learns_from_the_candidates_of_the_position_it_pr
 
 
 @pytest.mark.parametrize("begins", [0.0, 0.6])
-def test_a_run_with_multi_token_prediction_spends_what_was_planned(begins: float, config: TrainConfig) -> None:
+def test_a_run_with_multi_token_prediction_spends_what_was_planned(
+    begins: float, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = replace(config.model, num_nextn_predict_layers=1)
     config = replace(sampled(config, "teacher"), model=model, mtp=replace(config.mtp, begins=begins), steps=20)
+    begun, begin = [], Sampler.begin
+    monkeypatch.setattr(Sampler, "begin", lambda sampler, step: begun.append(step) or begin(sampler, step))
     run = train(config)
+    assert begun == list(range(20))
     assert run.summary["train_flops"] == pytest.approx(20 * step_flops(config), rel=1e-9)
     wide = replace(config, model=replace(model, vocab_size=512))
     head = flops_per_token(wide.model, wide.sequence_length, training=True).head

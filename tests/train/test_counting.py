@@ -104,9 +104,12 @@ def test_a_prior_is_worth_a_lot_to_a_short_run_and_is_saved_with_it(config: Trai
     assert json.loads((complete_checkpoints(run.folder)[-1] / "config.json").read_text())["model_type"] == "shoal"
 
 
-def test_a_teacher_leaves_a_plain_model_behind(config: TrainConfig) -> None:
+def test_a_teacher_leaves_a_plain_model_behind(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = train(replace(config, out=str(config.out) + "-plain"))
+    faded, fade = [], Teacher.fade
+    monkeypatch.setattr(Teacher, "fade", lambda teacher, tokens: faded.append(tokens) or fade(teacher, tokens))
     taught = train(replace(config, teacher=replace(config.teacher, order=3)))
+    assert faded == [step * config.tokens_per_step for step in range(taught.summary["steps"])]
     assert taught.summary["val_bpb"] < plain.summary["val_bpb"]
     model = load_model(complete_checkpoints(taught.folder)[-1])
     assert model.state_dict().keys() == load_model(complete_checkpoints(plain.folder)[-1]).state_dict().keys()

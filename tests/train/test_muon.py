@@ -86,7 +86,7 @@ def test_an_expert_is_updated_as_if_it_stood_alone() -> None:
     torch.testing.assert_close(stack.detach()[1], alone.detach(), rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.integers(1, 3), st.integers(1, 7), st.integers(0, 2**31))
 def test_blocks_of_rows_are_updated_as_if_they_were_matrices(blocks: list[int], alike: int, columns: int, seed: int) -> None:
     torch.manual_seed(seed)
@@ -263,7 +263,7 @@ def test_share_scales_the_peak_rates_and_zero_changes_nothing() -> None:
     assert {group["lr"] / group["peak_lr"] for optimizer in optimizers.all for group in optimizer.param_groups} == {0.25}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(scale=st.floats(1e-3, 1e3), limit=st.sampled_from([0.0, 0.5, 1.0, 10.0]))
 def test_clipping_equals_that_of_torch(scale: float, limit: float) -> None:
     ours, theirs = (nn.ParameterList(parameters(2, torch.float32)) for _ in range(2))

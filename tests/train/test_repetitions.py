@@ -48,7 +48,7 @@ def teacher(taught: TrainConfig) -> Teacher:
     return Teacher.of(taught, Counting(taught, text_that_repeats()))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(trust=st.floats(0.05, 0.9), seed=st.integers(0, 100))
 def test_the_trust_is_that_of_the_mixture_that_the_text_was_drawn_from(trust: float, seed: int) -> None:
     """A hint is followed with this probability; otherwise one of 20 tokens comes, each as likely as the next."""

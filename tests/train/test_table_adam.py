@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.train.table_adam import TableAdam
 
 
-@settings(deadline=None)  # the first call loads kernels
 @given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=5), min_size=1, max_size=12), st.booleans())
 def test_it_equals_torch_adam_without_momentum(steps: list[list[int]], sparse: bool) -> None:
     start = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))

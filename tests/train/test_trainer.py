@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import resource
 import shlex
@@ -15,6 +16,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,15 +24,20 @@ import torch
 
 from shoal.atomic import TEMPORARY
 from shoal.cli import main
-from shoal.config import ModelConfig, TrainConfig, UserError
+from shoal.config import CheckpointConfig, ModelConfig, TrainConfig, UserError
 from shoal.config.recipes import load_recipe
-from shoal.data import Tokenizer, train_tokenizer
+from shoal.data import Batches, Tokenizer, open_corpus, prepare, train_tokenizer
 from shoal.formats import complete_checkpoints, load_model
 from shoal.formats.checkpoints import checkpoint_step
 from shoal.formats.locate import locate_model
-from shoal.model import Transformer
+from shoal.model import Transformer, init_weights
 from shoal.parallel import Team
+from shoal.plan.budget import training_flops_per_token
+from shoal.plan.cost import optimizer_flops
+from shoal.runtime import start
 from shoal.train import Trained, find_run, passes, train, trainer
+from shoal.train.likelihood import held_out
+from shoal.train.state import Counters, TrainState
 
 SUMMARY = {
     "val_bpb", "xz_bpb", "val_loss", "val_tokens", "val_bytes", "tokens", "steps", "skipped", "train_flops", "seconds",
@@ -104,6 +111,7 @@ def test_the_summary_agrees_with_the_rows(trained: Path) -> None:
     assert summary["val_loss"] / summary["val_bpb"] == pytest.approx(0.6931472 * summary["val_bytes"] / summary["val_tokens"])
     assert 0 < summary["xz_bpb"] < 8
     assert summary["params_total"] > summary["params_active"]
+    assert summary["max_vio"] == steps[-1]["max_vio"], "of the last tenth"
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.5, "it learns"
 
 
@@ -122,19 +130,56 @@ def test_a_row_holds_the_figures_of_its_step(trained: Path) -> None:
     assert all(sum(layer) == pytest.approx(1, abs=1e-3) for layer in steps[0]["expert_load"])
 
 
-def test_the_same_seed_gives_the_same_losses_and_another_seed_others(config: TrainConfig, tmp_path: Path, trained: Path) -> None:
-    short = replace(config, steps=12, checkpoint=replace(config.checkpoint, every_steps=0))
-    train(short)
-    other = train(replace(short, out=str(tmp_path / "other"), seed=1))
-    reference = [row["loss"] for row in rows_of(trained)[0]]
-    assert [row["loss"] for row in rows_of(tmp_path / "run")[0]] == reference
-    assert [row["loss"] for row in rows_of(other.folder)[0]] != reference
+def test_speed_and_bits_per_byte_are_worked_out_from_the_step(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: 2.0 * next(ticks)))  # a step is from one look to the next
+    monkeypatch.setattr(trainer, "start", lambda *asked: replace(start(*asked), peak_flops=1e9))
+    config = replace(config, steps=2, eval_tokens=16, corpus=replace(config.corpus, val_fraction=0.3))
+    result = train(config)
+    steps, _ = rows_of(result.folder)
+    resolved = load_recipe(str(result.folder / "config.toml"))
+    flops = training_flops_per_token(resolved).total * 128 + optimizer_flops(resolved.model, resolved.optimizer)
+    data = prepare(open_corpus(config.data, config.corpus), None, config.model.vocab_size, config.corpus, progress=False)
+    for row in steps:
+        assert row["bpb"] == pytest.approx(row["loss"] / math.log(2) * data.train.num_tokens / data.train.num_bytes)
+        assert (row["flops"], row["tokens_per_second"]) == (pytest.approx(row["step"] * flops), 64)
+        assert (row["tflops"], row["peak_share"]) == (pytest.approx(flops / 2e12), pytest.approx(flops / 2e9))
+    assert (result.summary["tokens_per_second"], result.summary["peak_share"]) == (64, pytest.approx(flops / 2e9))
+    asked = held_out(data, 64 * 16)
+    assert 1 == len(held_out(data, 16)) < len(asked)
+    assert result.summary["val_bytes"] == sum(size for _, size in asked)
+
+
+def test_saving_and_evaluating_are_due_by_the_minute() -> None:
+    due = replace(TrainConfig(eval_every_minutes=3), checkpoint=CheckpointConfig(every_minutes=2))
+    for seconds, save, evaluation in ((129, False, False), (131, True, False), (189, True, False), (191, True, True)):
+        at = Counters(step=1, seconds=seconds, last_save=10, last_eval=10)
+        state: Any = SimpleNamespace(config=due, counters=at)
+        assert (TrainState.save_is_due(state), TrainState.evaluation_is_due(state)) == (save, evaluation)
+
+
+def test_the_same_seed_gives_the_same_losses(config: TrainConfig, tmp_path: Path, trained: Path) -> None:
+    train(replace(config, steps=12, checkpoint=replace(config.checkpoint, every_steps=0)))
+    assert [row["loss"] for row in rows_of(tmp_path / "run")[0]] == [row["loss"] for row in rows_of(trained)[0]]
+
+
+@pytest.mark.parametrize("kept", ["weights", "batches"])
+def test_another_seed_gives_other_weights_and_other_batches(
+    config: TrainConfig, trained: Path, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kept == "weights":
+        monkeypatch.setattr("shoal.train.state.init_weights", lambda model, _: init_weights(model, 0))
+    else:
+        monkeypatch.setattr(trainer, "Batches", lambda text, length, rows, _, **place: Batches(text, length, rows, 0, **place))
+    other = train(replace(config, steps=1, seed=1))
+    assert rows_of(other.folder)[0][0]["loss"] != rows_of(trained)[0][0]["loss"]
 
 
 def test_micro_batches_change_the_memory_and_not_the_learning(config: TrainConfig, trained: Path) -> None:
     train(replace(config, micro_batch_size=2))
     whole, parts = rows_of(trained)[0], rows_of(Path(str(config.out)))[0]
     assert [row["loss"] for row in parts][:4] == pytest.approx([row["loss"] for row in whole][:4], rel=1e-4)
+    assert [row["grad_norm"] for row in parts][:4] == pytest.approx([row["grad_norm"] for row in whole][:4], rel=1e-3)
     assert parts[0]["expert_load"] == whole[0]["expert_load"]
 
 

@@ -27,8 +27,7 @@ from shoal.formats import complete_checkpoints, load_model
 from shoal.formats.checkpoints import checkpoint_step
 from shoal.formats.locate import locate_model
 from shoal.model import Transformer
-from shoal.parallel import Team
-from shoal.train import Trained, find_run, passes, train, trainer
+from shoal.train import Trained, find_run, passes, train
 
 SUMMARY = {
     "val_bpb", "xz_bpb", "val_loss", "val_tokens", "val_bytes", "tokens", "steps", "skipped", "train_flops", "seconds",
@@ -251,9 +250,10 @@ def test_processes_that_are_started_again_go_on_with_no_run_but_their_own(
     config: TrainConfig, stopped_after: Callable[[int], AbstractContextManager[None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = train(replace(config, steps=4)).folder
-    earlier, store = files_of(run), torch.distributed.HashStore()
-    monkeypatch.setattr(trainer, "join", lambda config: Team(store=store))
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # the first attempt died before it came to training
+    earlier, store = files_of(run), torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_RESTART_COUNT": "1"}
+    for name, value in (place | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():  # the first attempt died before it came to training
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="already holds a run"):
         train(config)
     assert files_of(run) == earlier

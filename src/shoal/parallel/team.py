@@ -162,25 +162,35 @@ def join(config: TrainConfig) -> Team:
     """Find the other processes of this run. Raises `UserError` for a layout that cannot work, before anyone waits for anyone."""
     if not is_member():
         layout_of(config, 1)
-        return Team()
+        return Team(store=_store_of_launch())
     follow_parent()
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(
+            f"WORLD_SIZE makes this one of {os.environ['WORLD_SIZE']} processes, but {missing[0]} is not set: start them with torchrun or "
+            "--nproc, or unset WORLD_SIZE"
+        )
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     layout = layout_of(config, world, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     options: dict[str, Any] = {"backend": "cpu:gloo,cuda:nccl" if on_gpu else "gloo", "timeout": TIMEOUT}
-    store = None
     try:
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # The store outlives processes that are started again: what the dead ones wrote must not be taken for the living.
-            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=TIMEOUT)
+        if (store := _store_of_launch()) is not None:
+            # What processes wrote that are dead must not be taken for those that live.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             options |= {"store": dist.PrefixStore(f"attempt {attempt}", store), "rank": rank, "world_size": world}
         dist.init_process_group(**options)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"process {rank} cannot reach the others ({error}): check MASTER_ADDR and MASTER_PORT") from None
     return team_of(layout, "cuda" if on_gpu else "cpu", store)
+
+
+def _store_of_launch() -> dist.Store | None:
+    """The store of who started this process, which outlives processes that are started again; None where they have none."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=TIMEOUT)
 
 
 def team_of(layout: Layout, device: str = "cpu", store: dist.Store | None = None) -> Team:

@@ -26,9 +26,24 @@ def test_a_lost_connection_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert said == "shoal: process 1 lost its connection to another one: Read error [127.0.0.1]:3506: Connection reset by peer\n"
 
 
+def test_a_connection_that_a_pipeline_stage_lost_is_one_line_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(SystemExit) as end, ending_with_others():
+        try:
+            raise RuntimeError(GLOO)
+        except RuntimeError as error:
+            raise RuntimeError("[Stage 1] failed to run forward: args: ('Tensor(torch.Size([4, 24]))',)") from error
+    assert end.value.code == LOST_OTHERS
+    said = capsys.readouterr().err
+    assert said == "shoal: process 2 lost its connection to another one: Read error [127.0.0.1]:3506: Connection reset by peer\n"
+
+
 def test_other_errors_are_not_hidden() -> None:
     with pytest.raises(RuntimeError, match="shapes"), ending_with_others():
-        raise RuntimeError("shapes do not fit")
+        try:
+            raise ValueError("no such size")
+        except ValueError as error:
+            raise RuntimeError("shapes do not fit") from error
 
 
 def ended(*codes: int) -> list[Member]:

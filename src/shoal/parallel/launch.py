@@ -143,12 +143,14 @@ def ending_with_others() -> Iterator[None]:
     try:
         yield
     except RuntimeError as raised:
+        from torch.distributed import DistNetworkError
+
         error: BaseException | None = raised
-        while error is not None and "gloo/transport" not in str(error):
+        while error is not None and not isinstance(error, DistNetworkError) and "gloo/transport" not in str(error):
             error = error.__cause__ or error.__context__  # a pipeline stage tells in its own words what went wrong in it
         if error is None:
             raise
-        what = str(error).partition("] ")[2].partition(". ")[0]
+        what = str(error).rpartition("] ")[2].partition(". ")[0]
         print(f"shoal: process {os.environ['RANK']} lost its connection to another one: {what}", file=sys.stderr)
         sys.exit(LOST_OTHERS)
 

@@ -394,6 +394,29 @@ def test_resume_needs_nothing_but_the_folder(copy: Path, capsys: pytest.CaptureF
     assert load_recipe(str(copy / "config.toml")).steps == 15
 
 
+@pytest.mark.parametrize(("place", "args"), [({"WORLD_SIZE": "2"}, []), ({}, ["--nproc", "2"])])
+def test_processes_that_resume_a_run_leave_out_what_only_one_can_do(
+    place: dict[str, str], args: list[str], copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = json.loads((copy / "run.json").read_text())
+    facts["requested"] |= {"memory_limit": "3G", "recompute": ["attention"], "offload": True, "micro_batch_size": 2}
+    (copy / "run.json").write_text(json.dumps(facts))
+    asked: list[TrainConfig] = []
+
+    def take(config: TrainConfig, *_: object) -> Trained:
+        asked.append(config)
+        return Trained(copy, {}, finished=True, reports=False)
+
+    monkeypatch.setattr("shoal.train.train", take)
+    monkeypatch.setattr("shoal.cli._start_processes", take)
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    for more in ([], ["--recompute", "swiglu"]):
+        assert main(["train", "--resume", "--out", str(copy), *args, *more]) == 0
+    assert [(run.memory_limit, run.recompute, run.offload) for run in asked] == [(None, (), False), (None, ("swiglu",), False)]
+    assert {run.micro_batch_size for run in asked} == {2}
+
+
 def test_a_run_of_an_earlier_version_goes_on_with_defaults_for_what_it_did_not_know(copy: Path) -> None:
     facts = json.loads((copy / "run.json").read_text())
     del facts["requested"]["schedule"]["extension"]

@@ -96,6 +96,9 @@ def test_candidates_hold_together() -> None:
     assert any(choice.update_early for choice in candidates(config))
     config.optimizer.clip = 1.0
     assert not any(choice.update_early for choice in candidates(config))
+    assert any(choice.bf16_moments for choice in candidates(config))
+    config.optimizer.adam_betas = (0.9, 0.999)
+    assert not any(choice.bf16_moments for choice in candidates(config))
 
 
 @pytest.mark.parametrize("weaker", [Measures(32), Measures(8), Measures(8, ("swiglu",))])

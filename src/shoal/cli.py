@@ -96,13 +96,14 @@ def train(args: list[str]) -> None:
         )
     config = parse(TrainConfig, args, "train", default)
 
+    from .parallel import is_member
     from .parallel.launch import ending_with_others
     from .showcase import present
     from .train import find_run
     from .train import train as run
 
     if config.resume and not named and derived is None:
-        default = find_run(config.out).settings()
+        default = find_run(config.out).settings(team=config.nproc > 1 or is_member())
         config = parse(TrainConfig, args, "train", default)
     shape = next((arg for arg in given if arg.startswith("--model.")), None)
     if config.start and shape:

@@ -96,6 +96,21 @@ def test_bad_arguments(args: list[str], hint: str, refuse: Refuse, tmp_path: Pat
     assert not names_in(tmp_path)
 
 
+@pytest.mark.parametrize(("known", "missing"), [({}, "RANK"), ({"RANK": "1", "MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT")])
+def test_one_of_many_processes_that_does_not_know_its_place(
+    known: dict[str, str],
+    missing: str,
+    train_args: Callable[..., list[str]],
+    refuse: Refuse,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (known | {"WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    assert f"one of 2 processes, but {missing} is not set" in refuse(*train_args(tmp_path / "run"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_resume_where_there_is_nothing(refuse: Refuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert "no run under runs/" in refuse("train", "--resume")

@@ -76,6 +76,8 @@ def test_there_is_exactly_one_budget() -> None:
         ("micro_batch_size", 0, "divisor"),
         ("corpus.val_fraction", 1.0, "between 0 and 1"),
         ("optimizer.adam_betas", (0.9, 1.0), "less than 1"),
+        ("optimizer.adam_eps", 0.0, "at least 1e-30"),
+        ("optimizer.adam_eps", 1e-50, "at least 1e-30"),
         ("seed", 2**64, "seed"),
         ("model.qk_rope_head_dim", 3, "even"),
         ("model.num_experts_per_tok", 17, "between 1 and the 16 experts"),
@@ -91,6 +93,14 @@ def test_there_is_exactly_one_budget() -> None:
 )
 def test_settings_that_contradict_each_other(name: str, value: Any, hint: str) -> None:
     assert hint in refused(GOOD, name, value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("adam_betas", (0.9, 0.999)), ("adam_betas", (0.999, 0.95)), ("muon_momentum", 0.999)])
+def test_bf16_moments_need_decays_that_they_can_hold(name: str, value: Any) -> None:
+    optimizer = dataclasses.replace(GOOD.optimizer, **{name: value})
+    changed(GOOD, "optimizer", optimizer).validate()
+    assert "choose fp32, or 0.996" in refused(GOOD, "optimizer", dataclasses.replace(optimizer, moments="bf16"))
+    changed(GOOD, "optimizer", dataclasses.replace(GOOD.optimizer, moments="bf16", adam_betas=(0.9, 0.996))).validate()
 
 
 def test_resume_and_overwrite_contradict_each_other() -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -220,6 +223,35 @@ def test_an_event_loop_that_has_gone_leaves_nothing_behind() -> None:
         await engine.close()
 
     run(test)
+
+
+def test_a_program_that_ends_during_a_step_ends_after_it() -> None:
+    """A step in C++ would come back to an interpreter that is gone, and abort."""
+    code = f"""
+import asyncio, sys, time
+sys.path[:0] = {[str(Path(__file__).parent)]!r}
+from test_async_engine import Slow, greedy
+from shoal.config import EngineOptions
+from shoal.engine import AsyncEngine, Engine, Request
+
+class Slower(Slow):
+    def forward(self, batch):
+        loop.call_soon_threadsafe(task.cancel)
+        time.sleep(0.5)
+        print("the step has ended", flush=True)
+        return super().forward(batch)
+
+async def main():
+    global loop, task
+    loop = asyncio.get_running_loop()
+    server = AsyncEngine(Engine(Slower(), None, EngineOptions()))
+    task = asyncio.ensure_future(server.generate(Request([1, 2, 3], greedy(90))))
+    await asyncio.wait([task])
+
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the step has ended\n", "")
 
 
 def test_a_mask_in_the_making_keeps_nobody_waiting() -> None:

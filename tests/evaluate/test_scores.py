@@ -35,6 +35,8 @@ def test_replies_are_drawn_as_asked(trained: Path, monkeypatch: pytest.MonkeyPat
 class MadeUpLikelihoods:
     """An engine that finds questions unlikely and holds of every choice what it was told."""
 
+    context = 1000
+
     def __init__(self, tokenizer: Tokenizer, told: dict[str, list[float]]) -> None:
         self._told = {tuple(tokenizer.encode(choice)): logprobs for choice, logprobs in told.items()}
 

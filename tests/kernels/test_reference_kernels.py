@@ -86,6 +86,21 @@ def test_linear_cross_entropy_scales_with_the_incoming_gradient_and_skips_frozen
         assert not kernels.linear_cross_entropy(hidden, weight, targets).loss.requires_grad
 
 
+@pytest.mark.parametrize("wanted", ["hidden", "weight", "factors", "bonus"])
+def test_linear_cross_entropy_gives_the_one_gradient_that_is_wanted(wanted: str) -> None:
+    targets, hinted = torch.tensor([1, -100, 3, 0, 5]), torch.tensor([2, 0, 3, 1, 4])
+    prior = torch.randn(5, 6, dtype=torch.float64).log_softmax(-1)
+    inputs = {"hidden": doubles(5, 4), "weight": doubles(6, 4), "factors": doubles(5), "bonus": doubles(5)}
+    frozen = {name: tensor.detach() for name, tensor in inputs.items()}
+
+    def loss(x: Tensor) -> Tensor:
+        given = frozen | {wanted: x}
+        more = {"prior": (prior, given["factors"]), "hint": (hinted, given["bonus"])}
+        return kernels.linear_cross_entropy(given["hidden"], given["weight"], targets, chunk=2, **more).loss
+
+    assert gradcheck(loss, (inputs[wanted],))
+
+
 def test_linear_cross_entropy_under_autocast() -> None:
     hidden, weight = torch.randn(64, 32, requires_grad=True), torch.randn(100, 32, requires_grad=True)
     targets = torch.randint(0, 100, (64,))

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -95,9 +95,9 @@ def test_products_of_small_integers_are_exact() -> None:
 
 
 @settings(max_examples=20)
-@given(st.lists(st.integers(0, 300), min_size=1, max_size=4), st.integers(1, 200), st.integers(1, 200), st.integers(0, 99))
+@example([0, 0], 130, 40, 0)  # as where no token goes to the experts of a process
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=5), st.integers(1, 200), st.integers(1, 200), st.integers(0, 99))
 def test_groups_of_rows_are_multiplied_as_each_by_itself(sizes: list[int], columns: int, outputs: int, seed: int) -> None:
-    sizes = [*sizes, 1]
     x, weight = numbers(sum(sizes), columns, seed, 1.0), numbers(len(sizes) * outputs, columns, seed + 1, 1.0).unflatten(0, (-1, outputs))
     grad = numbers(sum(sizes), outputs, seed + 2, 1.0)
     offsets = torch.tensor(sizes).cumsum(0).int()

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
+from torch.distributed import DistNetworkError
 
 from shoal.config import UserError
 from shoal.parallel.launch import INTERRUPTED, LOST_OTHERS, Member, _wait, ending_with_others
@@ -17,18 +18,36 @@ GLOO = (
 )
 
 
-def test_a_lost_connection_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def in_a_stage(cause: Exception) -> RuntimeError:
+    """As a pipeline tells what went wrong in one of its stages."""
+    error = RuntimeError("[Stage 1] failed to run forward: args: ('Tensor(torch.Size([4, 24]))',)")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (RuntimeError(GLOO), "Read error [127.0.0.1]:3506: Connection reset by peer"),
+        (in_a_stage(RuntimeError(GLOO)), "Read error [127.0.0.1]:3506: Connection reset by peer"),
+        (DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed."), "Failed to recv, got 0 bytes"),
+    ],
+)
+def test_a_lost_connection_is_one_line(
+    error: RuntimeError, what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as end, ending_with_others():
-        raise RuntimeError(GLOO)
+        raise error
     assert end.value.code == LOST_OTHERS
-    said = capsys.readouterr().err
-    assert said == "shoal: process 1 lost its connection to another one: Read error [127.0.0.1]:3506: Connection reset by peer\n"
+    assert capsys.readouterr().err == f"shoal: process 1 lost its connection to another one: {what}\n"
 
 
-def test_other_errors_are_not_hidden() -> None:
-    with pytest.raises(RuntimeError, match="shapes"), ending_with_others():
-        raise RuntimeError("shapes do not fit")
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not fit"), in_a_stage(ValueError("shapes do not fit"))])
+def test_other_errors_are_not_hidden(error: RuntimeError) -> None:
+    with pytest.raises(RuntimeError) as caught, ending_with_others():
+        raise error
+    assert caught.value is error
 
 
 def ended(*codes: int) -> list[Member]:

@@ -30,6 +30,9 @@ def config(batch: int = 16, micro: int | None = None, **layout: Any) -> TrainCon
         (8, config(expert=4, per_node=3), "expert 4 does not fill nodes of 3"),
         (2, config(overlap=True), "overlap hides the travel"),
         (2, config(expert=2, overlap=True, micro=1), "halves micro-batches, but they hold 1"),
+        (2, config(pipeline=2, expert=2, overlap=True), "expert 2 does not divide 1 data-parallel.*pipeline 1, parallel.expert 2"),
+        (4, config(pipeline=2, expert=2, overlap=True), "overlap and parallel.pipeline exclude each other.*pipeline 1, parallel.expert 2"),
+        (8, config(batch=20, micro=2, expert=2, overlap=True), "20 sequences does not divide among 8.*no layout of 8 processes works"),
         (4, config(batch=4, pipeline=4, schedule="zbv"), "needs 8 micro-batches a step, but there are 4"),
         (8, config(pipeline=8, schedule="zbv"), "cuts 16 stages, but the model has 8 layers"),
     ],
@@ -68,9 +71,12 @@ def test_gradients_put_off_need_an_embedding_with_one_use(schedule: str, modules
     st.integers(1, 8),
     st.sampled_from(["1f1b", "interleaved", "zbv", "dualpipev"]),
     st.integers(0, 2),
+    st.booleans(),
 )
-def test_the_nearest_layout_works(world: int, pipeline: int, expert: int, per_node: int, schedule: str, modules: int) -> None:
-    run = config(batch=48, pipeline=pipeline, expert=expert, schedule=schedule)
+def test_the_nearest_layout_works(
+    world: int, pipeline: int, expert: int, per_node: int, schedule: str, modules: int, overlap: bool
+) -> None:
+    run = config(batch=48, pipeline=pipeline, expert=expert, schedule=schedule, overlap=overlap)
     run = replace(run, model=replace(MODEL, num_nextn_predict_layers=modules))
     nearest = nearest_layout(run, world, per_node)
     if problem(run, world, per_node) is None:
@@ -78,6 +84,7 @@ def test_the_nearest_layout_works(world: int, pipeline: int, expert: int, per_no
         assert (nearest.pipeline, nearest.expert, nearest.schedule) == (pipeline, expert, schedule)
     elif nearest is not None:
         assert problem(replace(run, parallel=nearest), world, per_node) is None
+        assert not (overlap and nearest.pipeline > 1)
 
 
 @pytest.mark.parametrize("schedule", PIPELINE_SCHEDULES)

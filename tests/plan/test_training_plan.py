@@ -152,6 +152,12 @@ def test_the_search_beats_plans_by_hand_and_fits() -> None:
         find_best(V3, H800, Layout(devices=8), 64, 4096, A)
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb1p", "zbv", "dualpipev"])
+def test_the_search_knows_pipelines_of_an_odd_length(schedule: str) -> None:
+    best = find_best(LITE, H100, Layout(devices=6, pipeline=3, schedule=schedule), 36, 4096, A, fixed=("pipeline", "schedule"))
+    assert (best.layout.pipeline, best.layout.schedule) == (3, schedule)
+
+
 def test_a_pipeline_needs_a_link() -> None:
     lonely = Machine(name="box", memory_gib=1000, bandwidth_gb_s=100, bf16_tflops=1)
     with pytest.raises(UserError, match="state its rate"):

@@ -62,6 +62,23 @@ def test_results_and_gradients_are_near_those_of_fp32(kind: str, config: FP8Conf
         assert (ours - theirs).norm() < 0.09 * theirs.norm()
 
 
+@pytest.mark.parametrize("config", [FP8Config(), FP8Config(gradient_tiles="128x128")])
+def test_without_rows_nothing_is_learnt(config: FP8Config) -> None:
+    """As where no token goes to the experts of a process."""
+    nobody = torch.zeros(2, dtype=torch.int32)
+    cases: list[tuple[nn.Module, type, tuple[torch.Tensor, ...]]] = [
+        (nn.Linear(160, 144, bias=False), FP8Linear, ()),
+        (SwiGLU(160, 144, plain_linear), FP8SwiGLU, ()),
+        (Experts(2, 160, 144), FP8Experts, (nobody,)),
+    ]
+    for plain, kind, more in cases:
+        y, grad_x, *of_weights = gradients(in_fp8(plain, kind, config), torch.zeros(0, 160), *more)
+        assert y.shape == (0, 144 if kind is FP8Linear else 160)
+        assert grad_x.shape == (0, 160)
+        assert of_weights
+        assert not any(gradient.any() for gradient in of_weights)
+
+
 def test_what_goes_into_a_product_is_quantized_along_its_sum() -> None:
     """A linear layer's three products, taken apart."""
     draw = torch.Generator().manual_seed(0)

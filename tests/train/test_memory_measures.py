@@ -13,9 +13,11 @@ import torch
 
 from shoal.config import FP8Config, ModelConfig, OptimizerConfig
 from shoal.model import Transformer, init_weights
+from shoal.train.adamw import SmallAdamW
 from shoal.train.early import EarlyUpdates
 from shoal.train.fp8 import compute_in_fp8
 from shoal.train.loss import compute_losses
+from shoal.train.moments import Moments
 from shoal.train.optimizer import Optimizers
 from shoal.train.recompute import recompute
 
@@ -138,6 +140,18 @@ def test_bf16_moments_stay_close_to_fp32(tmp_path: Path) -> None:
     moved = sum(((p - q) ** 2).sum() for p, q in zip(models[0].parameters(), before, strict=True))
     apart = sum(((p - q) ** 2).sum() for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
     assert 0 < apart < 0.05**2 * moved
+
+
+@pytest.mark.parametrize("beta2", [0.95, 0.99, 1 - 2**-8, 0.999])
+def test_bf16_moments_forget_where_settings_say_that_they_do(beta2: float) -> None:
+    p = torch.nn.Parameter(torch.zeros(1000))
+    optimizer = SmallAdamW([{"params": [p]}], (0.9, beta2), 1e-10, Moments(torch.bfloat16))
+    p.grad = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    before = optimizer.state[p]["exp_avg_sq"].clone()
+    p.grad.zero_()
+    optimizer.step()
+    assert bool((optimizer.state[p]["exp_avg_sq"] < before).all()) == OptimizerConfig(adam_betas=(0.9, beta2)).moments_may_be_bf16
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])

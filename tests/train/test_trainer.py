@@ -31,7 +31,6 @@ from shoal.formats import complete_checkpoints, load_model
 from shoal.formats.checkpoints import checkpoint_step
 from shoal.formats.locate import locate_model
 from shoal.model import Transformer, init_weights
-from shoal.parallel import Team
 from shoal.plan.budget import training_flops_per_token
 from shoal.plan.cost import optimizer_flops
 from shoal.runtime import start
@@ -303,9 +302,10 @@ def test_processes_that_are_started_again_go_on_with_no_run_but_their_own(
     config: TrainConfig, stopped_after: Callable[[int], AbstractContextManager[None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = train(replace(config, steps=4)).folder
-    earlier, store = files_of(run), torch.distributed.HashStore()
-    monkeypatch.setattr(trainer, "join", lambda config: Team(store=store))
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # the first attempt died before it came to training
+    earlier, store = files_of(run), torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_RESTART_COUNT": "1"}
+    for name, value in (place | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():  # the first attempt died before it came to training
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="already holds a run: --resume goes on with it"):
         train(config)
     assert files_of(run) == earlier
@@ -485,6 +485,29 @@ def test_resume_needs_nothing_but_the_folder(copy: Path, capsys: pytest.CaptureF
     assert summary["steps"] == 15
     assert [row["step"] for row in rows_of(copy)[0]] == list(range(1, 16))
     assert load_recipe(str(copy / "config.toml")).steps == 15
+
+
+@pytest.mark.parametrize(("place", "args"), [({"WORLD_SIZE": "2"}, []), ({}, ["--nproc", "2"])])
+def test_processes_that_resume_a_run_leave_out_what_only_one_can_do(
+    place: dict[str, str], args: list[str], copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = json.loads((copy / "run.json").read_text())
+    facts["requested"] |= {"memory_limit": "3G", "recompute": ["attention"], "offload": True, "micro_batch_size": 2}
+    (copy / "run.json").write_text(json.dumps(facts))
+    asked: list[TrainConfig] = []
+
+    def take(config: TrainConfig, *_: object) -> Trained:
+        asked.append(config)
+        return Trained(copy, {}, finished=True, reports=False)
+
+    monkeypatch.setattr("shoal.train.train", take)
+    monkeypatch.setattr("shoal.cli._start_processes", take)
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    for more in ([], ["--recompute", "swiglu"]):
+        assert main(["train", "--resume", "--out", str(copy), *args, *more]) == 0
+    assert [(run.memory_limit, run.recompute, run.offload) for run in asked] == [(None, (), False), (None, ("swiglu",), False)]
+    assert {run.micro_batch_size for run in asked} == {2}
 
 
 def test_a_run_of_an_earlier_version_goes_on_with_defaults_for_what_it_did_not_know(copy: Path) -> None:

@@ -42,8 +42,6 @@ class ParallelConfig:
             raise UserError(f"parallel.per_node is {self.per_node}: it must be 0 (all of a machine) or more")
         if self.overlap and self.dense == "shard":
             raise UserError("parallel.overlap runs two halves at once, for which parameters must stay: use parallel.dense replicate")
-        if self.overlap and self.pipeline > 1:
-            raise UserError("parallel.overlap and parallel.pipeline exclude each other: leave one of them out")
 
     @property
     def shards_dense(self) -> bool:

@@ -16,7 +16,7 @@ Recomputed = Literal["swiglu", "feed_forward", "attention"]
 
 NOT_NEGATIVE = (
     "eval_every_minutes", "threads", "optimizer.muon_lr", "optimizer.adam_lr", "optimizer.embed_lr", "optimizer.head_lr",
-    "optimizer.adam_eps", "optimizer.weight_decay", "optimizer.embed_decay", "optimizer.head_decay", "optimizer.clip",
+    "optimizer.weight_decay", "optimizer.embed_decay", "optimizer.head_decay", "optimizer.clip",
     "balance.bias_update_speed", "balance.sequence_loss", "mtp.weight", "mtp.final_weight", "checkpoint.every_steps",
     "checkpoint.every_minutes",
 )  # fmt: skip
@@ -75,6 +75,12 @@ class OptimizerConfig:
     """How both optimizers' moments are kept between steps; updates are computed in fp32."""
     clip: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
+
+    @property
+    def moments_may_be_bf16(self) -> bool:
+        """Whether moments follow the gradients also where they are rounded to BF16 after every step. That puts changes of less than 2^-8
+        back, and what decays by less stays as large as it ever was."""
+        return max(*self.adam_betas, self.muon_momentum) <= 1 - 2**-8
 
 
 @dataclass
@@ -276,8 +282,18 @@ class TrainConfig:
         for name in SHARES:
             if not 0 <= (value := attrgetter(name)(self)) <= 1:
                 raise UserError(f"{name} is {value}: it must lie between 0 and 1")
+        if not 1e-30 <= self.optimizer.adam_eps < math.inf:
+            raise UserError(
+                f"optimizer.adam_eps is {self.optimizer.adam_eps:g}: it must be at least 1e-30, so that fp32 does not divide by zero "
+                "where there was no gradient yet"
+            )
         if not all(0 <= value < 1 for value in (*self.optimizer.adam_betas, self.optimizer.muon_momentum)):
             raise UserError("optimizer.adam_betas and optimizer.muon_momentum must be 0 or more and less than 1")
+        if self.optimizer.moments == "bf16" and not self.optimizer.moments_may_be_bf16:
+            raise UserError(
+                "optimizer.moments bf16 would round away all that optimizer.adam_betas or optimizer.muon_momentum let go of in a step: "
+                "choose fp32, or 0.996 at most for each of them"
+            )
         if not 0 <= self.seed < 2**64:
             raise UserError(f"seed is {self.seed}: it must lie between 0 and 2^64 - 1")
         if self.sequence_length > self.model.max_position_embeddings:

@@ -52,6 +52,8 @@ class EngineThread:
 
     def start(self, hear: Hear, end: End) -> None:
         self._thread = threading.Thread(target=self._work, args=(hear, end), name="shoal-engine", daemon=True)
+        # At exit the interpreter goes while daemons run on, and C++ that comes back from a step then aborts the process.
+        atexit.register(self._stop)
         self._thread.start()
 
     def send(self, command: Command) -> None:
@@ -60,6 +62,11 @@ class EngineThread:
     def join(self) -> None:
         self._thread.join()
 
+    def _stop(self) -> None:
+        """After the present step."""
+        self.send(Stop())
+        self.join()
+
     def _work(self, hear: Hear, end: End) -> None:
         try:
             Worker(self.engine, hear).run(self._take)
@@ -67,6 +74,8 @@ class EngineThread:
             end(error)
         else:
             end(None)
+        finally:
+            atexit.unregister(self._stop)
 
     def _take(self, wait: bool) -> Iterable[Command]:
         while wait or not self._commands.empty():

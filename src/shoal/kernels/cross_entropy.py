@@ -73,11 +73,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         math = torch.promote_types(dtype, torch.float32)
         wants_hidden, wants_weight = (grad_enabled and wanted for wanted in ctx.needs_input_grad[:2])
-        wants_any = wants_hidden or wants_weight
         grad_hidden = torch.empty_like(hidden, dtype=dtype) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=math) if wants_weight else None
         grad_factors = torch.empty_like(factors) if factors is not None and grad_enabled and ctx.needs_input_grad[5] else None
         grad_bonus = torch.empty_like(bonus) if bonus is not None and grad_enabled and ctx.needs_input_grad[7] else None
+        wants_any = wants_hidden or wants_weight or grad_factors is not None or grad_bonus is not None
         nats = torch.zeros((), dtype=math, device=hidden.device)
         more = torch.zeros_like(nats)  # what the teacher's probabilities add
         with torch.autocast(device, enabled=False):

@@ -180,14 +180,14 @@ def _gpu_kernels(x: Tensor) -> ModuleType | None:
 
 
 def _in_tiles(x: Tensor, dim: int) -> Tensor:
-    """Dimension `dim` (negative) as two, `[.., tiles, 128, ..]`; as `[.., 1, size, ..]` where it is shorter than a tile."""
+    """Dimension `dim` (negative) as two, `[.., tiles, 128, ..]`; as `[.., 1, size, ..]` where it is shorter than a tile, but not empty."""
     size = x.shape[dim]
-    if size <= TILE:
+    if 0 < size <= TILE:
         return x.unsqueeze(dim - 1)
     short = -size % TILE
     if short:
         x = torch.nn.functional.pad(x, (0, 0) * (-dim - 1) + (0, short))
-    return x.unflatten(dim, (-1, TILE))
+    return x.unflatten(dim, (x.shape[dim] // TILE, TILE))
 
 
 def _quantize_columns(x: Tensor, power_of_two: bool) -> Quantized:
@@ -210,6 +210,6 @@ def _pad_groups(grad: Tensor, x: Tensor, offsets: Tensor) -> tuple[Tensor, Tenso
     shift = (tiles.cumsum(0) - tiles) * TILE - (ends - sizes)  # of each group's first row
     rows = torch.arange(len(x), device=x.device)
     place = rows + shift.index_select(0, _group_of_rows(offsets, len(x)))
-    count = max(int(tiles.sum()), 1) * TILE
+    count = int(tiles.sum()) * TILE
     padded = [side.new_zeros(count, side.shape[1]).index_copy_(0, place, side) for side in (grad, x)]
     return padded[0], padded[1], torch.arange(len(tiles), device=x.device).repeat_interleave(tiles)

@@ -12,4 +12,5 @@ from .shards import Piece as Piece
 from .shards import Shards as Shards
 from .shards import divide as divide
 from .team import Team as Team
+from .team import is_member as is_member
 from .team import join as join

@@ -142,10 +142,15 @@ def ending_with_others() -> Iterator[None]:
     """Where another process of the run dies, this one ends with a line instead of the place where it was waiting for a message."""
     try:
         yield
-    except RuntimeError as error:
-        if "gloo/transport" not in str(error):
+    except RuntimeError as raised:
+        from torch.distributed import DistNetworkError
+
+        error: BaseException | None = raised
+        while error is not None and not isinstance(error, DistNetworkError) and "gloo/transport" not in str(error):
+            error = error.__cause__ or error.__context__  # a pipeline stage tells in its own words what went wrong in it
+        if error is None:
             raise
-        what = str(error).partition("] ")[2].partition(". ")[0]
+        what = str(error).rpartition("] ")[2].partition(". ")[0]
         print(f"shoal: process {os.environ['RANK']} lost its connection to another one: {what}", file=sys.stderr)
         sys.exit(LOST_OTHERS)
 

@@ -91,6 +91,8 @@ def problem(config: TrainConfig, world: int, per_node: int) -> str | None:
         return f"parallel.expert {expert} does not fill nodes of {per_node}"
     if asked.overlap and expert == 1:
         return "parallel.overlap hides the travel of tokens, but parallel.expert is 1"
+    if asked.overlap and pipeline > 1:
+        return "parallel.overlap and parallel.pipeline exclude each other"
     if config.batch_size % data:
         return f"a batch of {config.batch_size} sequences does not divide among {data} data-parallel processes"
     share = config.batch_size // data

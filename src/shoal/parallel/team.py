@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -21,7 +23,9 @@ from .layout import Layout, layout_of
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(minutes=30)
 """A process that waits so long for the others gives up. One that dies is noticed at once: its connections close."""
-_RUN = "shoal run"
+POLL_SECONDS = 0.2
+"""How often a process looks whether the first one has called it, or is done with what is its own to do."""
+_RUN, _MEETING = "shoal run", "shoal meeting"
 
 
 @dataclass(frozen=True)
@@ -114,13 +118,18 @@ class Team:
         return sorted(set().union(*everyone))
 
     def first_then_others(self, work: Callable[[], T]) -> T:
-        """Let the first process do `work` before the others, who then find its results on disk."""
-        if not self.is_first:
-            dist.barrier()
-        result = work()
-        if self.is_first and not self.is_alone:
-            dist.barrier()
-        return result
+        """Let the first process do `work`, however long that takes, before the others, who then find its results on disk."""
+        if self.is_alone:
+            return work()
+        assert self.store is not None
+        done = f"shoal done {self.agree(uuid.uuid4().hex)}"
+        if self.is_first:
+            result = work()
+            self.store.set(done, "")
+            return result
+        while not self.store.check([done]):
+            time.sleep(POLL_SECONDS)
+        return work()
 
     def agree_on_time(self, seconds: float) -> float:
         """The first process's clock."""
@@ -162,25 +171,59 @@ def join(config: TrainConfig) -> Team:
     """Find the other processes of this run. Raises `UserError` for a layout that cannot work, before anyone waits for anyone."""
     if not is_member():
         layout_of(config, 1)
-        return Team()
+        return Team(store=_store_of_launch(0) if _agent_has_store() else None)
     follow_parent()
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(
+            f"WORLD_SIZE makes this one of {os.environ['WORLD_SIZE']} processes, but {missing[0]} is not set: start them with torchrun or "
+            "--nproc, or unset WORLD_SIZE"
+        )
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     layout = layout_of(config, world, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    options: dict[str, Any] = {"backend": "cpu:gloo,cuda:nccl" if on_gpu else "gloo", "timeout": TIMEOUT}
-    store = None
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     try:
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # The store outlives processes that are started again: what the dead ones wrote must not be taken for the living.
-            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=TIMEOUT)
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            options |= {"store": dist.PrefixStore(f"attempt {attempt}", store), "rank": rank, "world_size": world}
-        dist.init_process_group(**options)
+        store = _store_of_launch(rank)
+        place = dist.PrefixStore(_meet(store, rank, world), store)
+        dist.init_process_group(backend, store=place, rank=rank, world_size=world, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"process {rank} cannot reach the others ({error}): check MASTER_ADDR and MASTER_PORT") from None
     return team_of(layout, "cuda" if on_gpu else "cpu", store)
+
+
+def _agent_has_store() -> bool:
+    """Whether who started this process has a store for it, which outlives processes that are started again."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _store_of_launch(rank: int) -> dist.Store:
+    """The store of all processes of a launch; without an agent that has one it lies in the first of them."""
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(*place, is_master=rank == 0 and not _agent_has_store(), wait_for_workers=False, timeout=TIMEOUT)
+
+
+def _meet(store: dist.Store, rank: int, world: int) -> str:
+    """A name that these `world` processes have in common, and no others that were here before them.
+
+    `store` may be full of what dead processes of the same ranks wrote, and every node counts its restarts for itself. So the first process
+    invites, and each of the others answers the latest invitation with a name of its own, until the first has called that name: there may be
+    old invitations, but no old answers to a new one.
+    """
+    mine = uuid.uuid4().hex
+    if rank == 0:
+        store.set(_MEETING, mine)
+        names = [store.get(f"{_MEETING} {mine} {other}").decode() for other in range(1, world)]
+        for name in names:
+            store.set(f"{_MEETING} {name}", mine)
+        return mine
+    called = f"{_MEETING} {mine}"
+    while not store.check([called]):
+        invitation = store.get(_MEETING).decode()
+        store.set(f"{_MEETING} {invitation} {rank}", mine)
+        time.sleep(POLL_SECONDS)
+    return store.get(called).decode()
 
 
 def team_of(layout: Layout, device: str = "cpu", store: dist.Store | None = None) -> Team:

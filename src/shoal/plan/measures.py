@@ -73,7 +73,7 @@ def candidates(config: TrainConfig) -> Iterator[Measures]:
     kinds = [what for what in RECOMPUTE if asked <= set(what) or what == tuple(config.recompute)]
     if config.precision == "fp8" or config.qat:
         kinds = [what for what in kinds if "swiglu" not in what]
-    moments = [True] if config.optimizer.moments == "bf16" else [False, True]
+    moments = [True] if config.optimizer.moments == "bf16" else [False, True] if config.optimizer.moments_may_be_bf16 else [False]
     early = [True] if config.update_early else [False, True]
     for size, kind, bf16, back, now in product(sizes, kinds, moments, [config.return_memory, True], early):
         whole = size == config.batch_size

@@ -129,7 +129,6 @@ class _Scout:
 def _short_step(model: ModelConfig, machine: Machine, layout: Layout, batch: int, sequence_length: int, a: Assumptions) -> Step:
     unit = layout.data * layout.micro_batch
     least = max(schedules.smallest_microbatches(layout.pipeline_schedule, layout.pipeline), layout.pipeline)
-    least += least % 2
     return plan_step(model, machine, layout, min(batch, unit * least), sequence_length, a)
 
 

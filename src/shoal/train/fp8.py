@@ -56,7 +56,7 @@ class _Linear(torch.autograd.Function):
             y = fp8.product(tiles, recipe.blocks(weight))
         ctx.recipe, ctx.shape, ctx.dtype = recipe, x.shape, x.dtype
         ctx.save_for_backward(tiles.data, tiles.scales, weight)
-        return y.view(*x.shape[:-1], -1).to(result_dtype(x))
+        return y.view(*x.shape[:-1], y.shape[-1]).to(result_dtype(x))
 
     @staticmethod
     @once_differentiable
@@ -80,7 +80,7 @@ class _FeedForward(torch.autograd.Function):
             y = fp8.product(recipe.tiles(kernels.swiglu(gated, raised)), recipe.blocks(down), offsets)
         ctx.recipe, ctx.shape, ctx.dtype = recipe, x.shape, x.dtype
         ctx.save_for_backward(*(part for one in (tiles, *kept) for part in (one.data, one.scales)), gate, up, down, offsets)
-        return y.view(*x.shape[:-1], -1).to(result_dtype(x))
+        return y.view(*x.shape[:-1], y.shape[-1]).to(result_dtype(x))
 
     @staticmethod
     @once_differentiable

@@ -93,9 +93,11 @@ class RunFolder:
             raise UserError(f"{self.path / 'run.json'} does not describe a run of shoal train: choose another --out")
         return cast("dict[str, Any]", self.read_json("run.json"))
 
-    def settings(self) -> TrainConfig:
-        """What the run was asked for, as the defaults of resuming it."""
+    def settings(self, *, team: bool = False) -> TrainConfig:
+        """What the run was asked for, as the defaults of resuming it; for a team without the measures that only a single process takes."""
         requested = from_table(TrainConfig, self.facts()["requested"], str(self.path / "run.json"))
+        if team:
+            requested = dataclasses.replace(requested, memory_limit=None, recompute=(), offload=False)
         return dataclasses.replace(requested, out=str(self.path), overwrite=False, json=False)
 
     def keep_metrics_up_to(self, step: int) -> None:

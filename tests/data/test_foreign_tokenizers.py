@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.foreign import KINDS, foreign
 
@@ -58,7 +58,6 @@ def test_text_that_spells_a_control_token_is_not_lost(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SENTENCEPIECE)
-@settings(deadline=None)
 @given(
     texts=st.lists(
         st.lists(st.sampled_from(["yes", "my lord", " ", "fish", "漢", "[user]"]), min_size=1, max_size=4).map("".join),

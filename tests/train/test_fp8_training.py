@@ -68,7 +68,7 @@ def test_without_rows_nothing_is_learnt(config: FP8Config) -> None:
     nobody = torch.zeros(2, dtype=torch.int32)
     cases: list[tuple[nn.Module, type, tuple[torch.Tensor, ...]]] = [
         (nn.Linear(160, 144, bias=False), FP8Linear, ()),
-        (SwiGLU(160, 144, plain_linear), FP8SwiGLU, ()),
+        (SwiGLU(160, 144), FP8SwiGLU, ()),
         (Experts(2, 160, 144), FP8Experts, (nobody,)),
     ]
     for plain, kind, more in cases:

@@ -16,7 +16,7 @@ from .chat import prepare
 from .dialect import Dialect
 from .errors import APIError, bad
 from .host import Host
-from .protocol import Body, ChatBody
+from .protocol import Body, ChatBody, Several
 from .sse import JSON, EventStream, event, unless_gone
 from .turn import Turn
 
@@ -26,7 +26,7 @@ CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 class AnthropicMessage(Body):
     role: Literal["user", "assistant", "system"]
-    content: str | list[dict[str, Any]]
+    content: str | Several[dict[str, Any]]
 
 
 class AnthropicTool(Body):
@@ -39,9 +39,9 @@ class CountBody(Body):
     """`/v1/messages/count_tokens`."""
 
     model: str | None = None
-    messages: Annotated[list[AnthropicMessage], Field(min_length=1)]
-    system: str | list[dict[str, Any]] | None = None
-    tools: list[AnthropicTool] | None = None
+    messages: Annotated[Several[AnthropicMessage], Field(min_length=1)]
+    system: str | Several[dict[str, Any]] | None = None
+    tools: Several[AnthropicTool] | None = None
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
 
@@ -51,7 +51,7 @@ class MessagesBody(CountBody):
 
     max_tokens: Annotated[int, Field(ge=1, le=2**31)]
     stream: bool = False
-    stop_sequences: list[str] | None = None
+    stop_sequences: Several[str] | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None

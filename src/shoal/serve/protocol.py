@@ -3,7 +3,7 @@ not supported are named and refused."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -11,7 +11,10 @@ from ..config.engine import MOST_LOGPROBS
 
 MOST_CHOICES = 64
 MOST_STOPS = 16
-TokenIds = Annotated[list[int], Field(min_length=1)]
+T = TypeVar("T")
+Several = Annotated[list[T], Field(fail_fast=True)]
+"""A list that is refused at its first wrong element: to tell all of a million would take the server seconds and gigabytes."""
+TokenIds = Annotated[Several[int], Field(min_length=1)]
 Logprobs = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
@@ -50,9 +53,9 @@ class SamplingBody(Body):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: Annotated[list[int], Field(max_length=MOST_STOPS)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    stop: str | Several[str] | None = None
+    stop_token_ids: Annotated[Several[int], Field(max_length=MOST_STOPS)] | None = None
+    logit_bias: dict[str, Any] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
     ignore_eos: bool = False
     prompt_logprobs: Logprobs | None = None
@@ -64,23 +67,23 @@ class SamplingBody(Body):
 class CompletionBody(SamplingBody):
     """`/v1/completions`."""
 
-    prompt: str | list[str] | TokenIds | list[TokenIds] = ""
+    prompt: str | Several[str] | TokenIds | Several[TokenIds] = ""
     echo: bool = False
     logprobs: Logprobs | None = None
     best_of: int | None = None
     suffix: str | None = None
     response_format: dict[str, Any] | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Several[str] | None = None
 
 
 class Message(Body):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Several[dict[str, Any]] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Several[dict[str, Any]] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     function_call: Any = None
@@ -101,29 +104,29 @@ class Tool(Body):
 class ChatBody(SamplingBody):
     """`/v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Several[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
-    tools: list[Tool] | None = None
+    tools: Several[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = True
     response_format: dict[str, Any] | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Several[str] | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     """The last message is the beginning of the answer (vLLM's name for it)."""
-    functions: list[Any] | None = None
-    modalities: list[str] | None = None
+    functions: Several[Any] | None = None
+    modalities: Several[str] | None = None
 
 
 class EmbeddingBody(Body):
     """`/v1/embeddings`."""
 
-    input: str | list[str] | TokenIds | list[TokenIds]
+    input: str | Several[str] | TokenIds | Several[TokenIds]
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
     """None: float."""
@@ -136,7 +139,7 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[Several[Message], Field(min_length=1)] | None = None
     add_special_tokens: bool = True
 
 
@@ -144,4 +147,4 @@ class DetokenizeBody(Body):
     """`/detokenize`."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Several[int]

@@ -15,7 +15,7 @@ from .blocks import Block, blocks_of, fragments, texts
 from .chat import prepare
 from .errors import APIError, bad
 from .host import Host
-from .protocol import Body, ChatBody
+from .protocol import Body, ChatBody, Several
 from .sse import JSON, EventStream, event, unless_gone
 from .turn import Turn
 
@@ -26,9 +26,9 @@ class ResponsesBody(Body):
     """`/v1/responses`."""
 
     model: str | None = None
-    input: str | list[dict[str, Any]]
+    input: str | Several[dict[str, Any]]
     instructions: str | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Several[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = True
     text: dict[str, Any] | None = None
@@ -42,7 +42,7 @@ class ResponsesBody(Body):
     background: bool | None = None
     conversation: Any = None
     prompt: Any = None
-    include: list[str] | None = None
+    include: Several[str] | None = None
     top_logprobs: int | None = None
 
 

@@ -236,6 +236,32 @@ def test_a_grammar_that_takes_minutes_is_refused_and_stops_nobody(base: Served) 
     assert ask(f"{base.url}/v1/completions", {"prompt": "the", "max_tokens": 9, "guided_choice": ["yes"]})[1]["choices"][0]["text"] == "yes"
 
 
+READS = ("v1/chat/completions", "v1/completions", "v1/embeddings", "v1/messages", "v1/messages/count_tokens", "v1/responses", "tokenize")
+
+
+@pytest.mark.parametrize("path", READS)
+def test_nobody_waits_while_a_text_is_read(chat: Served, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    reading, go, encode = threading.Event(), threading.Event(), Tokenizer.encode
+
+    def slow(self: Tokenizer, *args: Any, **options: Any) -> list[int]:
+        reading.set()
+        assert go.wait(10)
+        return encode(self, *args, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode", slow)
+    body: dict[str, Any] = {"max_tokens": 1, "max_output_tokens": 1, "input": "the"}
+    body |= {"messages": [USER]} if "messages" in path or "chat" in path else {"prompt": "the"} if "responses" not in path else {}
+    told: list[int] = []
+    thread = threading.Thread(target=lambda: told.append(ask(f"{chat.url}/{path}", body)[0]))
+    thread.start()
+    assert reading.wait(10)
+    assert ask(f"{chat.url}/health")[0] == 200
+    assert thread.is_alive()
+    go.set()
+    thread.join(10)
+    assert told == [200]
+
+
 def test_texts_of_one_request_are_read_together(base: Served) -> None:
     texts = [f"the red fish {i}" for i in range(64)]
     for path, body in (("embeddings", {"input": texts}), ("completions", {"prompt": texts, "max_tokens": 0, "echo": True, "logprobs": 0})):

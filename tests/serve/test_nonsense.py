@@ -54,6 +54,14 @@ def refused(served: Served, path: str, body: bytes) -> None:
     assert answer["error"]["message"]
 
 
+def complaints(kind: type[Body], fields: dict[str, Any]) -> int:
+    try:
+        kind.model_validate(fields)
+    except ValidationError as error:
+        return error.error_count()
+    return 0
+
+
 @pytest.mark.parametrize("path", PATHS)
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=64).filter(lambda body: not body.strip().startswith((b"{", b"n", b"t", b"f"))))
@@ -84,10 +92,7 @@ def test_of_many_wrong_values_few_are_told(kind: type[Body], wrong: Any) -> None
     many = [wrong] * 1000
     for field in kind.model_fields:
         for value in (many, [0] * 1000 + many, [many], [{"content": many}], dict.fromkeys(map(str, range(1000)), wrong)):
-            try:
-                kind.model_validate({field: value})
-            except ValidationError as error:
-                assert error.error_count() < 20
+            assert complaints(kind, {field: value}) < 20
 
 
 @pytest.mark.parametrize(

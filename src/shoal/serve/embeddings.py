@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from ..config import SamplingOptions
 from ..engine import Request
-from .completions import MOST_ANSWERS, prompts_of
+from .completions import prompts_of
 from .errors import bad, too_long
 from .host import Host
 from .protocol import EmbeddingBody
@@ -26,9 +26,7 @@ async def create(host: Host, body: EmbeddingBody, http: HTTPRequest) -> Response
     size = host.engine.config.hidden_size
     if body.dimensions not in (None, size):
         raise bad(f"the embeddings of this model have {size} dimensions", "dimensions")
-    prompts = prompts_of(body.input, host.tokenizer)
-    if len(prompts) > MOST_ANSWERS:
-        raise bad(f"at most {MOST_ANSWERS} texts can be embedded with one request", "input")
+    prompts = await host.read(lambda: prompts_of(body.input, host.tokenizer))
     for prompt in prompts:
         if len(prompt) > host.context:
             raise too_long(f"the text has {len(prompt)} tokens, the model sees {host.context}: shorten it")

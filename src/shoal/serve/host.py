@@ -7,8 +7,10 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from enum import Enum
+from typing import TypeVar
 
 from ..config import ServeCommand
 from ..data import Tokenizer
@@ -21,6 +23,9 @@ from .trial import Trial
 
 LOG = logging.getLogger("shoal.serve")
 Load = Callable[[], tuple[Place, Tokenizer]]
+T = TypeVar("T")
+TEXT_READERS = 2
+"""Requests whose texts are turned into tokens at the same time."""
 
 
 class State(str, Enum):
@@ -47,6 +52,7 @@ class Host:
         self._trial: Trial | None = None
         self._draining = False
         self._in_flight = 0
+        self._readers = ThreadPoolExecutor(TEXT_READERS, "shoal-text")
 
     @property
     def state(self) -> State:
@@ -114,10 +120,15 @@ class Host:
     async def close(self) -> None:
         """Stop at once; unfinished answers end with reason `abort`."""
         self._draining = True
+        self._readers.shutdown(wait=False, cancel_futures=True)
         if self._trial is not None:
             self._trial.close()
         if self._engine is not None:
             await self._engine.close()
+
+    async def read(self, encode: Callable[[], T]) -> T:
+        """What `encode` makes of a client's text, beside the event loop: a megabyte takes the better part of a second."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, encode)
 
     def check_model(self, name: str | None) -> None:
         """Raises `APIError` 404 if a client asks for another model than the one there is."""

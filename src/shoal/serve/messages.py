@@ -68,10 +68,10 @@ async def create(host: Host, body: MessagesBody, http: HTTPRequest) -> Response:
     return JSON(head | {"content": content} | _ending(turn, body, answer.finish_reason) | {"usage": _usage(turn)})
 
 
-def count(host: Host, body: CountBody) -> JSON:
+async def count(host: Host, body: CountBody) -> JSON:
     """Tokens of a conversation."""
     host.check_model(body.model)
-    ids = Dialect(host.tokenizer).prompt(as_chat(body))
+    ids = await host.read(lambda: Dialect(host.tokenizer).prompt(as_chat(body)))
     host.log_prompt(ids)
     return JSON({"input_tokens": len(ids)})
 

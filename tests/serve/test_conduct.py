@@ -297,6 +297,9 @@ for _ in range(300):
         ("chat/completions", {"messages": [USER], "tools": [{"function": {"name": "f", "parameters": DEEP}}]}, "nested"),
         ("chat/completions", {"messages": [USER], "continue_final_message": True}, "assistant"),
         ("messages", {"messages": [USER], "max_tokens": 1, "stop_sequences": ["a"] * 17}, "16"),
+        ("messages", {"messages": [USER], "max_tokens": 1, "tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "web_search"),
+        ("messages", {"messages": [USER], "max_tokens": 1, "tool_choice": {"type": "any"}}, "no tools"),
+        ("responses", {"input": "the", "tool_choice": "required"}, "no tools"),
         ("responses", {"input": "the", "conversation": "conv_1"}, "conversation"),
         ("responses", {"input": "the", "prompt": {"id": "pmpt_1"}}, "instructions"),
         ("responses", {"input": "the", "include": ["message.output_text.logprobs"], "top_logprobs": 3}, "log-probabilities"),
@@ -307,6 +310,19 @@ def test_what_would_change_the_answer_is_refused_in_a_line(chat: Served, path: s
     assert status == 400
     assert says in answer["error"]["message"]
     assert "\n" not in answer["error"]["message"]
+
+
+ASKS = [{"structured_outputs": {"json": {}}}, {"guided_grammar": 'root ::= "a"'}, {"web_search_options": {}}, {"allowed_token_ids": [5]}]
+ASKS += [{"bad_words": ["a"]}, {"use_beam_search": True}, {"truncate_prompt_tokens": 1}, {"moderation": {}}]
+
+
+@pytest.mark.parametrize("asked", ASKS, ids=str)
+def test_fields_for_what_is_not_there_are_refused_by_name(chat: Served, asked: dict[str, Any]) -> None:
+    body = {"messages": [USER], "prompt": "the", "max_tokens": 1}
+    for path in ("chat/completions", "completions"):
+        status, answer, _ = ask(f"{chat.url}/v1/{path}", body | asked)
+        assert (status, [answer["error"]["param"]]) == (400, list(asked))
+        assert ask(f"{chat.url}/v1/{path}", body | dict.fromkeys(asked, None) | {"bad_words": [], "use_beam_search": False})[0] == 200
 
 
 def test_a_form_that_only_a_control_token_spells_is_one_clear_line(chat: Served) -> None:

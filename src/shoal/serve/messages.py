@@ -30,9 +30,15 @@ class AnthropicMessage(Body):
 
 
 class AnthropicTool(Body):
+    type: str = "custom"
     name: str
     description: str | None = None
     input_schema: dict[str, Any] | None = None
+
+
+class OutputConfig(Body):
+    format: dict[str, Any] | None = None
+    """As `response_format` of the chat API."""
 
 
 class CountBody(Body):
@@ -55,6 +61,7 @@ class MessagesBody(CountBody):
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
+    output_config: OutputConfig = OutputConfig()
 
 
 async def create(host: Host, body: MessagesBody, http: HTTPRequest) -> Response:
@@ -92,13 +99,17 @@ def as_chat(body: CountBody) -> ChatBody:
     fields["continue_final_message"] = messages[-1]["role"] == "assistant"
     fields["chat_template_kwargs"] = {"thinking": (body.thinking or {}).get("type") in ("enabled", "adaptive")}
     if body.tools:
+        for tool in body.tools:
+            if tool.type != "custom":
+                raise bad(f"tools of type {tool.type[:40]!r} are not supported: only custom ones", "tools")
         fields["tools"] = [
             {"function": {"name": tool.name, "description": tool.description, "parameters": tool.input_schema}} for tool in body.tools
         ]
-    fields |= _choice(body.tool_choice or {"type": "auto"}) if body.tools else {}
+    fields |= _choice(body.tool_choice or {"type": "auto"})
     if isinstance(body, MessagesBody):
         fields |= {"max_tokens": body.max_tokens, "stop": body.stop_sequences, "temperature": body.temperature}
         fields |= {"top_p": body.top_p, "top_k": body.top_k, "stream": body.stream}
+        fields["response_format"] = body.output_config.format
     try:
         return ChatBody(**fields)
     except ValidationError as error:

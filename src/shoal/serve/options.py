@@ -14,6 +14,7 @@ MOST_BIAS = 100
 
 def sampling_of(body: SamplingBody, max_tokens: int | None, logprobs: int | None, vocab_size: int) -> SamplingOptions:
     """How to sample; without `max_tokens`, up to the end of the context."""
+    body.check_supported()
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     if len(stop) > MOST_STOPS:
         raise bad(f"stop holds {len(stop)} texts: {MOST_STOPS} are the most", "stop")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..config.engine import MOST_LOGPROBS
+from .errors import bad
 
 MOST_CHOICES = 64
 MOST_STOPS = 16
@@ -17,6 +18,17 @@ Several = Annotated[list[T], Field(fail_fast=True)]
 TokenIds = Annotated[Several[int], Field(min_length=1)]
 Logprobs = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+UNSUPPORTED = {
+    "structured_outputs": ", or use guided_json, guided_regex or guided_choice",
+    "guided_grammar": ", or use guided_json, guided_regex or guided_choice",
+    "allowed_token_ids": ", or use logit_bias",
+    "bad_words": ", or use logit_bias",
+    "use_beam_search": "",
+    "truncate_prompt_tokens": "",
+    "web_search_options": "",
+    "moderation": "",
+}
+"""Fields of OpenAI's and vLLM's that would change the answer, and what there is instead."""
 
 
 class Body(BaseModel):
@@ -38,7 +50,8 @@ class StreamOptions(Body):
 
 class SamplingBody(Body):
     """What all ways to generate share. `top_k`, `min_p`, `repetition_penalty`, `min_tokens`, `ignore_eos`, `stop_token_ids`,
-    `prompt_logprobs` and `experts` go beyond OpenAI's API; the names are vLLM's where it has them."""
+    `prompt_logprobs`, `guided_json`, `guided_regex`, `guided_choice` and `experts` go beyond OpenAI's API; the names are vLLM's where it
+    has them."""
 
     model: str | None = None
     stream: bool = False
@@ -62,6 +75,23 @@ class SamplingBody(Body):
     experts: bool = False
     """Tell, token by token, which experts computed it and whether it had been guessed."""
     user: str | None = None
+    guided_json: dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: Several[str] | None = None
+    guided_grammar: Any = None
+    structured_outputs: Any = None
+    allowed_token_ids: Any = None
+    bad_words: Any = None
+    use_beam_search: Any = None
+    truncate_prompt_tokens: Any = None
+    web_search_options: Any = None
+    moderation: Any = None
+
+    def check_supported(self) -> None:
+        """Raises `APIError` 400 where a field asks for what is not there; what such fields have by default asks for nothing."""
+        for name in UNSUPPORTED:
+            if getattr(self, name) not in (None, False, []):
+                raise bad(f"{name} is not supported: leave it away" + UNSUPPORTED[name], name)
 
 
 class CompletionBody(SamplingBody):
@@ -73,8 +103,6 @@ class CompletionBody(SamplingBody):
     best_of: int | None = None
     suffix: str | None = None
     response_format: dict[str, Any] | None = None
-    guided_regex: str | None = None
-    guided_choice: Several[str] | None = None
 
 
 class Message(Body):
@@ -112,8 +140,6 @@ class ChatBody(SamplingBody):
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = True
     response_format: dict[str, Any] | None = None
-    guided_regex: str | None = None
-    guided_choice: Several[str] | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool = True

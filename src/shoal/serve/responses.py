@@ -90,7 +90,7 @@ def as_chat(body: ResponsesBody) -> ChatBody:
         if kinds:
             raise bad(f"tools of type {sorted(kinds)[0][:40]!r} are not supported: only functions", "tools")
         fields["tools"] = [{"type": "function", "function": tool} for tool in body.tools]
-        fields |= {"tool_choice": body.tool_choice, "parallel_tool_calls": body.parallel_tool_calls}
+    fields |= {"tool_choice": body.tool_choice, "parallel_tool_calls": body.parallel_tool_calls}
     form = (body.text or {}).get("format")
     if isinstance(form, dict):
         fields["response_format"] = form

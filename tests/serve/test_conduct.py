@@ -262,6 +262,16 @@ def test_nobody_waits_while_a_text_is_read(chat: Served, monkeypatch: pytest.Mon
     assert told == [200]
 
 
+def test_an_embedding_takes_the_time_it_takes(base: Served) -> None:
+    def seconds() -> float:
+        text = ask(f"{base.url}/metrics")[1]
+        return float(text.split("\nshoal_request_seconds_sum ")[1].split()[0])
+
+    before, began = seconds(), time.perf_counter()
+    assert ask(f"{base.url}/v1/embeddings", {"input": "the red"})[0] == 200
+    assert 0 < seconds() - before < time.perf_counter() - began
+
+
 def test_texts_of_one_request_are_read_together(base: Served) -> None:
     texts = [f"the red fish {i}" for i in range(64)]
     for path, body in (("embeddings", {"input": texts}), ("completions", {"prompt": texts, "max_tokens": 0, "echo": True, "logprobs": 0})):

@@ -274,6 +274,29 @@ def test_anthropic_tools(claude: anthropic.Anthropic, served: Served, stream: bo
     fits(json.dumps(block.input))
 
 
+LONG_NAME = {"type": "object", "properties": {"path": {"type": "string", "minLength": 200}}, "required": ["path"]}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("calls", [False, True])
+def test_an_item_that_is_cut_off_is_not_complete(chat: Served, stream: bool, calls: bool) -> None:
+    """The arguments of a call are closed where they end, so they look whole."""
+    client = openai.OpenAI(base_url=f"{chat.url}/v1", api_key="none", max_retries=0)
+    options: dict[str, Any] = {"model": "tiny", "input": ASK, "max_output_tokens": 25}
+    if calls:
+        options |= {"tools": [{"type": "function", "name": "write", "parameters": LONG_NAME}], "tool_choice": "required"}
+    if stream:
+        events = list(client.responses.create(**options, stream=True))
+        done = [event.item for event in events if event.type == "response.output_item.done"]
+        answer = events[-1].response
+        assert answer.output == done
+    else:
+        answer = client.responses.create(**options)
+    assert answer.status == "incomplete"
+    assert answer.output[-1].type == ("function_call" if calls else "message")
+    assert [item.status for item in answer.output] == ["completed"] * (len(answer.output) - 1) + ["incomplete"]
+
+
 class Trip(pydantic.BaseModel):
     city: Literal["Paris", "Rome"]
     sunny: bool

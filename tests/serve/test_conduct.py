@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import threading
 import time
 import urllib.error
@@ -14,10 +15,11 @@ from typing import Any
 import pytest
 from served import Serve, Served, serving, tiny
 
-from shoal.config import EngineOptions, UserError, serve_options
+from shoal.config import EngineOptions, ServeCommand, UserError, serve_options
 from shoal.data import Tokenizer
 from shoal.data.chat_template import encode_chat
 from shoal.engine import Loaded
+from shoal.serve.command import listen
 from shoal.serve.dialect import Dialect
 from shoal.serve.messages import CountBody, as_chat
 
@@ -156,6 +158,23 @@ def test_a_full_queue_turns_people_away_and_recovers(serve: Serve) -> None:
             sock.close()
         assert served.is_idle()
         assert ask(f"{served.url}/v1/completions", {"prompt": "the", "max_tokens": 1})[0] == 200
+
+
+def test_who_stops_reading_keeps_no_place_and_no_connection(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    def narrow(command: ServeCommand) -> socket.socket:
+        sock = listen(command)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return sock
+
+    monkeypatch.setattr("served.listen", narrow)
+    monkeypatch.setattr("shoal.serve.command.SEND_SECONDS", 4)
+    many = LONG | {"stream": True, "logprobs": 20, "n": 8, "max_tokens": 40}
+    with serve(engine=EngineOptions(max_running=8), max_waiting=0) as served, start_request(served, many):
+        assert until(lambda: served.host.engine.stats().finished["length"] == 8, 20)
+        assert ask(f"{served.url}/v1/completions", {"prompt": "the", "max_tokens": 1})[0] == 200
+        if sys.platform == "linux":
+            assert len(served.server.server_state.connections) == 1
+            assert until(lambda: not served.server.server_state.connections, 20)
 
 
 def test_hanging_up_ends_the_work(base: Served) -> None:

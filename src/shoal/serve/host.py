@@ -51,7 +51,6 @@ class Host:
         self._tokenizer: Tokenizer | None = None
         self._trial: Trial | None = None
         self._draining = False
-        self._in_flight = 0
         self._readers = ThreadPoolExecutor(TEXT_READERS, "shoal-text")
 
     @property
@@ -67,7 +66,7 @@ class Host:
     @property
     def in_flight(self) -> int:
         """Requests that the engine has not finished."""
-        return self._in_flight
+        return 0 if self._engine is None else self._engine.unfinished
 
     @property
     def engine(self) -> AsyncEngine:
@@ -156,17 +155,14 @@ class Host:
             UserError, EngineClosed, EngineFailed: as `AsyncEngine.submit`.
         """
         engine, options = self.engine, self.command
-        if self._in_flight and self._in_flight + len(requests) > options.engine.max_running + options.max_waiting:
+        if self.in_flight and self.in_flight + len(requests) > options.engine.max_running + options.max_waiting:
             raise busy()
         for prompt in dict.fromkeys(tuple(request.prompt) for request in requests):
             self.log_prompt(prompt)
-        tickets: list[Ticket] = []
-        self._in_flight += len(requests)
+        tickets = await engine.submit_all(requests)
         try:
-            tickets = await engine.submit_all(requests)
             yield tickets
         finally:
-            self._in_flight -= len(requests)
             for ticket in tickets:
                 engine.cancel(ticket)
 

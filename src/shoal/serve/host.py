@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,8 @@ from .metrics import Metrics
 from .trial import Trial
 
 LOG = logging.getLogger("shoal.serve")
-Load = Callable[[], tuple[Place, Tokenizer]]
+Load = Callable[[threading.Event], tuple[Place, Tokenizer]]
+"""Gives up where the event is set meanwhile."""
 T = TypeVar("T")
 TEXT_READERS = 2
 """Requests whose texts are turned into tokens at the same time."""
@@ -50,14 +52,15 @@ class Host:
         self._engine: AsyncEngine | None = None
         self._tokenizer: Tokenizer | None = None
         self._trial: Trial | None = None
-        self._draining = False
+        self._leaving = threading.Event()
+        """Set: nothing new is begun."""
         self._readers = ThreadPoolExecutor(TEXT_READERS, "shoal-text")
 
     @property
     def state(self) -> State:
         if self.failure is not None:
             return State.FAILED
-        if self._draining:
+        if self._leaving.is_set():
             return State.DRAINING
         if self._engine is None:
             return State.LOADING
@@ -71,7 +74,7 @@ class Host:
     @property
     def engine(self) -> AsyncEngine:
         """Raises `APIError` 503 unless the model is loaded and takes requests."""
-        if self._draining:
+        if self._leaving.is_set():
             raise closing()
         if self.failure is not None or (self._engine is not None and not self._engine.is_accepting):
             raise broken()
@@ -99,7 +102,7 @@ class Host:
     async def start(self) -> None:
         """Load the model; where that fails, `failure` says why."""
         try:
-            place, tokenizer = await asyncio.to_thread(self._load)
+            place, tokenizer = await asyncio.to_thread(self._load, self._leaving)
             if self.command.chat_template is not None:
                 tokenizer = Tokenizer(tokenizer.json, tokenizer.config, read_template(self.command.chat_template))
             self._tokenizer = tokenizer
@@ -107,18 +110,19 @@ class Host:
             self._engine = AsyncEngine(place)
             self.metrics.watch(self._engine.stats)
         except Exception as error:
-            self.failure = error
+            if not self._leaving.is_set():
+                self.failure = error
             raise
 
     async def drain(self) -> None:
         """Refuse new requests, let those there are end within the time of grace, stop the engine."""
-        self._draining = True
+        self._leaving.set()
         if self._engine is not None:
             await self._engine.drain(self.command.grace)
 
     async def close(self) -> None:
         """Stop at once; unfinished answers end with reason `abort`."""
-        self._draining = True
+        self._leaving.set()
         self._readers.shutdown(wait=False, cancel_futures=True)
         if self._trial is not None:
             self._trial.close()

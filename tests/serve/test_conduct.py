@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import sys
@@ -19,9 +20,12 @@ from shoal.config import EngineOptions, ServeCommand, UserError, serve_options
 from shoal.data import Tokenizer
 from shoal.data.chat_template import encode_chat
 from shoal.engine import Loaded
+from shoal.serve.blocks import Block
 from shoal.serve.command import listen
 from shoal.serve.dialect import Dialect
-from shoal.serve.messages import CountBody, as_chat
+from shoal.serve.messages import CountBody, _block, as_chat
+from shoal.serve.sse import JSON
+from shoal.serve.trial import Trial
 
 LONG = {"prompt": "the red", "max_tokens": 400, "ignore_eos": True}
 
@@ -352,6 +356,50 @@ def test_fields_for_what_is_not_there_are_refused_by_name(chat: Served, asked: d
         status, answer, _ = ask(f"{chat.url}/v1/{path}", body | asked)
         assert (status, [answer["error"]["param"]]) == (400, list(asked))
         assert ask(f"{chat.url}/v1/{path}", body | dict.fromkeys(asked, None) | {"bad_words": [], "use_beam_search": False})[0] == 200
+
+
+def test_a_form_that_has_ended_comes_before_min_tokens(base: Served) -> None:
+    body = {"prompt": "the", "max_tokens": 30, "min_tokens": 20, "guided_choice": ["yes", "no"]}
+    status, answer, _ = ask(f"{base.url}/v1/completions", body)
+    assert (status, answer["choices"][0]["text"] in ("yes", "no"), answer["choices"][0]["finish_reason"]) == (200, True, "stop")
+
+
+def test_the_log_holds_nothing_of_a_tool(chat: Served, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "shoal.serve")
+    tool = {"name": "secret_tool", "parameters": {"type": "object", "properties": {"q": {"type": "string", "pattern": "(?=SECRET)x"}}}}
+    body = {"messages": [USER], "max_tokens": 1, "tools": [{"type": "function", "function": tool}]}
+    assert ask(f"{chat.url}/v1/chat/completions", body)[0] == 200
+    assert "held to no schema" in caplog.text
+    assert "secret" not in caplog.text.lower()
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "1.5", "7" * 5000])
+def test_numbers_that_json_cannot_hold_are_not_written(chat: Served, number: str) -> None:
+    def strict(name: str) -> None:
+        raise AssertionError(name)
+
+    block = JSON(_block(Block("tool", f'{{"a": {number}}}'))).body
+    assert isinstance(json.loads(bytes(block), parse_constant=strict)["input"]["a"], float)
+    if len(number) < 10:
+        sent = f'{{"input": "the", "max_output_tokens": 1, "metadata": {{"a": {number}}}}}'.encode()
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{chat.url}/v1/responses", sent, {"Content-Type": "application/json"}), timeout=30
+        ) as answer:
+            json.loads(answer.read(), parse_constant=strict)
+
+
+def test_the_tools_of_an_agent_are_tried_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(Trial, "_ask", lambda self, grammar: tried.append(grammar) or "")
+    trial = Trial(tokenizer, 400)
+
+    async def twice() -> None:
+        for i in [*range(100), *range(100)]:
+            await trial.arguments({"title": str(i)}, False)
+
+    asyncio.run(twice())
+    trial.close()
+    assert len(tried) == len(set(tried)) == 100
 
 
 def test_a_form_that_only_a_control_token_spells_is_one_clear_line(chat: Served) -> None:

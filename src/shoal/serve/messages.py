@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import uuid
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any, Literal
@@ -21,6 +22,8 @@ from .sse import JSON, EventStream, event, unless_gone
 from .turn import Turn
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+MOST_DIGITS = 4000
+"""Of an integer: Python reads hardly longer ones."""
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -155,7 +158,16 @@ def _block(block: Block) -> dict[str, Any]:
         return {"type": "thinking", "thinking": block.text, "signature": ""}
     if block.kind == "text":
         return {"type": "text", "text": block.text, "citations": None}
-    return {"type": "tool_use", "id": block.id, "name": block.name, "input": json.loads(block.text or "{}")}
+    return {"type": "tool_use", "id": block.id, "name": block.name, "input": _read(block.text or "{}")}
+
+
+def _read(arguments: str) -> Any:
+    """JSON with the nearest number that fp64 holds for those beyond: Python would make infinity of them, which is no JSON."""
+
+    def number(text: str) -> float:
+        return max(-sys.float_info.max, min(float(text), sys.float_info.max))
+
+    return json.loads(arguments, parse_float=number, parse_int=lambda text: int(text) if len(text) < MOST_DIGITS else number(text))
 
 
 def _delta(block: Block) -> dict[str, Any]:

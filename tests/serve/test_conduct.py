@@ -177,7 +177,6 @@ def test_who_stops_reading_keeps_no_place_and_no_connection(serve: Serve, monkey
         assert until(lambda: served.host.engine.stats().finished["length"] == 8, 20)
         assert ask(f"{served.url}/v1/completions", {"prompt": "the", "max_tokens": 1})[0] == 200
         if sys.platform == "linux":
-            assert len(served.server.server_state.connections) == 1
             assert until(lambda: not served.server.server_state.connections, 20)
 
 

@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -44,6 +45,11 @@ def break_down() -> Engine:
 
 def die() -> Engine:
     os.kill(os.getpid(), signal.SIGKILL)
+    return make()
+
+
+def take_long() -> Engine:
+    time.sleep(60)
     return make()
 
 
@@ -166,6 +172,15 @@ def test_a_process_that_is_killed_is_a_breakdown() -> None:
 def test_a_model_that_cannot_be_loaded_says_why(make: Callable[[], Engine], kind: type[Exception], told: str) -> None:
     with pytest.raises(kind, match=told):
         EngineProcess(make)
+
+
+def test_a_model_that_nobody_wants_any_more_is_not_loaded() -> None:
+    unwanted = threading.Event()
+    threading.Timer(0.2, unwanted.set).start()
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="killed by SIGKILL"):
+        EngineProcess(take_long, unwanted)
+    assert time.monotonic() - began < 30
 
 
 def test_it_ends_with_the_process_that_asks() -> None:

@@ -127,6 +127,21 @@ EngineMachine.TestCase.settings = settings(
 test_any_life = EngineMachine.TestCase
 
 
+def test_guesses_leave_prompts_half_of_a_step() -> None:
+    engine = Engine(FakeRunner(wrong_every=0), None, EngineOptions(speculate="on", max_running=16, step_tokens=64))  # type: ignore[arg-type]
+    for i in range(15):
+        engine.add_request(Request([i, 3], SamplingOptions(max_tokens=300, temperature=0, ignore_eos=True)))
+    for _ in range(12):
+        engine.step()
+    prompt = engine.add_request(Request([5] * 300, SamplingOptions(max_tokens=1, temperature=0)))
+    before = engine.stats().generated_tokens
+    steps = 1
+    while prompt not in engine.step():
+        steps += 1
+    assert steps <= 300 / ((64 - 16) / 2) + 1
+    assert (engine.stats().generated_tokens - before) / steps > 2 * 15  # and answers still gain by guesses
+
+
 @pytest.mark.parametrize("setup", range(len(SETUPS)))
 def test_ten_thousand_operations(setup: int) -> None:
     draw = random.Random(setup)

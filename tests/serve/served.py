@@ -111,7 +111,7 @@ def serving(loads: Callable[[], Loaded], wait: bool = True, **options: Any) -> I
     """A server on a free port, until the end of the block."""
     command: ServeCommand = serve_options("tiny", port=0, **options)
 
-    def start() -> tuple[Place, Tokenizer]:
+    def start(_: threading.Event) -> tuple[Place, Tokenizer]:
         loaded = loads()
         return EngineThread(make_engine(loaded, command.engine)), loaded.tokenizer
 

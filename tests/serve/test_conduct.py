@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
+import sys
 import threading
 import time
 import urllib.error
@@ -14,12 +16,16 @@ from typing import Any
 import pytest
 from served import Serve, Served, serving, tiny
 
-from shoal.config import EngineOptions, UserError, serve_options
+from shoal.config import EngineOptions, ServeCommand, UserError, serve_options
 from shoal.data import Tokenizer
 from shoal.data.chat_template import encode_chat
 from shoal.engine import Loaded
+from shoal.serve.blocks import Block
+from shoal.serve.command import listen
 from shoal.serve.dialect import Dialect
-from shoal.serve.messages import CountBody, as_chat
+from shoal.serve.messages import CountBody, _block, as_chat
+from shoal.serve.sse import JSON
+from shoal.serve.trial import Trial
 
 LONG = {"prompt": "the red", "max_tokens": 400, "ignore_eos": True}
 
@@ -158,6 +164,22 @@ def test_a_full_queue_turns_people_away_and_recovers(serve: Serve) -> None:
         assert ask(f"{served.url}/v1/completions", {"prompt": "the", "max_tokens": 1})[0] == 200
 
 
+def test_who_stops_reading_keeps_no_place_and_no_connection(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    def narrow(command: ServeCommand) -> socket.socket:
+        sock = listen(command)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return sock
+
+    monkeypatch.setattr("served.listen", narrow)
+    monkeypatch.setattr("shoal.serve.command.SEND_SECONDS", 4)
+    many = LONG | {"stream": True, "logprobs": 20, "n": 8, "max_tokens": 40}
+    with serve(engine=EngineOptions(max_running=8), max_waiting=0) as served, start_request(served, many):
+        assert until(lambda: served.host.engine.stats().finished["length"] == 8, 20)
+        assert ask(f"{served.url}/v1/completions", {"prompt": "the", "max_tokens": 1})[0] == 200
+        if sys.platform == "linux":
+            assert until(lambda: not served.server.server_state.connections, 20)
+
+
 def test_hanging_up_ends_the_work(base: Served) -> None:
     for stream in (False, True):
         before = base.host.engine.stats().finished["abort"]
@@ -236,6 +258,42 @@ def test_a_grammar_that_takes_minutes_is_refused_and_stops_nobody(base: Served) 
     assert ask(f"{base.url}/v1/completions", {"prompt": "the", "max_tokens": 9, "guided_choice": ["yes"]})[1]["choices"][0]["text"] == "yes"
 
 
+READS = ("v1/chat/completions", "v1/completions", "v1/embeddings", "v1/messages", "v1/messages/count_tokens", "v1/responses", "tokenize")
+
+
+@pytest.mark.parametrize("path", READS)
+def test_nobody_waits_while_a_text_is_read(chat: Served, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    reading, go, encode = threading.Event(), threading.Event(), Tokenizer.encode
+
+    def slow(self: Tokenizer, *args: Any, **options: Any) -> list[int]:
+        reading.set()
+        assert go.wait(10)
+        return encode(self, *args, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode", slow)
+    body: dict[str, Any] = {"max_tokens": 1, "max_output_tokens": 1, "input": "the"}
+    body |= {"messages": [USER]} if "messages" in path or "chat" in path else {"prompt": "the"} if "responses" not in path else {}
+    told: list[int] = []
+    thread = threading.Thread(target=lambda: told.append(ask(f"{chat.url}/{path}", body)[0]))
+    thread.start()
+    assert reading.wait(10)
+    assert ask(f"{chat.url}/health")[0] == 200
+    assert thread.is_alive()
+    go.set()
+    thread.join(10)
+    assert told == [200]
+
+
+def test_an_embedding_takes_the_time_it_takes(base: Served) -> None:
+    def seconds() -> float:
+        text = ask(f"{base.url}/metrics")[1]
+        return float(text.split("\nshoal_request_seconds_sum ")[1].split()[0])
+
+    before, began = seconds(), time.perf_counter()
+    assert ask(f"{base.url}/v1/embeddings", {"input": "the red"})[0] == 200
+    assert 0 < seconds() - before < time.perf_counter() - began
+
+
 def test_texts_of_one_request_are_read_together(base: Served) -> None:
     texts = [f"the red fish {i}" for i in range(64)]
     for path, body in (("embeddings", {"input": texts}), ("completions", {"prompt": texts, "max_tokens": 0, "echo": True, "logprobs": 0})):
@@ -271,6 +329,9 @@ for _ in range(300):
         ("chat/completions", {"messages": [USER], "tools": [{"function": {"name": "f", "parameters": DEEP}}]}, "nested"),
         ("chat/completions", {"messages": [USER], "continue_final_message": True}, "assistant"),
         ("messages", {"messages": [USER], "max_tokens": 1, "stop_sequences": ["a"] * 17}, "16"),
+        ("messages", {"messages": [USER], "max_tokens": 1, "tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "web_search"),
+        ("messages", {"messages": [USER], "max_tokens": 1, "tool_choice": {"type": "any"}}, "no tools"),
+        ("responses", {"input": "the", "tool_choice": "required"}, "no tools"),
         ("responses", {"input": "the", "conversation": "conv_1"}, "conversation"),
         ("responses", {"input": "the", "prompt": {"id": "pmpt_1"}}, "instructions"),
         ("responses", {"input": "the", "include": ["message.output_text.logprobs"], "top_logprobs": 3}, "log-probabilities"),
@@ -281,6 +342,63 @@ def test_what_would_change_the_answer_is_refused_in_a_line(chat: Served, path: s
     assert status == 400
     assert says in answer["error"]["message"]
     assert "\n" not in answer["error"]["message"]
+
+
+ASKS = [{"structured_outputs": {"json": {}}}, {"guided_grammar": 'root ::= "a"'}, {"web_search_options": {}}, {"allowed_token_ids": [5]}]
+ASKS += [{"bad_words": ["a"]}, {"use_beam_search": True}, {"truncate_prompt_tokens": 1}, {"moderation": {}}]
+
+
+@pytest.mark.parametrize("asked", ASKS, ids=str)
+def test_fields_for_what_is_not_there_are_refused_by_name(chat: Served, asked: dict[str, Any]) -> None:
+    body = {"messages": [USER], "prompt": "the", "max_tokens": 1}
+    for path in ("chat/completions", "completions"):
+        status, answer, _ = ask(f"{chat.url}/v1/{path}", body | asked)
+        assert (status, [answer["error"]["param"]]) == (400, list(asked))
+        assert ask(f"{chat.url}/v1/{path}", body | dict.fromkeys(asked, None) | {"bad_words": [], "use_beam_search": False})[0] == 200
+
+
+def test_a_form_that_has_ended_comes_before_min_tokens(base: Served) -> None:
+    body = {"prompt": "the", "max_tokens": 30, "min_tokens": 20, "guided_choice": ["yes", "no"]}
+    status, answer, _ = ask(f"{base.url}/v1/completions", body)
+    assert (status, answer["choices"][0]["text"] in ("yes", "no"), answer["choices"][0]["finish_reason"]) == (200, True, "stop")
+
+
+def test_the_log_holds_nothing_of_a_tool(chat: Served, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "shoal.serve")
+    tool = {"name": "secret_tool", "parameters": {"type": "object", "properties": {"q": {"type": "string", "pattern": "(?=SECRET)x"}}}}
+    body = {"messages": [USER], "max_tokens": 1, "tools": [{"type": "function", "function": tool}]}
+    assert ask(f"{chat.url}/v1/chat/completions", body)[0] == 200
+    assert "held to no schema" in caplog.text
+    assert "secret" not in caplog.text.lower()
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "1.5", "7" * 5000])
+def test_numbers_that_json_cannot_hold_are_not_written(chat: Served, number: str) -> None:
+    def strict(name: str) -> None:
+        raise AssertionError(name)
+
+    block = JSON(_block(Block("tool", f'{{"a": {number}}}'))).body
+    assert isinstance(json.loads(bytes(block), parse_constant=strict)["input"]["a"], float)
+    if len(number) < 10:
+        sent = f'{{"input": "the", "max_output_tokens": 1, "metadata": {{"a": {number}}}}}'.encode()
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{chat.url}/v1/responses", sent, {"Content-Type": "application/json"}), timeout=30
+        ) as answer:
+            json.loads(answer.read(), parse_constant=strict)
+
+
+def test_the_tools_of_an_agent_are_tried_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(Trial, "_ask", lambda self, grammar: tried.append(grammar) or "")
+    trial = Trial(tokenizer, 400)
+
+    async def twice() -> None:
+        for i in [*range(100), *range(100)]:
+            await trial.arguments({"title": str(i)}, False)
+
+    asyncio.run(twice())
+    trial.close()
+    assert len(tried) == len(set(tried)) == 100
 
 
 def test_a_form_that_only_a_control_token_spells_is_one_clear_line(chat: Served) -> None:

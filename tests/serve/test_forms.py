@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
 import openai
+import pydantic
 import pytest
 from served import Serve, Served, serving, tiny
 
@@ -180,6 +181,11 @@ def test_json_schema(client: openai.OpenAI, served: Served, seed: int) -> None:
     fits(answer.choices[0].message.content or "")
 
 
+def test_guided_json(client: openai.OpenAI, served: Served) -> None:
+    options: dict[str, Any] = {"model": "tiny", "messages": ASK, "max_tokens": 200, "seed": 1, **end_thought(served)}
+    fits(client.chat.completions.create(**options, extra_body={"guided_json": SCHEMA}).choices[0].message.content or "")
+
+
 @pytest.mark.parametrize(("field", "value"), [("guided_regex", "[a-f]{3}-[0-9]{2}"), ("guided_choice", ["yes", "no (at all)"])])
 def test_regex_and_choice(client: openai.OpenAI, served: Served, field: str, value: Any) -> None:
     options: dict[str, Any] = {"model": "tiny", "messages": ASK, "max_tokens": 100, "seed": 1, **end_thought(served)}
@@ -266,6 +272,42 @@ def test_anthropic_tools(claude: anthropic.Anthropic, served: Served, stream: bo
     block = answer.content[-1]
     assert isinstance(block, anthropic.types.ToolUseBlock)
     fits(json.dumps(block.input))
+
+
+LONG_NAME = {"type": "object", "properties": {"path": {"type": "string", "minLength": 200}}, "required": ["path"]}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("calls", [False, True])
+def test_an_item_that_is_cut_off_is_not_complete(chat: Served, stream: bool, calls: bool) -> None:
+    """The arguments of a call are closed where they end, so they look whole."""
+    client = openai.OpenAI(base_url=f"{chat.url}/v1", api_key="none", max_retries=0)
+    options: dict[str, Any] = {"model": "tiny", "input": ASK, "max_output_tokens": 25}
+    if calls:
+        options |= {"tools": [{"type": "function", "name": "write", "parameters": LONG_NAME}], "tool_choice": "required"}
+    if stream:
+        events = list(client.responses.create(**options, stream=True))
+        done = [event.item for event in events if event.type == "response.output_item.done"]
+        answer = events[-1].response
+        assert answer.output == done
+    else:
+        answer = client.responses.create(**options)
+    assert answer.status == "incomplete"
+    assert answer.output[-1].type == ("function_call" if calls else "message")
+    assert [item.status for item in answer.output] == ["completed"] * (len(answer.output) - 1) + ["incomplete"]
+
+
+class Trip(pydantic.BaseModel):
+    city: Literal["Paris", "Rome"]
+    sunny: bool
+
+
+def test_anthropic_schema(claude: anthropic.Anthropic, served: Served) -> None:
+    if "<think>\\n" in (served.host.tokenizer.chat_template or ""):
+        pytest.skip("a model that always thinks has to be able to end its thought")
+    messages: list[Any] = ASK
+    trip = claude.messages.parse(model="tiny", max_tokens=200, messages=messages, output_format=Trip).parsed_output
+    assert isinstance(trip, Trip)
 
 
 def test_responses(client: openai.OpenAI, served: Served) -> None:

@@ -12,10 +12,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from served import Serve, Served, process, write_model
 from test_conduct import ask
 
 from shoal.data import Tokenizer
+from shoal.serve.messages import MessagesBody
+from shoal.serve.protocol import Body, ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, Message, TokenizeBody
+from shoal.serve.responses import ResponsesBody
 
 POSTS = ("chat/completions", "completions", "embeddings", "messages", "messages/count_tokens", "responses")
 PATHS = (*(f"/v1/{name}" for name in POSTS), "/tokenize", "/detokenize")
@@ -50,6 +54,14 @@ def refused(served: Served, path: str, body: bytes) -> None:
     assert answer["error"]["message"]
 
 
+def complaints(kind: type[Body], fields: dict[str, Any]) -> int:
+    try:
+        kind.model_validate(fields)
+    except ValidationError as error:
+        return error.error_count()
+    return 0
+
+
 @pytest.mark.parametrize("path", PATHS)
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=64).filter(lambda body: not body.strip().startswith((b"{", b"n", b"t", b"f"))))
@@ -69,6 +81,18 @@ def test_random_values_in_known_fields(served: Served, path: str, body: dict[str
 @pytest.mark.parametrize("body", BROKEN.values(), ids=BROKEN.keys())
 def test_bodies_that_break_parsers(served: Served, path: str, body: bytes) -> None:
     refused(served, path, body)
+
+
+@pytest.mark.parametrize(
+    "kind", [ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, Message, MessagesBody, ResponsesBody, TokenizeBody]
+)
+@pytest.mark.parametrize("wrong", [0, "x", [], {}, [0, "x"], {"role": "nobody"}], ids=str)
+def test_of_many_wrong_values_few_are_told(kind: type[Body], wrong: Any) -> None:
+    """Telling all of them once took seconds, in which nobody else was served, and gigabytes."""
+    many = [wrong] * 1000
+    for field in kind.model_fields:
+        for value in (many, [0] * 1000 + many, [many], [{"content": many}], dict.fromkeys(map(str, range(1000)), wrong)):
+            assert complaints(kind, {field: value}) < 20
 
 
 @pytest.mark.parametrize(

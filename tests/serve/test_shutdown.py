@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from served import process
+from tests.alive import wait_for_end
 
 CLIENTS = 12
 
@@ -74,6 +82,33 @@ def test_what_runs_is_finished_and_nothing_new_begun(folder: Path) -> None:
             assert reader.events[-1] == "[DONE]"
             assert json.loads(reader.events[-2])["choices"][0]["finish_reason"] == "length"
         assert server.wait(30) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the engine's process in /proc")
+def test_a_server_that_is_loading_ends_at_once(folder: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "shoal", "serve", str(folder), "--port", "0"], stderr=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            while not (engines := list(engines_of(server.pid))):
+                assert server.poll() is None
+                time.sleep(0.005)
+            os.kill(engines[0], signal.SIGSTOP)  # as a slow disk would have it
+            server.send_signal(signal.SIGINT)
+            assert server.wait(20) == 0
+            wait_for_end(engines, 10)
+            assert server.stderr is not None
+            assert "cannot be loaded" not in server.stderr.read()
+        finally:
+            server.kill()
+
+
+def engines_of(server: int) -> Iterator[int]:
+    """The process that `server` has begun for its engine, if it is there."""
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(file.read_text().rpartition(")")[2].split()[1]) == server and b"spawn_main" in (file.parent / "cmdline").read_bytes():
+                yield int(file.parent.name)
 
 
 def test_after_the_time_of_grace_the_rest_is_told_and_the_process_ends(folder: Path) -> None:

@@ -109,6 +109,11 @@ class AsyncEngine:
         """False while draining, after stopping and after a failure."""
         return self._accepts and not self._ended
 
+    @property
+    def unfinished(self) -> int:
+        """Requests whose end has not been told, nor asked for."""
+        return len(self._tickets)
+
     async def submit(self, request: Request) -> Ticket:
         """Queue a request; returns once it is accepted.
 

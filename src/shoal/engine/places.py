@@ -17,6 +17,8 @@ from ..config import ModelConfig
 from .engine import Engine, EngineStats
 from .worker import Command, News, Stop, Worker, as_told
 
+POLL_SECONDS = 0.05
+"""How often it is asked whether an engine that is being made is still wanted."""
 Hear = Callable[[News], None]
 End = Callable[[BaseException | None], None]
 
@@ -95,10 +97,10 @@ class EngineProcess:
     """The engine that `make` gives, in a process of its own: event loop and engine share no interpreter and no lock.
 
     `make` is called there, so it has to be a function of a module or a `functools.partial` of one. Raises what it raises. The process
-    ends with this one, whatever becomes of it.
+    ends with this one, whatever becomes of it; and while the engine is made, by a signal, as soon as `unwanted` is set.
     """
 
-    def __init__(self, make: Callable[[], Engine]) -> None:
+    def __init__(self, make: Callable[[], Engine], unwanted: threading.Event | None = None) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would inherit the locks of threads that it does not have
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make), name="shoal-engine", daemon=True)
@@ -106,6 +108,9 @@ class EngineProcess:
         # It ignores the signals that multiprocessing would send a daemon at exit, to wait for it then: whoever stops at once kills it.
         atexit.register(self._process.kill)
         theirs.close()
+        while unwanted is not None and not self._pipe.poll(POLL_SECONDS):
+            if unwanted.is_set():
+                self._process.kill()
         first = self._receive()
         if not isinstance(first, _Ready):
             self._process.join()

@@ -98,11 +98,12 @@ class Sampler:
             scores[ids] -= options.presence_penalty + options.frequency_penalty * counts
         if len(self._bias_ids):
             scores[self._bias_ids] += self._bias
-        if self.holds_back_stops:
-            scores[self._stop_ids] = -np.inf
         allowed = self.mask.allowed() if self.mask is not None else None
         if allowed is not None:
             scores[~allowed] = -np.inf
+        # Where a grammar is at its end, it allows nothing but stops: it comes before `min_tokens`.
+        if self.holds_back_stops and (allowed is None or allowed.sum() > allowed[self._stop_ids].sum()):
+            scores[self._stop_ids] = -np.inf
         return scores
 
     def candidates(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

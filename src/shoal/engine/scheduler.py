@@ -1,9 +1,9 @@
 """Which tokens the next step computes.
 
 One budget of tokens per step is shared by answers (one token each, and what multi-token prediction guessed) and prompts (in
-pieces, with what is left). Requests are served in the order in which they came. Pages that run out are taken from the youngest,
-which starts over later (what it had computed is often still known to the prefix cache). All running requests are older than
-all waiting ones, so the oldest can always go on, and nobody starves.
+pieces, with what is left: guesses leave them half). Requests are served in the order in which they came. Pages that run out are
+taken from the youngest, which starts over later (what it had computed is often still known to the prefix cache). All running
+requests are older than all waiting ones, so the oldest can always go on, and nobody starves.
 """
 
 from __future__ import annotations
@@ -131,6 +131,8 @@ class Scheduler:
         """One token (and guesses) of every running sequence that has no more than that to compute."""
         work = []
         spare = self._limits.step_tokens - len(self.running)
+        if any(sequence.todo > 1 for sequence in self.running) or (self.waiting and len(self.running) < self._limits.max_running):
+            spare //= 2  # guesses of many answers could take all of it, step after step
         position = 0
         while position < len(self.running):
             sequence = self.running[position]

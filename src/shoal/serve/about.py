@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import __version__
+from ..data import Tokenizer
 from .dialect import Dialect
 from .errors import bad
 from .host import Host, State
@@ -47,17 +48,20 @@ def describe(host: Host) -> dict[str, Any]:
     return known | {"max_model_len": host.context, "shoal": about}
 
 
-def tokenize(host: Host, body: TokenizeBody) -> JSON:
+async def tokenize(host: Host, body: TokenizeBody) -> JSON:
     """Ids of a text or a conversation."""
     host.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise bad("give either prompt or messages", "prompt")
-    if body.messages is not None:
-        ids = Dialect(host.tokenizer).prompt(ChatBody(messages=body.messages))
-    else:
-        ids = host.tokenizer.encode(body.prompt or "", bos=body.add_special_tokens)
+    ids = await host.read(lambda: _ids(host.tokenizer, body))
     host.log_prompt(ids)
     return JSON({"tokens": ids, "count": len(ids), "max_model_len": host.context})
+
+
+def _ids(tokenizer: Tokenizer, body: TokenizeBody) -> list[int]:
+    if body.messages is not None:
+        return Dialect(tokenizer).prompt(ChatBody(messages=body.messages))
+    return tokenizer.encode(body.prompt or "", bos=body.add_special_tokens)
 
 
 def detokenize(host: Host, body: DetokenizeBody) -> JSON:

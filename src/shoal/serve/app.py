@@ -112,13 +112,13 @@ def _add_routes(app: FastAPI, host: Host) -> None:
         return await messages.create(host, body, request)
 
     async def count_tokens(body: CountBody) -> Response:
-        return messages.count(host, body)
+        return await messages.count(host, body)
 
     async def respond(body: ResponsesBody, request: Request) -> Response:
         return await responses.create(host, body, request)
 
     async def tokenize(body: TokenizeBody) -> Response:
-        return about.tokenize(host, body)
+        return await about.tokenize(host, body)
 
     async def detokenize(body: DetokenizeBody) -> Response:
         return about.detokenize(host, body)

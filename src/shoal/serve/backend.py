@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -11,10 +12,10 @@ from ..engine import Engine, EngineProcess, Loaded, Place, load
 from .grammar import Grammars
 
 
-def engine_process(folder: Path, machine: MachineOptions, options: EngineOptions) -> tuple[Place, Tokenizer]:
-    """Load the model in `folder` into a new process. Raises `UserError` if it cannot be loaded."""
+def engine_process(folder: Path, machine: MachineOptions, options: EngineOptions, unwanted: threading.Event) -> tuple[Place, Tokenizer]:
+    """Load the model in `folder` into a new process, unless it is `unwanted` after all. Raises `UserError` if it cannot be loaded."""
     tokenizer = Tokenizer.load(folder)
-    return EngineProcess(partial(_load_engine, folder, machine, options)), tokenizer
+    return EngineProcess(partial(_load_engine, folder, machine, options), unwanted), tokenizer
 
 
 def make_engine(loaded: Loaded, options: EngineOptions) -> Engine:

@@ -35,7 +35,7 @@ async def prepare(host: Host, body: ChatBody) -> Turn:
         raise bad("prompt_logprobs are not told here: use /v1/completions", "prompt_logprobs")
     vocab_size = host.engine.config.vocab_size
     dialect = Dialect(host.tokenizer)
-    prompt = dialect.prompt(body)
+    prompt = await host.read(lambda: dialect.prompt(body))
     host.check_prompt(prompt)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens

@@ -26,6 +26,8 @@ NICENESS = 10
 others wait for it."""
 CLOSING_SECONDS = 5
 """For connections to close once all answers are sent."""
+SEND_SECONDS = 60
+"""For a client to take what it is sent; beyond them, its connection is closed. Only Linux can be told so."""
 
 
 def run_serve(command: ServeCommand) -> None:
@@ -68,9 +70,12 @@ def listen(command: ServeCommand) -> socket.socket:
     """A socket on the address asked for."""
     try:
         family = socket.getaddrinfo(command.host, command.port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((command.host, command.port), family=family, backlog=1024)
+        sock = socket.create_server((command.host, command.port), family=family, backlog=1024)
     except (OSError, UnicodeError) as error:
         raise UserError(f"cannot listen on {command.host}:{command.port}: {error}; choose another --host or --port") from None
+    if sys.platform == "linux":
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * SEND_SECONDS)  # connections have it from here
+    return sock
 
 
 def make_server(host: Host) -> uvicorn.Server:

@@ -56,9 +56,7 @@ async def prepare(host: Host, body: CompletionBody) -> Turn:
     sampling = sampling_of(body, most, body.logprobs, vocab_size)
     if body.echo and body.logprobs is not None:
         sampling = replace(sampling, prompt_logprobs=max(body.logprobs, body.prompt_logprobs or 0))
-    prompts = prompts_of(body.prompt, host.tokenizer)
-    if count * len(prompts) > MOST_ANSWERS:
-        raise bad(f"at most {MOST_ANSWERS} answers can be had with one request", "n")
+    prompts = await host.read(lambda: prompts_of(body.prompt, host.tokenizer, count))
     requests = []
     for prompt in prompts:
         if most:
@@ -115,8 +113,11 @@ class _Choice:
         return choice
 
 
-def prompts_of(prompt: str | list[str] | list[int] | list[list[int]], tokenizer: Tokenizer) -> list[list[int]]:
-    """Ids of every prompt: texts get the begin-of-text token that the tokenizer adds, ids are taken as they are."""
+def prompts_of(prompt: str | list[str] | list[int] | list[list[int]], tokenizer: Tokenizer, count: int = 1) -> list[list[int]]:
+    """Ids of every prompt: texts get the begin-of-text token that the tokenizer adds, ids are taken as they are.
+
+    Raises `APIError` 400 where these are too many prompts to give `count` answers to each.
+    """
     if isinstance(prompt, str):
         texts: list[Any] = [prompt]
     elif prompt and isinstance(prompt[0], int):
@@ -125,4 +126,6 @@ def prompts_of(prompt: str | list[str] | list[int] | list[list[int]], tokenizer:
         texts = list(prompt)
     if not texts:
         raise bad("the prompt is empty", "prompt")
+    if count * len(texts) > MOST_ANSWERS:
+        raise bad(f"at most {MOST_ANSWERS} answers or embeddings can be had with one request")
     return [tokenizer.encode(text, bos=True) if isinstance(text, str) else list(text) for text in texts]

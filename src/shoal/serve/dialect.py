@@ -86,7 +86,7 @@ class Dialect:
         more = '("\\n"? call)*' if parallel else ""
         lines = [f"start: call {more} {all_end}", "call: " + " | ".join(f"call_{i}" for i in range(len(tools)))]
         for i, tool in enumerate(tools):
-            schema = await trial.arguments(tool.function.name, tool.function.parameters or {}, tool.function.strict is True)
+            schema = await trial.arguments(tool.function.parameters or {}, tool.function.strict is True)
             name = json.dumps(tool.function.name)
             if self._names_functions:
                 fenced = json.dumps(f"{tool.function.name}\n```json\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from starlette.responses import Response
 
 from ..config import SamplingOptions
 from ..engine import Request
-from .completions import MOST_ANSWERS, prompts_of
+from .completions import prompts_of
 from .errors import bad, too_long
 from .host import Host
 from .protocol import EmbeddingBody
@@ -22,19 +23,17 @@ from .turn import Turn
 
 async def create(host: Host, body: EmbeddingBody, http: HTTPRequest) -> Response:
     """Embed one or several texts."""
+    began = time.perf_counter()
     host.check_model(body.model)
     size = host.engine.config.hidden_size
     if body.dimensions not in (None, size):
         raise bad(f"the embeddings of this model have {size} dimensions", "dimensions")
-    prompts = prompts_of(body.input, host.tokenizer)
-    if len(prompts) > MOST_ANSWERS:
-        raise bad(f"at most {MOST_ANSWERS} texts can be embedded with one request", "input")
+    prompts = await host.read(lambda: prompts_of(body.input, host.tokenizer))
     for prompt in prompts:
         if len(prompt) > host.context:
             raise too_long(f"the text has {len(prompt)} tokens, the model sees {host.context}: shorten it")
     requests = [Request(prompt, SamplingOptions(max_tokens=0), embed=True) for prompt in prompts]
-    # No clock: a text that is only read has no first token.
-    turn = Turn(host, requests, [AnswerReader() for _ in requests], 0.0, 1)
+    turn = Turn(host, requests, [AnswerReader() for _ in requests], began, 1)
     await unless_gone(http, turn.answers())
     data = []
     for index, report in enumerate(turn.reports):

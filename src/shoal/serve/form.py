@@ -10,10 +10,12 @@ from .trial import Trial
 
 
 async def answer_grammar(body: ChatBody | CompletionBody, trial: Trial) -> str | None:
-    """Grammar of `response_format`, `guided_regex` or `guided_choice` (as vLLM names them); None where the answer is free."""
-    asked = [value is not None for value in (body.response_format, body.guided_regex, body.guided_choice)]
+    """Grammar of `response_format`, or of `guided_json`, `guided_regex` or `guided_choice` (vLLM's); None where the answer is free."""
+    asked = [value is not None for value in (body.response_format, body.guided_json, body.guided_regex, body.guided_choice)]
     if sum(asked) > 1:
-        raise bad("give one of response_format, guided_regex and guided_choice", "response_format")
+        raise bad("give one of response_format, guided_json, guided_regex and guided_choice", "response_format")
+    if body.guided_json is not None:
+        return await trial.json_schema(body.guided_json, False, "guided_json")
     if body.guided_regex is not None:
         return await trial.regex(body.guided_regex, "guided_regex")
     if body.guided_choice is not None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from enum import Enum
+from typing import TypeVar
 
 from ..config import ServeCommand
 from ..data import Tokenizer
@@ -20,7 +23,11 @@ from .metrics import Metrics
 from .trial import Trial
 
 LOG = logging.getLogger("shoal.serve")
-Load = Callable[[], tuple[Place, Tokenizer]]
+Load = Callable[[threading.Event], tuple[Place, Tokenizer]]
+"""Gives up where the event is set meanwhile."""
+T = TypeVar("T")
+TEXT_READERS = 2
+"""Requests whose texts are turned into tokens at the same time."""
 
 
 class State(str, Enum):
@@ -45,14 +52,15 @@ class Host:
         self._engine: AsyncEngine | None = None
         self._tokenizer: Tokenizer | None = None
         self._trial: Trial | None = None
-        self._draining = False
-        self._in_flight = 0
+        self._leaving = threading.Event()
+        """Set: nothing new is begun."""
+        self._readers = ThreadPoolExecutor(TEXT_READERS, "shoal-text")
 
     @property
     def state(self) -> State:
         if self.failure is not None:
             return State.FAILED
-        if self._draining:
+        if self._leaving.is_set():
             return State.DRAINING
         if self._engine is None:
             return State.LOADING
@@ -61,12 +69,12 @@ class Host:
     @property
     def in_flight(self) -> int:
         """Requests that the engine has not finished."""
-        return self._in_flight
+        return 0 if self._engine is None else self._engine.unfinished
 
     @property
     def engine(self) -> AsyncEngine:
         """Raises `APIError` 503 unless the model is loaded and takes requests."""
-        if self._draining:
+        if self._leaving.is_set():
             raise closing()
         if self.failure is not None or (self._engine is not None and not self._engine.is_accepting):
             raise broken()
@@ -94,7 +102,7 @@ class Host:
     async def start(self) -> None:
         """Load the model; where that fails, `failure` says why."""
         try:
-            place, tokenizer = await asyncio.to_thread(self._load)
+            place, tokenizer = await asyncio.to_thread(self._load, self._leaving)
             if self.command.chat_template is not None:
                 tokenizer = Tokenizer(tokenizer.json, tokenizer.config, read_template(self.command.chat_template))
             self._tokenizer = tokenizer
@@ -102,22 +110,28 @@ class Host:
             self._engine = AsyncEngine(place)
             self.metrics.watch(self._engine.stats)
         except Exception as error:
-            self.failure = error
+            if not self._leaving.is_set():
+                self.failure = error
             raise
 
     async def drain(self) -> None:
         """Refuse new requests, let those there are end within the time of grace, stop the engine."""
-        self._draining = True
+        self._leaving.set()
         if self._engine is not None:
             await self._engine.drain(self.command.grace)
 
     async def close(self) -> None:
         """Stop at once; unfinished answers end with reason `abort`."""
-        self._draining = True
+        self._leaving.set()
+        self._readers.shutdown(wait=False, cancel_futures=True)
         if self._trial is not None:
             self._trial.close()
         if self._engine is not None:
             await self._engine.close()
+
+    async def read(self, encode: Callable[[], T]) -> T:
+        """What `encode` makes of a client's text, beside the event loop: a megabyte takes the better part of a second."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, encode)
 
     def check_model(self, name: str | None) -> None:
         """Raises `APIError` 404 if a client asks for another model than the one there is."""
@@ -145,17 +159,14 @@ class Host:
             UserError, EngineClosed, EngineFailed: as `AsyncEngine.submit`.
         """
         engine, options = self.engine, self.command
-        if self._in_flight and self._in_flight + len(requests) > options.engine.max_running + options.max_waiting:
+        if self.in_flight and self.in_flight + len(requests) > options.engine.max_running + options.max_waiting:
             raise busy()
         for prompt in dict.fromkeys(tuple(request.prompt) for request in requests):
             self.log_prompt(prompt)
-        tickets: list[Ticket] = []
-        self._in_flight += len(requests)
+        tickets = await engine.submit_all(requests)
         try:
-            tickets = await engine.submit_all(requests)
             yield tickets
         finally:
-            self._in_flight -= len(requests)
             for ticket in tickets:
                 engine.cancel(ticket)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import uuid
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any, Literal
@@ -16,32 +17,40 @@ from .chat import prepare
 from .dialect import Dialect
 from .errors import APIError, bad
 from .host import Host
-from .protocol import Body, ChatBody
+from .protocol import Body, ChatBody, Several
 from .sse import JSON, EventStream, event, unless_gone
 from .turn import Turn
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+MOST_DIGITS = 4000
+"""Of an integer: Python reads hardly longer ones."""
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
 class AnthropicMessage(Body):
     role: Literal["user", "assistant", "system"]
-    content: str | list[dict[str, Any]]
+    content: str | Several[dict[str, Any]]
 
 
 class AnthropicTool(Body):
+    type: str = "custom"
     name: str
     description: str | None = None
     input_schema: dict[str, Any] | None = None
+
+
+class OutputConfig(Body):
+    format: dict[str, Any] | None = None
+    """As `response_format` of the chat API."""
 
 
 class CountBody(Body):
     """`/v1/messages/count_tokens`."""
 
     model: str | None = None
-    messages: Annotated[list[AnthropicMessage], Field(min_length=1)]
-    system: str | list[dict[str, Any]] | None = None
-    tools: list[AnthropicTool] | None = None
+    messages: Annotated[Several[AnthropicMessage], Field(min_length=1)]
+    system: str | Several[dict[str, Any]] | None = None
+    tools: Several[AnthropicTool] | None = None
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
 
@@ -51,10 +60,11 @@ class MessagesBody(CountBody):
 
     max_tokens: Annotated[int, Field(ge=1, le=2**31)]
     stream: bool = False
-    stop_sequences: list[str] | None = None
+    stop_sequences: Several[str] | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
+    output_config: OutputConfig = OutputConfig()
 
 
 async def create(host: Host, body: MessagesBody, http: HTTPRequest) -> Response:
@@ -68,10 +78,10 @@ async def create(host: Host, body: MessagesBody, http: HTTPRequest) -> Response:
     return JSON(head | {"content": content} | _ending(turn, body, answer.finish_reason) | {"usage": _usage(turn)})
 
 
-def count(host: Host, body: CountBody) -> JSON:
+async def count(host: Host, body: CountBody) -> JSON:
     """Tokens of a conversation."""
     host.check_model(body.model)
-    ids = Dialect(host.tokenizer).prompt(as_chat(body))
+    ids = await host.read(lambda: Dialect(host.tokenizer).prompt(as_chat(body)))
     host.log_prompt(ids)
     return JSON({"input_tokens": len(ids)})
 
@@ -92,13 +102,17 @@ def as_chat(body: CountBody) -> ChatBody:
     fields["continue_final_message"] = messages[-1]["role"] == "assistant"
     fields["chat_template_kwargs"] = {"thinking": (body.thinking or {}).get("type") in ("enabled", "adaptive")}
     if body.tools:
+        for tool in body.tools:
+            if tool.type != "custom":
+                raise bad(f"tools of type {tool.type[:40]!r} are not supported: only custom ones", "tools")
         fields["tools"] = [
             {"function": {"name": tool.name, "description": tool.description, "parameters": tool.input_schema}} for tool in body.tools
         ]
-    fields |= _choice(body.tool_choice or {"type": "auto"}) if body.tools else {}
+    fields |= _choice(body.tool_choice or {"type": "auto"})
     if isinstance(body, MessagesBody):
         fields |= {"max_tokens": body.max_tokens, "stop": body.stop_sequences, "temperature": body.temperature}
         fields |= {"top_p": body.top_p, "top_k": body.top_k, "stream": body.stream}
+        fields["response_format"] = body.output_config.format
     try:
         return ChatBody(**fields)
     except ValidationError as error:
@@ -144,7 +158,16 @@ def _block(block: Block) -> dict[str, Any]:
         return {"type": "thinking", "thinking": block.text, "signature": ""}
     if block.kind == "text":
         return {"type": "text", "text": block.text, "citations": None}
-    return {"type": "tool_use", "id": block.id, "name": block.name, "input": json.loads(block.text or "{}")}
+    return {"type": "tool_use", "id": block.id, "name": block.name, "input": _read(block.text or "{}")}
+
+
+def _read(arguments: str) -> Any:
+    """JSON with the nearest number that fp64 holds for those beyond: Python would make infinity of them, which is no JSON."""
+
+    def number(text: str) -> float:
+        return max(-sys.float_info.max, min(float(text), sys.float_info.max))
+
+    return json.loads(arguments, parse_float=number, parse_int=lambda text: int(text) if len(text) < MOST_DIGITS else number(text))
 
 
 def _delta(block: Block) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class Metrics:
 
         self._first = seconds("time_to_first_token", "From a request to its first token.")
         self._between = seconds("inter_token_latency", "Between tokens of an answer.")
-        self._whole = seconds("request", "From a request to its last token.")
+        self._whole = seconds("request", "From a request to the end of its answer.")
 
     def watch(self, stats: Callable[[], EngineStats]) -> None:
         """Report an engine's figures too."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..config import SamplingOptions
 from .errors import bad
 from .protocol import MOST_STOPS, SamplingBody
 
 MOST_TOKENS = 2**31
+MOST_BIAS = 100
 
 
 def sampling_of(body: SamplingBody, max_tokens: int | None, logprobs: int | None, vocab_size: int) -> SamplingOptions:
     """How to sample; without `max_tokens`, up to the end of the context."""
+    body.check_supported()
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     if len(stop) > MOST_STOPS:
         raise bad(f"stop holds {len(stop)} texts: {MOST_STOPS} are the most", "stop")
@@ -40,10 +44,12 @@ def _or(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
-def _bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:
+def _bias(bias: dict[str, Any], vocab_size: int) -> dict[int, float]:
     result = {}
     for token, value in bias.items():
         if not token.isascii() or not token.isdecimal() or len(token) > 9 or int(token) >= vocab_size:
             raise bad(f"logit_bias names {token[:20]!r}, which is no token of this model", "logit_bias")
+        if not isinstance(value, int | float) or not -MOST_BIAS <= value <= MOST_BIAS:
+            raise bad(f"logit_bias is a number from -{MOST_BIAS} to {MOST_BIAS} for every token", "logit_bias")
         result[int(token)] = value
     return result

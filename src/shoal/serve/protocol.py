@@ -3,17 +3,32 @@ not supported are named and refused."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..config.engine import MOST_LOGPROBS
+from .errors import bad
 
 MOST_CHOICES = 64
 MOST_STOPS = 16
-TokenIds = Annotated[list[int], Field(min_length=1)]
+T = TypeVar("T")
+Several = Annotated[list[T], Field(fail_fast=True)]
+"""A list that is refused at its first wrong element: to tell all of a million would take the server seconds and gigabytes."""
+TokenIds = Annotated[Several[int], Field(min_length=1)]
 Logprobs = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+UNSUPPORTED = {
+    "structured_outputs": ", or use guided_json, guided_regex or guided_choice",
+    "guided_grammar": ", or use guided_json, guided_regex or guided_choice",
+    "allowed_token_ids": ", or use logit_bias",
+    "bad_words": ", or use logit_bias",
+    "use_beam_search": "",
+    "truncate_prompt_tokens": "",
+    "web_search_options": "",
+    "moderation": "",
+}
+"""Fields of OpenAI's and vLLM's that would change the answer, and what there is instead."""
 
 
 class Body(BaseModel):
@@ -35,7 +50,8 @@ class StreamOptions(Body):
 
 class SamplingBody(Body):
     """What all ways to generate share. `top_k`, `min_p`, `repetition_penalty`, `min_tokens`, `ignore_eos`, `stop_token_ids`,
-    `prompt_logprobs` and `experts` go beyond OpenAI's API; the names are vLLM's where it has them."""
+    `prompt_logprobs`, `guided_json`, `guided_regex`, `guided_choice` and `experts` go beyond OpenAI's API; the names are vLLM's where it
+    has them."""
 
     model: str | None = None
     stream: bool = False
@@ -50,37 +66,52 @@ class SamplingBody(Body):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: Annotated[list[int], Field(max_length=MOST_STOPS)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    stop: str | Several[str] | None = None
+    stop_token_ids: Annotated[Several[int], Field(max_length=MOST_STOPS)] | None = None
+    logit_bias: dict[str, Any] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
     ignore_eos: bool = False
     prompt_logprobs: Logprobs | None = None
     experts: bool = False
     """Tell, token by token, which experts computed it and whether it had been guessed."""
     user: str | None = None
+    guided_json: dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: Several[str] | None = None
+    guided_grammar: Any = None
+    structured_outputs: Any = None
+    allowed_token_ids: Any = None
+    bad_words: Any = None
+    use_beam_search: Any = None
+    truncate_prompt_tokens: Any = None
+    web_search_options: Any = None
+    moderation: Any = None
+
+    def check_supported(self) -> None:
+        """Raises `APIError` 400 where a field asks for what is not there; what such fields have by default asks for nothing."""
+        for name in UNSUPPORTED:
+            if getattr(self, name) not in (None, False, []):
+                raise bad(f"{name} is not supported: leave it away" + UNSUPPORTED[name], name)
 
 
 class CompletionBody(SamplingBody):
     """`/v1/completions`."""
 
-    prompt: str | list[str] | TokenIds | list[TokenIds] = ""
+    prompt: str | Several[str] | TokenIds | Several[TokenIds] = ""
     echo: bool = False
     logprobs: Logprobs | None = None
     best_of: int | None = None
     suffix: str | None = None
     response_format: dict[str, Any] | None = None
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
 
 
 class Message(Body):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Several[dict[str, Any]] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Several[dict[str, Any]] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     function_call: Any = None
@@ -101,29 +132,27 @@ class Tool(Body):
 class ChatBody(SamplingBody):
     """`/v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Several[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
-    tools: list[Tool] | None = None
+    tools: Several[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = True
     response_format: dict[str, Any] | None = None
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     """The last message is the beginning of the answer (vLLM's name for it)."""
-    functions: list[Any] | None = None
-    modalities: list[str] | None = None
+    functions: Several[Any] | None = None
+    modalities: Several[str] | None = None
 
 
 class EmbeddingBody(Body):
     """`/v1/embeddings`."""
 
-    input: str | list[str] | TokenIds | list[TokenIds]
+    input: str | Several[str] | TokenIds | Several[TokenIds]
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
     """None: float."""
@@ -136,7 +165,7 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[Several[Message], Field(min_length=1)] | None = None
     add_special_tokens: bool = True
 
 
@@ -144,4 +173,4 @@ class DetokenizeBody(Body):
     """`/detokenize`."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Several[int]

@@ -15,7 +15,7 @@ from .blocks import Block, blocks_of, fragments, texts
 from .chat import prepare
 from .errors import APIError, bad
 from .host import Host
-from .protocol import Body, ChatBody
+from .protocol import Body, ChatBody, Several
 from .sse import JSON, EventStream, event, unless_gone
 from .turn import Turn
 
@@ -26,9 +26,9 @@ class ResponsesBody(Body):
     """`/v1/responses`."""
 
     model: str | None = None
-    input: str | list[dict[str, Any]]
+    input: str | Several[dict[str, Any]]
     instructions: str | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Several[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = True
     text: dict[str, Any] | None = None
@@ -42,7 +42,7 @@ class ResponsesBody(Body):
     background: bool | None = None
     conversation: Any = None
     prompt: Any = None
-    include: list[str] | None = None
+    include: Several[str] | None = None
     top_logprobs: int | None = None
 
 
@@ -53,10 +53,11 @@ async def create(host: Host, body: ResponsesBody, http: HTTPRequest) -> Response
     if body.stream:
         return EventStream(record.stream(), failed)
     answer = (await unless_gone(http, turn.answers()))[0]
-    for block in blocks_of(answer):
+    blocks = blocks_of(answer)
+    for block in blocks:
         record.begin(block)
         record.text += block.text
-        record.end()
+        record.end("incomplete" if block is blocks[-1] and answer.finish_reason == "length" else "completed")
     return JSON(record.response(answer.finish_reason))
 
 
@@ -90,7 +91,7 @@ def as_chat(body: ResponsesBody) -> ChatBody:
         if kinds:
             raise bad(f"tools of type {sorted(kinds)[0][:40]!r} are not supported: only functions", "tools")
         fields["tools"] = [{"type": "function", "function": tool} for tool in body.tools]
-        fields |= {"tool_choice": body.tool_choice, "parallel_tool_calls": body.parallel_tool_calls}
+    fields |= {"tool_choice": body.tool_choice, "parallel_tool_calls": body.parallel_tool_calls}
     form = (body.text or {}).get("format")
     if isinstance(form, dict):
         fields["response_format"] = form
@@ -137,9 +138,9 @@ class _Record:
         prefix = {"thinking": "rs", "text": "msg", "tool": "fc"}[block.kind]
         self._open, self._open_id, self.text = block, f"{prefix}_{uuid.uuid4().hex}", ""
 
-    def end(self) -> dict[str, Any]:
+    def end(self, status: str) -> dict[str, Any]:
         """Close the open item; it as a whole."""
-        item = self._item("completed")
+        item = self._item(status)
         self._items.append(item)
         self._open = None
         return item
@@ -189,7 +190,7 @@ class _Record:
                 finish = step.finish_reason or finish
                 for begins, block in fragments(step.piece):
                     if self._open is not None and (begins or block.kind != self._open.kind):
-                        for sent in self._closing():
+                        for sent in self._closing("completed"):
                             yield sent
                     if self._open is None:
                         for sent in self._opening(block):
@@ -197,10 +198,10 @@ class _Record:
                     if block.text:
                         self.text += block.text
                         yield self._send(f"{self._event}.delta", **self._place, delta=block.text, **self._logprobs)
-        if self._open is not None:
-            for sent in self._closing():
-                yield sent
         kind = "incomplete" if finish == "length" else "completed"
+        if self._open is not None:
+            for sent in self._closing(kind):
+                yield sent
         yield self._send(f"response.{kind}", response=self.response(finish))
 
     def _opening(self, block: Block) -> list[bytes]:
@@ -210,14 +211,14 @@ class _Record:
             sent.append(self._send("response.content_part.added", **self._place, part=self._part()))
         return sent
 
-    def _closing(self) -> list[bytes]:
+    def _closing(self, status: str) -> list[bytes]:
         assert self._open is not None
         whole = {"arguments": self.text, "name": self._open.name} if self._open.kind == "tool" else {"text": self.text}
         sent = [self._send(f"{self._event}.done", **self._place, **whole, **self._logprobs)]
         if self._open.kind == "text":
             sent.append(self._send("response.content_part.done", **self._place, part=self._part()))
         index = len(self._items)
-        sent.append(self._send("response.output_item.done", output_index=index, item=self.end()))
+        sent.append(self._send("response.output_item.done", output_index=index, item=self.end(status)))
         return sent
 
     def _item(self, status: str) -> dict[str, Any]:
@@ -227,7 +228,7 @@ class _Record:
             content = [{"type": "reasoning_text", "text": self.text}] if self.text else []
             return {"type": "reasoning", "id": self._open_id, "summary": [], "content": content, "status": status}
         if self._open.kind == "text":
-            content = [self._part()] if status == "completed" else []
+            content = [] if status == "in_progress" else [self._part()]
             return {"type": "message", "id": self._open_id, "role": "assistant", "status": status, "content": content}
         call = {"call_id": self._open.id, "name": self._open.name, "arguments": self.text}
         return {"type": "function_call", "id": self._open_id, "status": status, **call}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
 import re
@@ -22,8 +23,8 @@ from .errors import bad
 LOG = logging.getLogger("shoal.serve")
 MOST_GRAMMAR = 200_000
 """Characters of a grammar."""
-MOST_KNOWN = 64
-"""Grammars whose trial is remembered."""
+MOST_KNOWN = 4096
+"""Grammars whose trial is remembered: an agent may bring a hundred tools, each with one."""
 WHITE_SPACE = r"[ \t\n]{0,16}"
 
 
@@ -37,8 +38,8 @@ class Trial:
         self._vocabulary = tokenizer.json, max(vocab_size, tokenizer.vocab_size), tokenizer.eos_id
         self._thread = ThreadPoolExecutor(1, "shoal-trial")
         self._process: subprocess.Popen[str] | None = None
-        self._known: dict[str, str] = {}
-        """What was wrong with grammars ("": nothing)."""
+        self._known: dict[bytes, str] = {}
+        """What was wrong with grammars ("": nothing), by their digests."""
 
     async def json_object(self) -> str:
         """Any JSON object."""
@@ -48,7 +49,7 @@ class Trial:
         """JSON that fits a schema; what llguidance cannot hold it to is refused if `strict`, and otherwise left out where that can be."""
         return await self._passed(_of_schema(_bounded(schema, strict)), "the JSON schema", param)
 
-    async def arguments(self, name: str, schema: dict[str, Any], strict: bool) -> str:
+    async def arguments(self, schema: dict[str, Any], strict: bool) -> str:
         """The JSON schema that the arguments of a tool are held to: any object where its own cannot be used and it is not `strict`.
 
         The schemas of an agent's tools are not its user's to change.
@@ -56,10 +57,11 @@ class Trial:
         held = _bounded({"type": "object", **schema}, strict)
         if not strict:
             grammar = _of_schema(held)
-            is_new = grammar not in self._known
+            is_new = _digest(grammar) not in self._known
             complaint = await self._complaint(grammar)
             if complaint and is_new:
-                LOG.info("the arguments of %s are held to no schema, as its own cannot be used: %s", name, complaint)
+                # Neither its name nor what is wrong, which quotes it: the log holds nothing that a client wrote.
+                LOG.info("the arguments of a tool are held to no schema, as its own cannot be used")
             if complaint:
                 held = _bounded({"type": "object"}, strict)
         return json.dumps(held)
@@ -99,16 +101,17 @@ class Trial:
         """What is wrong with a grammar, in a line."""
         if len(grammar) > MOST_GRAMMAR:
             return f"with {len(grammar)} characters it is too large, {MOST_GRAMMAR} are the most"
-        known = self._known.get(grammar)
+        known = self._known.get(_digest(grammar))
         return known if known is not None else await asyncio.get_running_loop().run_in_executor(self._thread, self._try, grammar)
 
     def _try(self, grammar: str) -> str:
         """On the thread, which has one tried after the other."""
-        if grammar not in self._known:
-            self._known[grammar] = self._ask(grammar)
+        key = _digest(grammar)
+        if key not in self._known:
+            self._known[key] = self._ask(grammar)
             if len(self._known) > MOST_KNOWN:
                 del self._known[next(iter(self._known))]
-        return self._known[grammar]
+        return self._known[key]
 
     def _ask(self, grammar: str) -> str:
         if self._process is None or self._process.poll() is not None:
@@ -130,6 +133,10 @@ class Trial:
         with contextlib.suppress(OSError):  # what has ended says nothing, which tells enough
             self._process.stdin.write(json.dumps(value) + "\n")
             self._process.stdin.flush()
+
+
+def _digest(grammar: str) -> bytes:
+    return hashlib.sha256(grammar.encode()).digest()
 
 
 def _bounded(schema: dict[str, Any], strict: bool) -> dict[str, Any]:

@@ -184,14 +184,17 @@ class Tokenizer:
         `behind` are the tokens that the text continues: where it does not begin there, it gets no space before its first word, which
         SentencePiece's tokenizers put before a text.
         """
-        backend = self._with_special if special else self._plain
+        backend, bare = self._with_special if special else self._plain, self._bare_behind(behind)
+        wants_spans = bare is not None or bool(self._spellings)
+        # A batch, because that leaves the interpreter to other threads meanwhile; the fast one knows no spans.
+        encode = backend.encode_batch if wants_spans else backend.encode_batch_fast
         try:
-            encoding = backend.encode(text, add_special_tokens=False)
+            [encoding] = encode([text], add_special_tokens=False)
         except TypeError as error:  # a lone surrogate, which UTF-8 cannot hold
             raise UserError("the text is not valid Unicode: it holds half of a surrogate pair") from error
-        ids, bare = encoding.ids, self._bare_behind(behind)
-        if bare is not None or self._spellings:
-            spans = encoding.offsets  # which take a while
+        ids = encoding.ids
+        if wants_spans:
+            spans = encoding.offsets
             if bare is not None:  # up to the first added token
                 first = next((i for i, token in enumerate(ids) if token in self._dividers), len(ids))
                 begun = bare.encode(text[: spans[first][0]] if first < len(ids) else text, add_special_tokens=False)

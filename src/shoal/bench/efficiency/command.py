@@ -118,7 +118,7 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
 def _finish(runs: list[Run], picture: Path) -> dict[str, Any]:
     result = summarize(runs)
     _print(runs, result)
-    draw(runs, compare(runs, "baseline", "full", "flops")[0], picture)
+    draw(runs, {side: compare(runs, "baseline", side, "flops")[0] for side in ("full", "exportable")}, picture)
     print(f"picture: {picture}")
     return result
 

@@ -17,8 +17,11 @@ LABELS = {
 }
 
 
-def draw(runs: list[Run], flops_ratio: Ratio | None, path: Path) -> None:
-    """Write the picture. Raises `UserError` where matplotlib is missing or the file cannot be written."""
+def draw(runs: list[Run], ratios: dict[str, Ratio | None], path: Path) -> None:
+    """Write the picture. `ratios` are the baseline's FLOPs over those of some sides, where there is such a ratio.
+
+    Raises `UserError` where matplotlib is missing or the file cannot be written.
+    """
     figure = new_figure(11, 4.6)
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, cost, label in ((left, "flops", "training FLOPs"), (right, "seconds", "seconds of training")):
@@ -36,8 +39,11 @@ def draw(runs: list[Run], flops_ratio: Ratio | None, path: Path) -> None:
         axes.grid(alpha=0.25, which="both")
     count_on_log_axis(right)
     left.set_ylabel("held-out bits per byte")
-    if flops_ratio is not None:
-        left.axhline(flops_ratio.loss, color="black", lw=0.8, ls="--")
-        left.set_title(f"{flops_ratio.value:,.4g} times the FLOPs for {flops_ratio.loss:.3f} bits per byte", fontsize=10)
+    found = {side: ratio for side, ratio in ratios.items() if ratio is not None}
+    for side, ratio in found.items():
+        left.axhline(ratio.loss, color=COLOURS[side], lw=0.8, ls="--")
+    if found:
+        told = (f"{ratio.value:,.4g} times those of '{side}' at {ratio.loss:.3f} bits per byte" for side, ratio in found.items())
+        figure.suptitle("The baseline's FLOPs are " + ", ".join(told), fontsize=10)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(COLOURS), frameon=False)
     save(figure, path)

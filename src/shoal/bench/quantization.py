@@ -75,7 +75,7 @@ def _documents(command: BenchQuantizationCommand, tokenizer: Tokenizer) -> list[
     found: list[tuple[list[int], int]] = []
     count = 0
     for text in open_corpus(command.data, CorpusConfig()).texts_to_score():
-        ids = [tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id, *tokenizer.encode(text), tokenizer.eos_id]
+        ids = tokenizer.document(text)
         found.append((ids, len(text.encode("utf-8", "surrogatepass"))))
         count += len(ids)
         if count >= command.max_tokens:

@@ -202,6 +202,15 @@ class Tokenizer:
             ids = self._spelt_out(ids, [text[begin:end] for begin, end in spans] if special else None)
         return [self.bos_id, *ids] if bos and self.adds_bos and self.bos_id is not None else ids
 
+    @property
+    def first_id(self) -> int:
+        """The token that documents begin with: begin-of-text, or where there is none the end of the document before."""
+        return self.eos_id if self.bos_id is None else self.bos_id
+
+    def document(self, text: str) -> list[int]:
+        """The tokens of a whole document, as models learn it: `first_id`, the text, end-of-text."""
+        return [self.first_id, *self.encode(text), self.eos_id]
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text without any special token, on all cores."""
         return [self._spelt_out(encoding.ids) for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]

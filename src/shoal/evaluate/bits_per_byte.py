@@ -64,11 +64,10 @@ def default_window(folder: Path, config: ModelConfig) -> int:
 
 
 def _tokenized(texts: Iterable[str], tokenizer: Tokenizer, limit: int | None) -> Iterator[tuple[np.ndarray, int]]:
-    """Documents as `likelihood` takes them: begin-of-text (end-of-text where there is none), text, end-of-text."""
-    start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    """Documents as `likelihood` takes them."""
     count = 0
     for text in texts:
-        tokens = [start, *tokenizer.encode(text), tokenizer.eos_id]
+        tokens = tokenizer.document(text)
         yield np.asarray(tokens), len(text.encode("utf-8", "surrogatepass"))
         count += len(tokens)
         if limit is not None and count >= limit:

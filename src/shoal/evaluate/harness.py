@@ -46,7 +46,7 @@ class HarnessModel:
             pieces, at = [], 0
             while at < len(ids):
                 read = 0 if at == 0 else window // 2
-                head = [self._first] if at == 0 else []
+                head = [self.tokenizer.first_id] if at == 0 else []
                 end = min(at + window - read - len(head), len(ids))
                 pieces.append(([*head, *ids[at - read : at]], ids[at:end]))
                 at = end
@@ -74,13 +74,8 @@ class HarnessModel:
             asked.append(Request(self._start(context)[-room:], sampling))
         return [result.text for result in self.engine.run(asked)]
 
-    @property
-    def _first(self) -> int:
-        """What stands before a text."""
-        return self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
-
     def _start(self, context: str) -> list[int]:
-        return self.tokenizer.encode(context, bos=True) or [self._first]
+        return self.tokenizer.encode(context, bos=True) or [self.tokenizer.first_id]
 
     def _encode_after(self, context: str, text: str) -> list[int]:
         """Tokens of `text` as it goes on from `context`."""

@@ -21,7 +21,7 @@ from ..train.metrics import MetricsLog
 from ..train.signals import StopRequest
 from .experts_tuning import train_only_used_experts
 from .losses import row_losses
-from .packing import Row, Text, best_fit, make_row
+from .packing import Row, Text, make_rows
 from .preview import show
 from .progress import Progress
 from .tuning import Tuner, finish, load_trainable, open_run, save, with_chat_template
@@ -135,7 +135,7 @@ def rows_of(texts: Sequence[Text], command: SFTCommand, model: Transformer) -> l
     """Texts packed for forward passes."""
     capacity = max(command.tune.micro_tokens, max(text.length for text in texts))
     depth = model.config.num_nextn_predict_layers
-    return [make_row([texts[i] for i in items], depth) for items in best_fit([text.length for text in texts], capacity)]
+    return make_rows(texts, capacity, depth)
 
 
 def train_step(model: Transformer, machine: Machine, tuner: Tuner, batch: Sequence[Text], command: SFTCommand, step: int) -> dict[str, Any]:

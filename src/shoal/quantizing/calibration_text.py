@@ -20,10 +20,9 @@ def calibration_ids(corpus: Corpus, tokenizer: Tokenizer, tokens: int, length: i
 
     Raises `UserError` where there is too little text to learn anything from.
     """
-    start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     found: list[int] = []
     for text in chain(corpus.train_documents()):
-        found += [start, *tokenizer.encode(text), tokenizer.eos_id]
+        found += tokenizer.document(text)
         if len(found) >= SPREAD * tokens:
             break
     if len(found) < LEAST_TOKENS:

@@ -153,7 +153,7 @@ def fit_tokenizer(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     return replace(
         model,
         vocab_size=math.ceil(tokenizer.vocab_size / 64) * 64,  # rows of the embedding come in multiples of 64
-        bos_token_id=tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id,
+        bos_token_id=tokenizer.first_id,
         eos_token_id=tokenizer.eos_id,
     )
 

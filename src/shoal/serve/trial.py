@@ -89,7 +89,7 @@ class Trial:
         self._thread.shutdown(wait=False, cancel_futures=True)
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            _leave(self._process)
 
     async def _passed(self, grammar: str, what: str, param: str) -> str:
         complaint = await self._complaint(grammar)
@@ -124,7 +124,7 @@ class Trial:
         told = self._process.stdout.readline()
         if told:
             return str(json.loads(told))
-        self._process.wait()
+        _leave(self._process)
         return f"it is too complex, to build it takes more than {trying.MOST_SECONDS:g} s"
 
     def _send(self, value: Any) -> None:
@@ -137,6 +137,12 @@ class Trial:
 
 def _digest(grammar: str) -> bytes:
     return hashlib.sha256(grammar.encode()).digest()
+
+
+def _leave(process: subprocess.Popen[str]) -> None:
+    """Wait for a process that ends, and close the pipes to it."""
+    with contextlib.suppress(OSError), process:
+        pass
 
 
 def _bounded(schema: dict[str, Any], strict: bool) -> dict[str, Any]:

@@ -5,8 +5,8 @@ are some, and `count_order`, where a model counts n-grams): `at_1e12` times (FLO
 goes before `[settings]` where there are more layers than one. Width is rounded to heads (with experts to blocks, two of which have two
 heads, as values of two fill a block), layers, batch and order to whole numbers; an expert is about a third as wide as the model, and
 those of a token together, shared ones included and two routed ones at least, are about as wide as it; `rate` multiplies the learning
-rates that `[settings.optimizer]` names. The evidence behind the numbers is in docs/experiments.md: `shoal bench efficiency --search` tunes
-width, layers, batch and rate of every side by the same steps, and what was found so was refined by hand, with the figures kept there.
+rates that `[settings.optimizer]` names. The evidence behind the numbers is in docs/experiments.md: runs chosen by hand, for every side. To
+tune width, layers, batch and rate of all sides by the same steps is what `shoal bench efficiency --search` is for.
 """
 
 from __future__ import annotations

@@ -59,17 +59,13 @@ Matrix matrix_of(nb::handle packed, const char* name) {
     expect(m.group == 32 || m.group == 64, where + ": groups must have 32 or 64 columns");
     const int64_t groups = (m.columns + m.group - 1) / m.group, lines = groups * m.group / (format == "int8" ? 4 : 8);
     expect(data.is_byte() && data.size(n - 2) == lines && data.size(n - 1) == 64, where + ": the shape is wrong");
-    auto halves = [&](const char* part) -> const uint16_t* {
-        nb::object object = packed.attr(part);
-        if (object.is_none()) return nullptr;
-        const Tensor tensor = tensor_of(object, name);
-        expect(tensor.is_half() && tensor.dimensions() == n && tensor.numel() == m.leading * tiles * groups * kTile &&
-                   tensor.size(n - 1) == kTile,
-               where + ": the shape of " + part + " is wrong");
-        return reinterpret_cast<const uint16_t*>(tensor.bytes());
-    };
-    m.scales = halves("scales"), m.mins = halves("mins");
-    expect(m.scales, where + " has no scales");
+    nb::object object = packed.attr("scales");
+    expect(!object.is_none(), where + " has no scales");
+    const Tensor scales = tensor_of(object, name);
+    expect(scales.is_half() && scales.dimensions() == n && scales.numel() == m.leading * tiles * groups * kTile &&
+               scales.size(n - 1) == kTile,
+           where + ": the shape of its scales is wrong");
+    m.scales = reinterpret_cast<const uint16_t*>(scales.bytes());
     m.data_stride = tiles * lines * 64, m.scale_stride = tiles * groups * kTile;
     return m;
 }
@@ -209,7 +205,7 @@ class Decoder {
         const Matrix moved = matrix_of(packed, name.c_str());
         Matrix& old = layer < 0 ? model_.head_matrix : slot(layers_[layer], name);
         expect(moved.format == old.format && moved.rows == old.rows && moved.columns == old.columns && moved.leading == old.leading &&
-                   moved.group == old.group && !moved.mins == !old.mins,
+                   moved.group == old.group,
                name + " is not the same matrix");
         old = moved;
         kept_[key_of(layer, name)] = packed;

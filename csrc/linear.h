@@ -177,14 +177,13 @@ SHOAL_INLINE void quantize_group(const float* x, int64_t present, int64_t group,
 }
 
 // [T, 16] of one tile. Lines: bytes of 4 columns and 16 rows each.
-template <int T, bool kFour, bool kMins, int kGroup>
+template <int T, bool kFour, int kGroup>
 __attribute__((noinline)) static void integer_tile(const Matrix& w, int64_t tile, const Inputs& x, float* out) {
     constexpr int kQuads = kGroup / 4;  // columns in fours
     constexpr int kSplit = !kFour && !kWholeBytes ? 2 : 1;
     const int64_t groups = x.width / kGroup, bytes = kGroup * kTile / (kFour ? 2 : 1);
     const uint8_t* line = w.data + tile * groups * bytes;
     const uint16_t* scales = w.scales + tile * groups * kTile;
-    const uint16_t* mins = kMins ? w.mins + tile * groups * kTile : nullptr;
     Vec acc[T][kParts] = {};
     for (int64_t g = 0; g < groups; ++g, line += bytes) {
 #pragma GCC unroll kUnroll
@@ -213,13 +212,11 @@ __attribute__((noinline)) static void integer_tile(const Matrix& w, int64_t tile
             }
             __builtin_prefetch(scales + g * kTile + 512);
             Vec scale = from_fp16(scales + g * kTile + p * kLanes);
-            Vec low = {};
-            if constexpr (kMins) low = from_fp16(mins + g * kTile + p * kLanes);
 #pragma GCC unroll kUnroll
             for (int t = 0; t < T; ++t) {
                 const int8_t* q = x.quants + t * x.width + g * kGroup;
                 const int64_t at = t * groups + g;
-                IntVec sum = IntVec{} + (kMins ? 0 : x.sums[at] * (kFour ? -8 : -128));
+                IntVec sum = IntVec{} + x.sums[at] * (kFour ? -8 : -128);
                 IntVec high = {};
 #pragma GCC unroll kUnroll
                 for (int k = 0; k < kQuads; ++k) {
@@ -234,7 +231,6 @@ __attribute__((noinline)) static void integer_tile(const Matrix& w, int64_t tile
                 }
                 if constexpr (kSplit == 2) sum += high << 4;
                 acc[t][p] += __builtin_convertvector(sum, Vec) * (scale * x.scales[at]);
-                if constexpr (kMins) acc[t][p] += low * (x.scales[at] * x.sums[at]);
             }
         }
     }
@@ -281,16 +277,10 @@ template <int T>
 static int64_t products_of(const Matrix& w, int64_t tile, int64_t end, const Inputs& x, float* out) {
     if (!w.quantized()) return float_products_of<T, kTogether<T>>(w, tile, end, x, out);
     const bool four = w.format == Format::int4;
-    if (w.group == 32) {
-        if (four)
-            w.mins ? integer_tile<T, true, true, 32>(w, tile, x, out) : integer_tile<T, true, false, 32>(w, tile, x, out);
-        else
-            w.mins ? integer_tile<T, false, true, 32>(w, tile, x, out) : integer_tile<T, false, false, 32>(w, tile, x, out);
-    } else if (four) {
-        w.mins ? integer_tile<T, true, true, 64>(w, tile, x, out) : integer_tile<T, true, false, 64>(w, tile, x, out);
-    } else {
-        w.mins ? integer_tile<T, false, true, 64>(w, tile, x, out) : integer_tile<T, false, false, 64>(w, tile, x, out);
-    }
+    if (w.group == 32)
+        four ? integer_tile<T, true, 32>(w, tile, x, out) : integer_tile<T, false, 32>(w, tile, x, out);
+    else
+        four ? integer_tile<T, true, 64>(w, tile, x, out) : integer_tile<T, false, 64>(w, tile, x, out);
     return 1;
 }
 

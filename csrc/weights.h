@@ -18,8 +18,8 @@ struct Matrix {
     Format format = Format::fp32;
     int64_t leading = 1, rows = 0, columns = 0, group = 0;
     const uint8_t* data = nullptr;
-    const uint16_t *scales = nullptr, *mins = nullptr;  // fp16
-    int64_t data_stride = 0, scale_stride = 0;          // bytes and numbers from one leading index to the next
+    const uint16_t* scales = nullptr;           // fp16
+    int64_t data_stride = 0, scale_stride = 0;  // bytes and numbers from one leading index to the next
 
     SHOAL_INLINE_MEMBER explicit operator bool() const { return data; }
     SHOAL_INLINE_MEMBER bool quantized() const { return format == Format::int8 || format == Format::int4; }
@@ -30,7 +30,6 @@ struct Matrix {
         one.leading = 1;
         one.data += index * data_stride;
         if (scales) one.scales += index * scale_stride;
-        if (mins) one.mins += index * scale_stride;
         return one;
     }
 };

@@ -23,7 +23,7 @@ Make = Callable[..., Transformer]
 
 SCHEMES = [
     Scheme("int4", "int8", "int8"),
-    Scheme("int4", "int4", "int8", "fp32", 64, True),
+    Scheme("int4", "int4", "int8", "fp32", 64),
     Scheme("int8", "int8", "int8"),
     Scheme("fp32", "fp32", "fp32", "fp32"),
     Scheme("bf16", "bf16", "bf16"),
@@ -137,11 +137,9 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> Non
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda c: c["quantization_config"].update(version=2), "version"),
+        (lambda c: c["quantization_config"].update(version=1), "version"),
         (lambda c: c["quantization_config"].update(group=48), "groups of 48"),
         (lambda c: c["quantization_config"].update(group=64), "but config.json makes it"),
-        (lambda c: c["quantization_config"].update(mins=True), "lacks"),
-        (lambda c: c["quantization_config"].update(mins="yes"), "mins"),
         (lambda c: c["quantization_config"].update(matrices="int8"), "but config.json makes it"),
         (lambda c: c["quantization_config"].update(matrices="int3"), "int3"),
         (lambda c: c["quantization_config"].update(matrices=[4]), "number format"),

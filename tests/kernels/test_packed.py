@@ -17,19 +17,16 @@ from shoal.kernels.packed import pack_floats, pack_integers, unpack, unpack_inte
     groups=st.integers(1, 4),
     group=st.sampled_from([32, 64]),
     format=st.sampled_from(["int4", "int8"]),
-    with_mins=st.booleans(),
 )
-def test_packed_integers_come_back(leading: tuple[int, ...], rows: int, groups: int, group: int, format: str, with_mins: bool) -> None:
+def test_packed_integers_come_back(leading: tuple[int, ...], rows: int, groups: int, group: int, format: str) -> None:
     quants = torch.randint(0, 16 if format == "int4" else 256, (*leading, rows, groups * group), dtype=torch.uint8)
     scales = torch.rand(*leading, rows, groups).half()
-    mins = torch.randn(*leading, rows, groups).half() if with_mins else None
-    matrix = pack_integers(format, quants, scales, mins, group=group, columns=groups * group - 5)  # type: ignore[arg-type]
-    q, s, m = unpack_integers(matrix)
+    matrix = pack_integers(format, quants, scales, group=group, columns=groups * group - 5)  # type: ignore[arg-type]
+    q, s = unpack_integers(matrix)
     assert q.equal(quants)
     assert s.equal(scales)
-    assert (m is None) == (mins is None)
-    low = mins if mins is not None else scales.float() * (-8 if format == "int4" else -128)
-    expected = quants.float() * scales.float().repeat_interleave(group, -1) + low.float().repeat_interleave(group, -1)
+    low = scales.float() * (-8 if format == "int4" else -128)
+    expected = quants.float() * scales.float().repeat_interleave(group, -1) + low.repeat_interleave(group, -1)
     assert unpack(matrix).equal(expected[..., : groups * group - 5])
 
 

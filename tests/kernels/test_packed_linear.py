@@ -8,22 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.kernels import reference
-from shoal.kernels.packed import PackedMatrix, pack_floats, pack_integers
+from shoal.kernels.packed import ZERO_POINT, PackedMatrix, pack_floats, pack_integers
 from shoal.kernels.selection import BACKEND
 
 pytestmark = pytest.mark.skipif(BACKEND.cpu is None, reason=BACKEND.reason)
 SETS = BACKEND.module.supported() if BACKEND.module else []
-FORMATS = ["fp32", "bf16", "int8", "int4", "int8 with mins", "int4 with mins"]
+FORMATS = ["fp32", "bf16", "int8", "int4"]
 
 
-def random_matrix(kind: str, leading: tuple[int, ...], rows: int, columns: int, group: int) -> PackedMatrix:
-    format, _, mins = kind.partition(" with ")
+def random_matrix(format: str, leading: tuple[int, ...], rows: int, columns: int, group: int) -> PackedMatrix:
     if format in ("fp32", "bf16"):
         return pack_floats(torch.randn(*leading, rows, columns), format)  # type: ignore[arg-type]
     groups = -(-columns // group)
     quants = torch.randint(0, 16 if format == "int4" else 256, (*leading, rows, groups * group), dtype=torch.uint8)
-    scales, low = torch.rand(*leading, rows, groups) + 0.01, torch.randn(*leading, rows, groups) if mins else None
-    return pack_integers(format, quants, scales, low, group=group, columns=columns)  # type: ignore[arg-type]
+    scales = torch.rand(*leading, rows, groups) + 0.01
+    return pack_integers(format, quants, scales, group=group, columns=columns)  # type: ignore[arg-type]
 
 
 def multiply(isa: str, matrix: PackedMatrix, x: torch.Tensor, threads: int = 2) -> torch.Tensor:
@@ -64,11 +63,13 @@ def test_a_token_s_result_depends_on_nothing_but_the_token(isa: str, kind: str) 
 @pytest.mark.parametrize("isa", SETS)
 def test_extreme_weights_do_not_overflow(isa: str) -> None:
     """Every product at its largest: without care 16-bit sums would saturate."""
-    for format, top in (("int8", 255), ("int4", 15)):
-        quants = torch.full((16, 64), top, dtype=torch.uint8)
-        matrix = pack_integers(format, quants, torch.ones(16, 2), torch.zeros(16, 2), group=32)  # type: ignore[arg-type]
+    for format, stored in (("int8", 255), ("int8", 0), ("int4", 15), ("int4", 0)):
+        quants = torch.full((16, 64), stored, dtype=torch.uint8)
+        matrix = pack_integers(format, quants, torch.ones(16, 2), group=32)  # type: ignore[arg-type]
         for sign in (1.0, -1.0):
-            assert multiply(isa, matrix, torch.full((1, 64), sign * 127)).unique().tolist() == [sign * top * 127 * 64]
+            assert multiply(isa, matrix, torch.full((1, 64), sign * 127)).unique().tolist() == [
+                sign * (stored - ZERO_POINT[format]) * 127 * 64
+            ]
 
 
 @pytest.mark.parametrize("isa", SETS)

@@ -111,7 +111,7 @@ class NativeRunner:
         A mapped file serves its first token at once, but its small pages are read more slowly. Nothing moves where that does not fit;
         returns whether it did.
         """
-        arrays = [array for _, _, matrix in self._moving for array in (matrix.data, matrix.scales, matrix.mins) if array is not None]
+        arrays = [array for _, _, matrix in self._moving for array in (matrix.data, matrix.scales) if array is not None]
         total = sum(round_up(array.nbytes) for array in arrays)
         if total > available_memory(self.device):
             return False
@@ -119,7 +119,7 @@ class NativeRunner:
         while self._moving:
             layer, name, matrix = self._moving.pop()
             moved = {}
-            for part in ("data", "scales", "mins"):
+            for part in ("data", "scales"):
                 array = getattr(matrix, part)
                 if array is not None:
                     place = room[used : used + array.nbytes]

@@ -46,13 +46,13 @@ def plain_scheme(name: str) -> Scheme:
     return Scheme(name, name, name, name)  # type: ignore[arg-type]
 
 
-def quantized_scheme(bits: int, group: int = 32, *, mins: bool = False) -> Scheme:
+def quantized_scheme(bits: int, group: int = 32) -> Scheme:
     """What `--bits` means: 4 keeps the matrices of multi-token prediction in int8; embedding bf16."""
     if bits not in (4, 8):
         raise UserError(f"--bits is {bits}: it must be 4 or 8")
     if group not in (32, 64):
         raise UserError(f"--group is {group}: it must be 32 or 64")
-    return Scheme("int4" if bits == 4 else "int8", "int8", "int8", "bf16", group, mins)
+    return Scheme("int4" if bits == 4 else "int8", "int8", "int8", "bf16", group)
 
 
 def load_weights(folder: Path, bits: int | None = None, group: int = 32, *, precision: str | None = None) -> Weights:

@@ -58,7 +58,7 @@ def fill(target: dict[str, Tensor], weight: Tensor, part: Part, cost: RoundingCo
     for start in range(0, weight.shape[0], step):
         rows = weight[start : start + step].float()
         if part.format in BITS:
-            matrix = pack_grouped(quantize(rows, BITS[part.format], part.group, mins=part.mins))
+            matrix = pack_grouped(quantize(rows, BITS[part.format], part.group))
         else:
             matrix = pack_floats(rows, part.format)  # type: ignore[arg-type]
         if cost is not None:
@@ -71,7 +71,7 @@ def fill(target: dict[str, Tensor], weight: Tensor, part: Part, cost: RoundingCo
 def pack_grouped(matrix: Grouped) -> PackedMatrix:
     """A quantized matrix in tiles."""
     format = "int4" if matrix.bits == 4 else "int8"
-    return pack_integers(format, matrix.quants, matrix.scales, matrix.mins, group=matrix.group, columns=matrix.columns)  # type: ignore[arg-type]
+    return pack_integers(format, matrix.quants, matrix.scales, group=matrix.group, columns=matrix.columns)  # type: ignore[arg-type]
 
 
 def read_part(files: WeightFiles, name: str, config: ModelConfig) -> Iterator[Tensor]:

@@ -44,8 +44,6 @@ class Scheme:
     """Of the matrices of multi-token prediction layers."""
     embedding: Literal["fp32", "bf16"] = "bf16"
     group: int = 32
-    mins: bool = False
-    """Whether int4 groups have a minimum of their own."""
 
     def __post_init__(self) -> None:
         for name in ("matrices", "head", "mtp"):
@@ -55,11 +53,6 @@ class Scheme:
             raise UserError(f"an embedding in the number format {self.embedding!r}: use one of {', '.join(DTYPES)}")
         if type(self.group) is not int or self.group not in GROUPS:
             raise UserError(f"groups of {self.group!r} weights: use 32 or 64")
-        if type(self.mins) is not bool:
-            raise UserError(f"mins is {self.mins!r}: it must be true or false")
-
-    def has_mins(self, format: Format) -> bool:
-        return self.mins and format == "int4"
 
 
 @dataclass(frozen=True)
@@ -70,7 +63,6 @@ class Part:
     format: Format | Small
     is_matrix: bool
     group: int = 0
-    mins: bool = False
 
     def arrays(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """dtype and shape of what is stored, by the field of `PackedMatrix`; `""` for a small tensor."""
@@ -82,10 +74,7 @@ class Part:
             return {"data": (DTYPES[self.format], (*tiles, columns, TILE))}
         groups = -(-columns // self.group)
         lines = groups * self.group // (4 if self.format == "int8" else 8)
-        found = {"data": (torch.uint8, (*tiles, lines, 4 * TILE)), "scales": (torch.float16, (*tiles, groups, TILE))}
-        if self.mins:
-            found["mins"] = found["scales"]
-        return found
+        return {"data": (torch.uint8, (*tiles, lines, 4 * TILE)), "scales": (torch.float16, (*tiles, groups, TILE))}
 
     @property
     def nbytes(self) -> int:
@@ -97,7 +86,7 @@ class Part:
             return arrays[""]
         rows, columns = self.shape[-2:]
         group = self.group if self.format in ("int4", "int8") else 0
-        return PackedMatrix(cast(Format, self.format), rows, columns, arrays["data"], arrays.get("scales"), arrays.get("mins"), group)
+        return PackedMatrix(cast(Format, self.format), rows, columns, arrays["data"], arrays.get("scales"), group)
 
     def empty(self) -> dict[str, Tensor]:
         return {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in self.arrays().items()}
@@ -107,7 +96,7 @@ def arrays_of(part: PackedMatrix | Tensor) -> dict[str, Tensor]:
     """What is stored of a part, by field; inverse of `Part.assemble`."""
     if isinstance(part, Tensor):
         return {"": part}
-    return {name: array for name in ("data", "scales", "mins") if (array := getattr(part, name)) is not None}
+    return {name: array for name in ("data", "scales") if (array := getattr(part, name)) is not None}
 
 
 def parts_of(config: ModelConfig, scheme: Scheme) -> dict[str, Part]:
@@ -125,7 +114,7 @@ def parts_of(config: ModelConfig, scheme: Scheme) -> dict[str, Part]:
         format = scheme.head if name == HEAD else scheme.mtp if mtp else scheme.matrices
         for part, shape, small in _shapes(name, module, config):
             if small is None:
-                found[part] = Part(shape, format, True, scheme.group, scheme.has_mins(format))
+                found[part] = Part(shape, format, True, scheme.group)
             else:
                 found[part] = Part(shape, scheme.embedding if part == EMBEDDING else small, False)
     return found

@@ -1,6 +1,6 @@
 """Shoal's own quantized folder: `config.json`, tokenizer, and packed matrices in safetensors files that are used where they lie.
 
-Array `X.data` (`.scales`, `.mins`) belongs to the matrix X, a name without suffix is a small tensor; `parts` says which there are and in
+Array `X.data` (`.scales`) belongs to the matrix X, a name without suffix is a small tensor; `parts` says which there are and in
 which shapes, `kernels.packed` how a matrix is laid out. Every array begins at a multiple of 64 bytes of its file, so that the kernels read
 the memory-mapped file itself: opening takes no longer for a large model, and what is never used is never read.
 """
@@ -40,7 +40,7 @@ from .weight_files import (
 )
 
 METHOD = "shoal"
-VERSION = 1
+VERSION = 2
 ALIGNMENT = 64
 LARGEST_SHARD = 5 * 10**9
 
@@ -196,7 +196,7 @@ def dequantized(
 def slice_part(matrix: PackedMatrix, index: int) -> PackedMatrix:
     """One matrix of a stack."""
     part = {name: array[index] for name, array in arrays_of(matrix).items()}
-    return PackedMatrix(matrix.format, matrix.rows, matrix.columns, part["data"], part.get("scales"), part.get("mins"), matrix.group)
+    return PackedMatrix(matrix.format, matrix.rows, matrix.columns, part["data"], part.get("scales"), matrix.group)
 
 
 def _plain(part: PackedMatrix | Tensor) -> Tensor:

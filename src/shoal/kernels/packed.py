@@ -18,15 +18,14 @@ TILE = 16
 Format = Literal["fp32", "bf16", "int8", "int4"]
 FORMATS: tuple[Format, ...] = ("fp32", "bf16", "int8", "int4")
 ZERO_POINT = {"int8": 128, "int4": 8}
-"""The stored number that means 0 where there are no `mins`."""
+"""The stored number that means 0."""
 
 
 @dataclass(frozen=True)
 class PackedMatrix:
     """Weights `[..., O, I]` of linear layers.
 
-    A weight is `data` itself (fp32, bf16), or `scale * q + min` of its group of `group` neighbouring columns (int8, int4); without `mins`
-    the minimum is `-ZERO_POINT * scale`.
+    A weight is `data` itself (fp32, bf16), or `scale * (q - ZERO_POINT)` (int8, int4) with one scale for `group` neighbouring columns.
     """
 
     format: Format
@@ -37,13 +36,11 @@ class PackedMatrix:
     `[..., O/16, I/8, 64]`, byte 4r + j of line c is row r, column 8c + j in its low half and column 8c + 4 + j in its high half."""
     scales: Tensor | None = None
     """fp16 `[..., O/16, I/group, 16]`."""
-    mins: Tensor | None = None
-    """fp16, as `scales`."""
     group: int = 0
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in (self.data, self.scales, self.mins) if part is not None)
+        return sum(part.nbytes for part in (self.data, self.scales) if part is not None)
 
     @property
     def leading(self) -> tuple[int, ...]:
@@ -59,13 +56,13 @@ def pack_floats(weight: Tensor, format: Literal["fp32", "bf16"]) -> PackedMatrix
 
 
 def pack_integers(
-    format: Literal["int8", "int4"], quants: Tensor, scales: Tensor, mins: Tensor | None = None, *, group: int, columns: int | None = None
+    format: Literal["int8", "int4"], quants: Tensor, scales: Tensor, *, group: int, columns: int | None = None
 ) -> PackedMatrix:
     """Quantized weights in tiles.
 
     Args:
         quants: uint8 `[..., O, I]` with I a multiple of `group`; below 16 for int4.
-        scales, mins: `[..., O, I/group]`.
+        scales: `[..., O, I/group]`.
         columns: I before it was padded to whole groups.
     """
     rows, padded = quants.shape[-2:]
@@ -75,33 +72,29 @@ def pack_integers(
     else:
         low, high = tiles.unflatten(-1, (padded // 8, 2, 4)).unbind(-2)  # each [..., O/16, 16, I/8, 4]
         data = (low | (high << 4)).transpose(-3, -2).flatten(-2)
-    halves = [None if x is None else _tiles(x.to(torch.float16)).transpose(-1, -2).contiguous() for x in (scales, mins)]
-    return PackedMatrix(format, rows, padded if columns is None else columns, data.contiguous(), halves[0], halves[1], group)
+    halves = _tiles(scales.to(torch.float16)).transpose(-1, -2).contiguous()
+    return PackedMatrix(format, rows, padded if columns is None else columns, data.contiguous(), halves, group)
 
 
-def unpack_integers(matrix: PackedMatrix) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The `quants [..., O, I]` (I still padded to whole groups), `scales` and `mins` that `pack_integers` was given."""
+def unpack_integers(matrix: PackedMatrix) -> tuple[Tensor, Tensor]:
+    """The `quants [..., O, I]` (I still padded to whole groups) and `scales` that `pack_integers` was given."""
     assert matrix.scales is not None
     lines = matrix.data.unflatten(-1, (TILE, 4))  # [..., O/16, line, 16, 4]
     if matrix.format == "int4":
         lines = torch.stack([lines & 15, lines >> 4], dim=-2)  # [..., O/16, line, 16, 2, 4]
         lines = lines.flatten(-2)
     quants = lines.transpose(-3, -2).flatten(-2)  # [..., O/16, 16, I]
-    parts = [quants, *(None if x is None else x.transpose(-1, -2) for x in (matrix.scales, matrix.mins))]
-    rows = [None if x is None else x.flatten(-3, -2)[..., : matrix.rows, :] for x in parts]
-    assert rows[0] is not None
-    assert rows[1] is not None
-    return rows[0], rows[1], rows[2]
+    quants, scales = (x.flatten(-3, -2)[..., : matrix.rows, :] for x in (quants, matrix.scales.transpose(-1, -2)))
+    return quants, scales
 
 
 def unpack(matrix: PackedMatrix, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weights `[..., O, I]`; those of quantized formats exactly as the kernels understand them, rounded to `dtype`."""
     if matrix.format in ("fp32", "bf16"):
         return matrix.data.transpose(-1, -2).flatten(-3, -2)[..., : matrix.rows, :].to(dtype)
-    quants, scales, mins = unpack_integers(matrix)
-    scales = scales.float()
-    low = -ZERO_POINT[matrix.format] * scales if mins is None else mins.float()
-    weight = quants.unflatten(-1, (-1, matrix.group)) * scales.unsqueeze(-1) + low.unsqueeze(-1)
+    quants, scales = unpack_integers(matrix)
+    steps = scales.float().unsqueeze(-1)
+    weight = quants.unflatten(-1, (-1, matrix.group)) * steps - ZERO_POINT[matrix.format] * steps
     return weight.flatten(-2)[..., : matrix.columns].to(dtype)
 
 

@@ -240,17 +240,14 @@ def packed_linear(x: Tensor, matrix: PackedMatrix) -> Tensor:
     """See `serving.packed_linear`: what the kernels compute, their rounding of the activations included."""
     if matrix.format in ("fp32", "bf16"):
         return x @ unpack(matrix).mT
-    quants, scales, mins = unpack_integers(matrix)
+    quants, scales = unpack_integers(matrix)
     padded = torch.nn.functional.pad(x, (0, quants.shape[-1] - x.shape[-1])).unflatten(-1, (-1, matrix.group))  # [N, G, group]
     top = padded.abs().amax(-1, keepdim=True)
     # Not 127 / top, which torch computes as a reciprocal times 127.
     inverse = torch.where(top > 0, torch.full_like(top, 127).div(top), 0)
     rounded = (padded * inverse).round()  # integers up to 127
     grouped = quants.unflatten(-1, (-1, matrix.group)).float()
-    zero = 0 if mins is not None else ZERO_POINT[matrix.format]
     # Products of integers, exact in fp32; then the scales of weight and activation.
-    sums = torch.einsum("...ogk,ngk->...nog", grouped - zero, rounded)
+    sums = torch.einsum("...ogk,ngk->...nog", grouped - ZERO_POINT[matrix.format], rounded)
     total = sums * scales.float().unsqueeze(-3) * (top / 127).squeeze(-1).unsqueeze(-2)
-    if mins is not None:
-        total = total + mins.float().unsqueeze(-3) * (rounded.sum(-1) * (top / 127).squeeze(-1)).unsqueeze(-2)
     return total.sum(-1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .grouped import Bits, Grouped, dequantize, find_scales, lowest, pad_columns
+from .grouped import FP16_MAX, Bits, Grouped, dequantize, find_scales, lowest, pad_columns
 
 DAMPING = 0.01
 """Added to the diagonal of H, as a share of its mean: what a finite sample has not seen may still come."""
@@ -26,9 +26,7 @@ SWEEPS = 2
 """Rounds of coordinate descent after the first rounding."""
 
 
-def quantize_for_inputs(
-    weight: Tensor, moment: Tensor, bits: Bits, group: int = 32, *, mins: bool = False, sweeps: int = SWEEPS
-) -> Grouped:
+def quantize_for_inputs(weight: Tensor, moment: Tensor, bits: Bits, group: int = 32, *, sweeps: int = SWEEPS) -> Grouped:
     """`weight [..., O, I]` quantized so that the layer's output changes least for inputs with second moment `moment [..., I, I]`.
 
     An H of zeros (no inputs seen) gives plain rounding with the scales of `find_scales`.
@@ -37,9 +35,9 @@ def quantize_for_inputs(
     weight = pad_columns(weight.float(), group)
     short = weight.shape[-1] - columns
     h = damped(F.pad(moment.float(), (0, short, 0, short)))
-    scales, low = find_scales(weight, bits, group, mins=mins)
-    quants = _carry_errors(weight, h, scales, low, bits, group)
-    best = Grouped(quants, scales, low, bits, group, weight.shape[-1])
+    scales = find_scales(weight, bits, group)
+    quants = _carry_errors(weight, h, scales, bits, group)
+    best = Grouped(quants, scales, bits, group, weight.shape[-1])
     for _ in range(sweeps):
         best = _refit(weight, h, best)
         best = replace(best, quants=_descend(weight, h, best))
@@ -63,14 +61,14 @@ def damped(moment: Tensor) -> Tensor:
     return h
 
 
-def _carry_errors(weight: Tensor, h: Tensor, scales: Tensor, low: Tensor | None, bits: Bits, group: int) -> Tensor:
+def _carry_errors(weight: Tensor, h: Tensor, scales: Tensor, bits: Bits, group: int) -> Tensor:
     """GPTQ: uint8 `[..., O, I]`. Columns with large inputs go first, while most others are still free to make up for them."""
     order = h.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True)
     back = order.argsort(-1)
     rest = weight.mT.take_along_dim(order.unsqueeze(-1), -2).contiguous()  # [..., I, O] in that order
     shuffled = h.take_along_dim(order.unsqueeze(-1), -2).take_along_dim(order.unsqueeze(-2), -1)
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(shuffled)), upper=True)
-    steps, floors = _by_column(scales, low, bits, group)
+    steps, floors = _by_column(scales, bits, group)
     steps, floors = (x.take_along_dim(order.unsqueeze(-1), -2) for x in (steps, floors))
     top = (1 << bits) - 1
     quants = torch.empty_like(rest)
@@ -93,7 +91,7 @@ def _carry_errors(weight: Tensor, h: Tensor, scales: Tensor, low: Tensor | None,
 
 def _descend(weight: Tensor, h: Tensor, matrix: Grouped) -> Tensor:
     """One sweep of coordinate descent over the columns: uint8 `[..., O, I]`, no worse than those of `matrix`."""
-    steps, floors = _by_column(matrix.scales, matrix.mins, matrix.bits, matrix.group)
+    steps, floors = _by_column(matrix.scales, matrix.bits, matrix.group)
     quants = matrix.quants.mT.float().contiguous()  # [..., I, O]
     slope = h @ (weight.mT - (steps * quants + floors))  # half the negative gradient of the error by the approximation
     top = (1 << matrix.bits) - 1
@@ -114,30 +112,26 @@ def _descend(weight: Tensor, h: Tensor, matrix: Grouped) -> Tensor:
 
 
 def _refit(weight: Tensor, h: Tensor, matrix: Grouped) -> Grouped:
-    """Scales that are best for the integers as they are, one group after the other; minima likewise."""
-    group, bits = matrix.group, matrix.bits
-    scales, mins = matrix.scales.clone(), None if matrix.mins is None else matrix.mins.clone()
+    """Scales that are best for the integers as they are, one group after the other."""
+    group, scales = matrix.group, matrix.scales.clone()
     slope = (weight - dequantize(matrix)) @ h  # [..., O, I]
-    q = matrix.quants.float() - (0 if mins is not None else 1 << bits - 1)
+    q = matrix.quants.float() - (1 << matrix.bits - 1)
     for g in range(scales.shape[-1]):
         columns = slice(g * group, (g + 1) * group)
         across, inside = h[..., columns, :], h[..., columns, columns]
-        directions = [(scales, q[..., columns])]
-        if mins is not None:
-            directions.append((mins, torch.ones_like(q[..., columns])))
-        for values, direction in directions:
-            curvature = ((direction @ inside) * direction).sum(-1)
-            wanted = values[..., g].float() + (slope[..., columns] * direction).sum(-1) / curvature.clamp_min(1e-30)
-            new = torch.where(curvature > 0, wanted, values[..., g].float()).clamp(-65504, 65504).half()
-            slope -= ((new.float() - values[..., g].float()).unsqueeze(-1) * direction) @ across
-            values[..., g] = new
-    return replace(matrix, scales=scales, mins=mins)
+        direction, old = q[..., columns], scales[..., g].float()
+        curvature = ((direction @ inside) * direction).sum(-1)
+        wanted = old + (slope[..., columns] * direction).sum(-1) / curvature.clamp_min(1e-30)
+        new = torch.where(curvature > 0, wanted, old).clamp(-FP16_MAX, FP16_MAX).half()
+        slope -= ((new.float() - old).unsqueeze(-1) * direction) @ across
+        scales[..., g] = new
+    return replace(matrix, scales=scales)
 
 
-def _by_column(scales: Tensor, low: Tensor | None, bits: Bits, group: int) -> tuple[Tensor, Tensor]:
+def _by_column(scales: Tensor, bits: Bits, group: int) -> tuple[Tensor, Tensor]:
     """Step and lowest value of every weight, `[..., I, O]` fp32."""
     steps = scales.float()
-    return tuple(x.mT.repeat_interleave(group, -2) for x in (steps, lowest(steps, low, bits)))  # type: ignore[return-value]
+    return tuple(x.mT.repeat_interleave(group, -2) for x in (steps, lowest(steps, bits)))  # type: ignore[return-value]
 
 
 def _nearest(w: Tensor, step: Tensor, floor: Tensor, top: int) -> Tensor:

@@ -254,8 +254,7 @@ class Calibration:
             floats = pack(weight, part)
             assert isinstance(floats, PackedMatrix)
             return floats, unpack(floats)
-        bits = BITS[part.format]
-        packed = pack_grouped(quantize_for_inputs(weight, moment, bits, part.group, mins=part.mins))
+        packed = pack_grouped(quantize_for_inputs(weight, moment, BITS[part.format], part.group))
         return packed, unpack(packed)
 
     def _record(self, name: str, weights: int, weight_error: float, output_error: float | None) -> None:

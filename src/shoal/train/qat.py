@@ -34,13 +34,13 @@ class Rounding(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.register_buffer("scales", find_scales(weight.detach(), 4, GROUP)[0], persistent=False)
+        self.register_buffer("scales", find_scales(weight.detach(), 4, GROUP), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
         """`weight [..., O, I]` rounded; its gradient is that of the result."""
         with torch.no_grad():
-            quants = round_to(weight, self.scales, None, 4, GROUP)
-            change = dequantize(Grouped(quants, self.scales, None, 4, GROUP, weight.shape[-1])) - weight
+            quants = round_to(weight, self.scales, 4, GROUP)
+            change = dequantize(Grouped(quants, self.scales, 4, GROUP, weight.shape[-1])) - weight
         return weight + change
 
 

@@ -450,7 +450,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"shoal: error: {error}: check the path, its permissions and the free space", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        what = str(error).partition("\n")[0].partition(". ")[0] or "no more is available"
+        less = "a smaller model or, in training, a smaller --micro-batch-size or --recompute attention feed_forward"
+        print(f"shoal: error: out of memory ({what}): take {less}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Whether torch found no memory, on a GPU or on a CPU (which has no class of its own for it)."""
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _refuse_broken_text(args: list[str]) -> None:

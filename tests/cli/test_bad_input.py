@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from shoal import cli
 from shoal.cli import main
 from shoal.formats import complete_checkpoints
 
@@ -258,3 +260,30 @@ def test_an_export_never_replaces_what_is_not_one(refuse: Refuse, trained: Path,
     (out / "thesis.tex").write_text("years of work")
     assert "not an earlier export" in refuse("export", str(trained), str(out))
     assert names_in(tmp_path) == {"out", "out/thesis.tex"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory_is_said_with_what_to_do(error: Exception, refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(args: list[str]) -> None:
+        raise error
+
+    monkeypatch.setitem(cli.VERBS, "doctor", fail)
+    message = refuse("doctor")
+    assert message.startswith("out of memory (")
+    assert "--micro-batch-size" in message
+
+
+def test_other_mistakes_of_torch_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(args: list[str]) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setitem(cli.VERBS, "doctor", fail)
+    with pytest.raises(RuntimeError, match="shapes"):
+        main(["doctor"])

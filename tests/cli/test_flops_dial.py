@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from shoal.cli import main
 from shoal.config import TrainConfig
@@ -143,3 +144,9 @@ def test_processes_train_the_model_that_was_found_for_all_of_them(monkeypatch: p
     assert config.model.hidden_size > 0
     monkeypatch.setenv("RANK", "0")
     assert main(["train", "baseline", "--minutes", "5"]) == 2
+
+
+def test_rules_were_fitted_in_fp32_which_a_gpu_need_not_keep_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    for here, precision in ((False, "fp32"), (True, "auto")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda here=here: here)
+        assert all(Rules.load(name).config(1e12).precision == precision for name in RULES)

@@ -10,6 +10,8 @@ import torch
 from shoal.config import MachineOptions, RunOptions, SamplingOptions, UserError
 from shoal.engine import Loaded, complete, load, make_runner
 from shoal.engine.command import engine_for_one
+from shoal.engine.native import NativeRunner
+from shoal.kernels.selection import BACKEND
 
 GREEDY = SamplingOptions(max_tokens=20, temperature=0)
 
@@ -73,3 +75,10 @@ def test_complete_stops_at_end_of_text_without_printing_it(loaded: Loaded, monke
             head.weight[loaded.tokenizer.eos_id] = loaded.model(torch.tensor([ids])).hidden[0, -1]
         result = complete(loaded, "the", GREEDY)
     assert (result["text"], result["tokens"], result["finish_reason"]) == ("", 1, "stop")
+
+
+@pytest.mark.skipif(BACKEND.cpu is None, reason=BACKEND.reason)
+def test_the_kernels_are_taken_beside_a_gpu_too(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert isinstance(load(str(trained), MachineOptions("auto", "fp32", 1)).runner, NativeRunner)
+    assert "--device cuda" in capsys.readouterr().err

@@ -82,3 +82,23 @@ def test_what_was_said_already_is_not_said_again(codes: tuple[int, int]) -> None
 
 def test_all_that_finish_are_fine() -> None:
     _wait(ended(0, 0))
+
+
+def test_who_dies_while_the_first_runs_on_is_noticed() -> None:
+    class Process:
+        """Knows how it ended once it is asked, as `Popen` does."""
+
+        returncode: int | None = None
+
+        def __init__(self, code: int | None) -> None:
+            self.code, self.asked = code, 0
+
+        def poll(self) -> int | None:
+            self.asked += 1
+            assert self.asked < 10, "the others were not asked"
+            self.returncode = self.code
+            return self.code
+
+    members = [Member(rank, cast(subprocess.Popen, Process(code)), None) for rank, code in enumerate((None, 1))]
+    with pytest.raises(UserError, match="process 1 of 2 ended with exit code 1"):
+        _wait(members)

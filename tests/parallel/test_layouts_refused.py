@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -95,3 +96,14 @@ def test_every_layer_lies_on_one_stage(schedule: str, pipeline: int) -> None:
     assert [layer for stage in range(layout.stages) for layer in layers_of(9, layout.stages, stage)] == list(range(9))
     ends = home_of(layout, 0), home_of(layout, layout.stages - 1)
     assert ends == ((0, 0) if schedule in ("zbv", "dualpipev") else (0, pipeline - 1))
+
+
+def test_a_machine_has_no_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    run = config()
+    with pytest.raises(UserError, match="2 processes on a machine with 1 GPU: start 1 there, or add --device cpu"):
+        layout_of(run, 2)
+    assert layout_of(run, 2, 1).world == 2
+    assert layout_of(replace(run, device="cpu"), 2).world == 2
+    assert layout_of(run, 1).world == 1

@@ -33,7 +33,7 @@ from shoal.formats.locate import locate_model
 from shoal.model import Transformer, init_weights
 from shoal.plan.budget import training_flops_per_token
 from shoal.plan.cost import optimizer_flops
-from shoal.runtime import start
+from shoal.runtime import Machine, start
 from shoal.train import Trained, find_run, passes, train, trainer
 from shoal.train.likelihood import held_out
 from shoal.train.state import Counters, TrainState
@@ -575,3 +575,11 @@ def test_runs_without_a_name_get_one_from_the_data(config: TrainConfig, tmp_path
     results: list[Trained] = [train(replace(config, out=None, steps=1)) for _ in range(2)]
     name = results[0].folder.name
     assert [result.folder for result in results] == [Path("runs") / name, Path("runs") / f"{name}-2"]
+
+
+def test_moments_in_a_file_are_for_a_cpu(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Machine(torch.device("cuda"), "bf16", 1, 1e12, "")
+    monkeypatch.setattr(trainer, "start", lambda *args: gpu)
+    with pytest.raises(UserError, match=r"--offload.*--device cpu"):
+        train(replace(config, offload=True))
+    assert not Path(config.out).exists()

@@ -57,11 +57,15 @@ def load(path: str, options: MachineOptions, bits: int | None = None, *, pin: bo
     """
     folder = locate_model(path)
     tokenizer = Tokenizer.load(folder)
-    machine = start(options.device, options.precision, options.threads)
     in_torch_only = [] if is_quantized(folder) else read_config(folder).in_torch_only
+    packed = BACKEND.cpu is not None and not in_torch_only
+    on_cpu = options.device == "auto" and packed and torch.cuda.is_available()
+    if on_cpu:
+        print("the C++ kernels compute on the CPU; --device cuda runs plain torch, one sequence after the other", file=sys.stderr)
+    machine = start("cpu" if on_cpu else options.device, options.precision, options.threads)
     if in_torch_only:
         print(f"{' and '.join(in_torch_only)}: this model runs in plain torch, one sequence after the other", file=sys.stderr)
-    if machine.device.type == "cpu" and BACKEND.cpu is not None and not in_torch_only:
+    if machine.device.type == "cpu" and packed:
         weights = load_weights(folder, bits, precision=None if options.precision == "auto" else options.precision)
         _require_vocabulary(tokenizer, weights.config)
         available = available_memory(machine.device)

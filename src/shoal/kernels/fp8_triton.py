@@ -22,7 +22,7 @@ ROWS, OUTPUTS = 64, 128
 def _quantize_tiles(x, data, scales, rows, columns, tiles, ROWS: tl.constexpr, TILE: tl.constexpr, POWER_OF_TWO: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    at = row[:, None] * columns + column[None, :]
+    at = row[:, None].to(tl.int64) * columns + column[None, :]
     inside = (row[:, None] < rows) & (column[None, :] < columns)
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     # Not approximated: the scale and the quotient are those of IEEE division everywhere.
@@ -38,7 +38,7 @@ def _quantize_tiles(x, data, scales, rows, columns, tiles, ROWS: tl.constexpr, T
     size = tl.where(size < 0.015625, (size + 24576.0) - 24576.0, normal)  # below 2^-6 steps of 2^-9
     quotient = tl.where(quotient < 0, -size, size)
     tl.store(data + at, quotient.to(tl.float8e4nv), mask=inside)
-    tl.store(scales + row * tiles + tl.program_id(1), scale, mask=row < rows)
+    tl.store(scales + row.to(tl.int64) * tiles + tl.program_id(1), scale, mask=row < rows)
 
 
 @triton.jit
@@ -55,12 +55,12 @@ def _product(
         column = t * TILE + k
         left_mask = (row[:, None] < rows) & (column[None, :] < summed)
         right_mask = (output[None, :] < outputs) & (column[:, None] < summed)
-        left = tl.load(a + row[:, None] * a_row + column[None, :] * a_column, mask=left_mask, other=0.0)
-        right = tl.load(b + output[None, :] * b_row + column[:, None] * b_column, mask=right_mask, other=0.0)
+        left = tl.load(a + row[:, None].to(tl.int64) * a_row + column[None, :].to(tl.int64) * a_column, mask=left_mask, other=0.0)
+        right = tl.load(b + output[None, :].to(tl.int64) * b_row + column[:, None].to(tl.int64) * b_column, mask=right_mask, other=0.0)
         left_scale = tl.load(a_scales + row * a_scale_row + t * a_scale_tile, mask=row < rows, other=0.0)
         right_scale = tl.load(b_scales + output // B_GROUP * b_scale_row + t * b_scale_tile, mask=output < outputs, other=0.0)
         total += tl.dot(left, right) * left_scale[:, None] * right_scale[None, :]
-    at = row[:, None] * outputs + output[None, :]
+    at = row[:, None].to(tl.int64) * outputs + output[None, :]
     tl.store(y + at, total, mask=(row[:, None] < rows) & (output[None, :] < outputs))
 
 

@@ -156,8 +156,8 @@ def ending_with_others() -> Iterator[None]:
 
 
 def _wait(members: list[Member]) -> None:
-    while any(member.process.poll() is None for member in members):
-        if any(member.process.returncode for member in members):
+    while None in (codes := [member.process.poll() for member in members]):
+        if any(codes):
             time.sleep(BLAME_SECONDS)
             break
         time.sleep(POLL_SECONDS)

@@ -58,10 +58,15 @@ class Layout:
 def layout_of(config: TrainConfig, world: int, local_world: int | None = None) -> Layout:
     """The layout of a run on `world` processes, `local_world` of them on every machine.
 
-    Raises `UserError` where it cannot work, naming the nearest that can.
+    Raises `UserError` where it cannot work, naming the nearest that can, and where a machine has fewer GPUs than processes.
     """
     asked = config.parallel
     per_node = asked.per_node or local_world or world
+    import torch  # not before it is needed: help texts do without
+
+    here = local_world or world
+    if config.device != "cpu" and torch.cuda.is_available() and 1 < here > (gpus := torch.cuda.device_count()):
+        raise UserError(f"{here} processes on a machine with {gpus} GPU{'s' * (gpus > 1)}: start {gpus} there, or add --device cpu")
     wrong = problem(config, world, per_node)
     if wrong is None:
         return Layout(world, asked.pipeline, asked.expert, min(per_node, asked.expert), asked.schedule)

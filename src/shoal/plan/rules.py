@@ -77,6 +77,8 @@ class Rules:
 
         Raises `UserError` where the budget is less than a step.
         """
+        import torch  # not before it is needed: help texts do without
+
         if not 0 < flops < 1e30:
             raise UserError(f"a budget of {flops:g} FLOPs: it must be more than 0 and less than 1e30")
         point = point or self.point(flops)
@@ -106,6 +108,8 @@ class Rules:
             )
         if (order := self.rules.get("count_order")) is not None:
             table["model"]["count_order"] = min(max(1, round(_at(order, flops))), LONGEST_NGRAM)
+        if torch.cuda.is_available():
+            table["precision"] = "auto"  # fp32 is what the rules were fitted in on CPUs, and a fraction of a GPU's speed
         optimizer = table["optimizer"]
         optimizer.update({name: optimizer[name] * point.rate for name in RATES if name in optimizer})
         config = from_table(TrainConfig, table, f"the rules of {self.name}")

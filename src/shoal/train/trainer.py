@@ -74,6 +74,8 @@ def train(requested: TrainConfig) -> Trained:
         team.decide(lambda: refuse_taken(requested, started))  # before the data is prepared, which takes its time
     precision = folder.facts()["precision"] if folder else requested.precision
     machine = team.same_precision(start(requested.device, precision, requested.threads or team.cores, requested.return_memory))
+    if requested.offload and machine.device.type == "cuda":
+        raise UserError("--offload keeps moments where a CPU computes with them: leave it away on a GPU, or add --device cpu")
     corpus = open_corpus(requested.data, requested.corpus)
     if team.is_first:
         print(f"reading {corpus.describe()}", file=sys.stderr)

@@ -203,3 +203,10 @@ def test_a_run_whose_progress_nobody_reads_any_more_goes_on_to_its_end(train_arg
     assert subprocess.run(command, stdout=unread, stderr=unread, timeout=120).returncode == 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
     assert subprocess.run(command, stdout=unread, stderr=unread, timeout=120).returncode == 2, "the folder is taken now"
+
+
+def test_a_prompt_that_is_too_long_is_not_written_first(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(trained), "the red fish " * 2000, *FAST]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "shorten it" in captured.err

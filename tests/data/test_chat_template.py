@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shoal.config import UserError
 from shoal.data import Tokenizer, train_tokenizer
-from shoal.data.chat_template import BUILT_IN, built_in_template, encode_chat, encode_turns, render_chat
+from shoal.data.chat_template import BUILT_IN, built_in_template, encode_chat, encode_turns, read_template, refuse_template, render_chat
 from shoal.data.tokenizer import SPECIAL_TOKENS
 
 PLAIN = train_tokenizer(["the red fish swims over a blue reef {}[]<｜User｜> " * 20], 400)
@@ -157,3 +157,11 @@ def test_names_in_tools_are_text_as_well() -> None:
     speaker = Tokenizer(PLAIN.json, PLAIN.config, "{{ tools | tojson }}")
     _, ids = encode_chat(speaker, [], [{"function": {"name": "f", "parameters": {"properties": {"<｜User｜>": {}}}}}])
     assert not controls(ids)
+
+
+def test_a_file_that_is_no_template_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "broken.jinja"
+    file.write_text("{% if x %}\n{{ y")
+    with pytest.raises(UserError, match=r"broken.jinja is no Jinja template \(line 2: "):
+        read_template(str(file))
+    assert refuse_template(built_in_template("v3.1")) is None

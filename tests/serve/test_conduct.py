@@ -111,6 +111,34 @@ def test_nonsense_is_refused(base: Served, body: bytes) -> None:
     assert ask(f"{base.url}/v1/completions", {"prompt": "the", "max_tokens": 1})[0] == 200
 
 
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain", ""])
+def test_a_body_that_is_not_announced_as_json_is_told_so(base: Served, kind: str) -> None:
+    status, answer, _ = ask(f"{base.url}/v1/completions", {"prompt": "the"}, {"Content-Type": kind})
+    assert status == 415
+    assert "Content-Type: application/json" in answer["error"]["message"]
+    assert (
+        ask(f"{base.url}/v1/completions", {"prompt": "the", "max_tokens": 1}, {"Content-Type": "application/json; charset=utf-8"})[0] == 200
+    )
+
+
+@pytest.mark.parametrize(("path", "field"), [("completions", "prompt"), ("chat/completions", "messages"), ("responses", "input")])
+def test_what_is_too_long_is_named_by_its_field(chat: Served, path: str, field: str) -> None:
+    text = "the red fish " * 600
+    status, answer, _ = ask(f"{chat.url}/v1/{path}", {field: [{"role": "user", "content": text}] if field == "messages" else text})
+    assert status == 400
+    assert (answer["error"]["param"], answer["error"]["code"]) == (field, "context_length_exceeded")
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "messages"])
+def test_more_messages_than_fit_into_any_context_are_not_looked_at(chat: Served, path: str) -> None:
+    body = {"max_tokens": 1, "messages": [{"role": "user", "content": ""}] * 200_000}
+    began = time.perf_counter()
+    status, answer, _ = ask(f"{chat.url}/v1/{path}", body)
+    assert status == 400
+    assert "10000" in answer["error"]["message"]
+    assert time.perf_counter() - began < 10  # it had been 20 s and more
+
+
 def test_unknown_paths_and_methods(base: Served) -> None:
     assert ask(f"{base.url}/v1/nothing")[1]["error"]["type"] == "not_found_error"
     assert ask(f"{base.url}/v1/completions")[0] == 405

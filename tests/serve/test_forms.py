@@ -87,6 +87,21 @@ def test_tool_calls(client: openai.OpenAI, served: Served, choice: Any, stream: 
         assert json.loads(arguments) == {}
 
 
+def test_a_named_function_is_called_once(client: openai.OpenAI, served: Served) -> None:
+    choice: Any = {"type": "function", "function": {"name": "get_weather"}}
+    options: dict[str, Any] = {"model": "tiny", "messages": ASK, "tools": TOOLS, "tool_choice": choice, "max_tokens": 400}
+    for seed in range(4):
+        answer = client.chat.completions.create(**options, **end_thought(served), seed=seed).choices[0]
+        assert answer.finish_reason == "tool_calls"
+        assert len(answer.message.tool_calls or ()) == 1
+
+
+def test_other_choices_of_tools_are_named(client: openai.OpenAI) -> None:
+    choice: Any = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": TOOLS}}
+    with pytest.raises(openai.BadRequestError, match="of type 'allowed_tools' is not supported"):
+        client.chat.completions.create(model="tiny", messages=ASK, tools=TOOLS, tool_choice=choice)  # type: ignore[call-overload]
+
+
 def test_a_conversation_with_tools_is_written_as_the_model_knows_it(served: Served) -> None:
     from shoal.serve.dialect import Dialect
     from shoal.serve.protocol import ChatBody

@@ -134,3 +134,14 @@ def test_a_second_signal_ends_at_once(folder: Path) -> None:
         for reader in readers:
             reader.join(10)
             assert reader.events[-1] != "[DONE]"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the engine's process in /proc")
+def test_a_server_whose_engine_was_killed_ends_so_that_it_can_be_started_again(folder: Path) -> None:
+    with process(folder) as (url, server):
+        readers = start(url, 8000)
+        os.kill(next(engines_of(server.pid)), signal.SIGKILL)
+        assert server.wait(30) == 1
+        for reader in readers:
+            reader.join(10)
+            assert reader.failure is not None or "engine_failed" in "".join(reader.events)

@@ -196,6 +196,15 @@ def built_in_template(name: str) -> str:
     return (resources.files(__package__) / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
+def refuse_template(source: str) -> str | None:
+    """Why this is no Jinja template; None where it is one."""
+    try:
+        _compile(source)
+    except jinja2.TemplateSyntaxError as error:
+        return f"is no Jinja template (line {error.lineno}: {error.message})"
+    return None
+
+
 def read_template(name: str) -> str:
     """Source of one of the templates `BUILT_IN`, by name, or of a Jinja file. Raises `UserError` where it is neither."""
     if name in BUILT_IN:
@@ -204,11 +213,14 @@ def read_template(name: str) -> str:
     if not file.is_file():
         raise UserError(f"there is no chat template at {file}: give a Jinja file or one of {', '.join(BUILT_IN)}")
     try:
-        return file.read_text(encoding="utf-8")
+        source = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"the chat template {file} is not valid UTF-8 (byte {error.start}): check its encoding") from None
     except OSError as error:
         raise UserError(f"the chat template {file} cannot be read ({error.strerror}): check its permissions") from None
+    if (why := refuse_template(source)) is not None:
+        raise UserError(f"{file} {why}: repair it, or give another")
+    return source
 
 
 @lru_cache(16)

@@ -18,8 +18,6 @@ def run_generate(command: GenerateCommand) -> dict[str, Any]:
     command.run.validate()
     prompt = _read_prompt() if command.prompt == "-" else command.prompt
     loaded = load(command.model, command.machine)
-    if not command.json:
-        print(prompt, end="", flush=True)
     result = complete(loaded, prompt, command.sampling, command.run, stream=not command.json)
     if not command.json:
         print()
@@ -41,6 +39,8 @@ def complete(loaded: Loaded, prompt: str, sampling: SamplingOptions, run: RunOpt
     result = Result(len(request.prompt))
     began = time.perf_counter()
     engine.add_request(request)
+    if stream:
+        print(prompt, end="", flush=True)
     while engine.has_work:
         for increment in engine.step().values():
             result.add(increment)

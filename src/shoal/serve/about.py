@@ -64,10 +64,10 @@ def _ids(tokenizer: Tokenizer, body: TokenizeBody) -> list[int]:
     return tokenizer.encode(body.prompt or "", bos=body.add_special_tokens)
 
 
-def detokenize(host: Host, body: DetokenizeBody) -> JSON:
+async def detokenize(host: Host, body: DetokenizeBody) -> JSON:
     """Text of ids."""
     host.check_model(body.model)
     size = host.engine.config.vocab_size
     if any(not 0 <= token < size for token in body.tokens):
         raise bad(f"tokens holds ids that are not in the vocabulary of {size}", "tokens")
-    return JSON({"prompt": host.tokenizer.decode(body.tokens, skip_special=False)})
+    return JSON({"prompt": await host.read(lambda: host.tokenizer.decode(body.tokens, skip_special=False))})

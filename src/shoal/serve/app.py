@@ -33,7 +33,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     401: {"description": "The API key is missing or wrong."},
     404: {"description": "There is no such model."},
     413: {"description": "The request is too large."},
-    415: {"description": "The body is not JSON."},
+    415: {"description": "The body is not announced as JSON."},
     429: {"description": "Too many requests are waiting."},
     503: {"description": "The model is being loaded, or the server is shutting down."},
 }
@@ -121,7 +121,7 @@ def _add_routes(app: FastAPI, host: Host) -> None:
         return await about.tokenize(host, body)
 
     async def detokenize(body: DetokenizeBody) -> Response:
-        return about.detokenize(host, body)
+        return await about.detokenize(host, body)
 
     async def models() -> Response:
         return about.models(host)

@@ -11,7 +11,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from ..engine import Request
-from .dialect import Dialect
+from .dialect import Dialect, several_calls
 from .errors import APIError, bad
 from .form import answer_grammar
 from .host import Host, numbered
@@ -23,8 +23,8 @@ from .tokens import chat_logprobs, expert_report
 from .turn import Answer, Step, Turn
 
 
-async def prepare(host: Host, body: ChatBody) -> Turn:
-    """The engine's requests for a conversation. Raises `APIError` 400 if it cannot be served."""
+async def prepare(host: Host, body: ChatBody, param: str = "messages") -> Turn:
+    """The engine's requests for a conversation, which came in the field `param`. Raises `APIError` 400 if it cannot be served."""
     began = time.perf_counter()
     host.check_model(body.model)
     if body.functions:
@@ -36,7 +36,7 @@ async def prepare(host: Host, body: ChatBody) -> Turn:
     vocab_size = host.engine.config.vocab_size
     dialect = Dialect(host.tokenizer)
     prompt = await host.read(lambda: dialect.prompt(body))
-    host.check_prompt(prompt)
+    host.check_prompt(prompt, param)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     sampling = sampling_of(body, most, logprobs, vocab_size)
@@ -44,13 +44,13 @@ async def prepare(host: Host, body: ChatBody) -> Turn:
     request = Request(prompt, sampling, mask=form, experts=body.experts)
     requests = [numbered(request, index) for index in range(body.n or 1)]
     calls = bool(body.tools) and body.tool_choice != "none"
-    readers = [reader_behind(host.tokenizer, prompt, calls, body.parallel_tool_calls is not False) for _ in requests]
+    readers = [reader_behind(host.tokenizer, prompt, calls, several_calls(body)) for _ in requests]
     return Turn(host, requests, readers, began, len(requests))
 
 
 async def create(host: Host, body: ChatBody, http: HTTPRequest) -> Response:
     """Answer a conversation."""
-    turn = await prepare(host, body)
+    turn = await unless_gone(http, prepare(host, body))
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": host.name, "system_fingerprint": None}
     if body.stream:
         return EventStream(_stream(turn, body, head), failed)

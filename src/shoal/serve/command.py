@@ -12,7 +12,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..config import ServeCommand, UserError
-from ..data.chat_template import read_template
+from ..data.chat_template import read_template, refuse_template
+from ..engine import EngineFailed
 from ..formats.locate import locate_model
 from ..runtime import give_way
 from .backend import engine_process
@@ -26,6 +27,8 @@ NICENESS = 10
 others wait for it."""
 CLOSING_SECONDS = 5
 """For connections to close once all answers are sent."""
+WATCH_SECONDS = 0.5
+"""Between two looks at whether the engine still runs."""
 SEND_SECONDS = 60
 """For a client to take what it is sent; beyond them, its connection is closed. Only Linux can be told so."""
 
@@ -47,6 +50,9 @@ def run_serve(command: ServeCommand) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     with listen(command) as sock:
         _run(_serve(host, sock))
+    if isinstance(host.failure, EngineFailed):
+        _say("shoal: error: the engine broke down, as said above: start the server again")
+        sys.exit(1)  # so that whoever watches over the server does
     if host.failure is not None:
         raise UserError(f"{command.model} cannot be loaded: {host.failure}")
 
@@ -130,7 +136,7 @@ class _Stopper:
 
 
 async def _announce(host: Host, server: Any, sock: socket.socket) -> None:
-    """Tell the terminal where the server is, and when it is ready; end the server if the model cannot be loaded."""
+    """Tell the terminal where the server is, and when it is ready; end the server where the model cannot be loaded, or is no more."""
     command, port = host.command, sock.getsockname()[1]
     shown = f"[{command.host}]" if ":" in command.host else command.host
     _say(f"loading {command.model} ...")
@@ -146,11 +152,18 @@ async def _announce(host: Host, server: Any, sock: socket.socket) -> None:
     _say(f"  API   http://{shown}:{port}/v1")
     if not command.api_only:
         _say(f"  page  http://{shown}:{port}/")
-    if host.tokenizer.chat_template is None:
+    if (template := host.tokenizer.chat_template) is not None and (why := refuse_template(template)) is not None:
+        _say(f"  chats will be refused: the model's chat template {why}; --chat-template gives it another")
+    if template is None:
         _say("  a base model without a chat template: it completes text; --chat-template gives it one")
     if not command.is_local and not command.keys():
         _say("  anyone who reaches this address can use the model: set --api-key-file")
     _say("Ctrl-C to stop")
+    while host.state is State.READY:
+        await asyncio.sleep(WATCH_SECONDS)
+    if host.state is State.FAILED:
+        host.failure = EngineFailed()
+        server.should_exit = True
 
 
 def _say(line: str) -> None:

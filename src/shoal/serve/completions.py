@@ -32,7 +32,7 @@ MOST_ANSWERS = 256
 
 async def create(host: Host, body: CompletionBody, http: HTTPRequest) -> Response:
     """Continue one or several prompts."""
-    turn = await prepare(host, body)
+    turn = await unless_gone(http, prepare(host, body))
     head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": host.name}
     if body.stream:
         return EventStream(_stream(turn, body, head), failed)
@@ -60,7 +60,7 @@ async def prepare(host: Host, body: CompletionBody) -> Turn:
     requests = []
     for prompt in prompts:
         if most:
-            host.check_prompt(prompt)
+            host.check_prompt(prompt, "prompt")
         request = Request(prompt, sampling, mask=None if grammar is None else AnswerForm(grammar), experts=body.experts)
         requests += [numbered(request, index) for index in range(count)]
     return Turn(host, requests, [AnswerReader() for _ in requests], began, count)

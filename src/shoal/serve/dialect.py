@@ -66,7 +66,7 @@ class Dialect:
     async def form(self, body: ChatBody, prompt: Sequence[int], trial: Trial, answer: str | None) -> AnswerForm | None:
         """What the answers have to look like; None where they are free. `answer` is the grammar of `response_format`."""
         tools, must_call = chosen_tools(body)
-        calls = await self._calls_grammar(tools, body.parallel_tool_calls is not False, trial) if tools else None
+        calls = await self._calls_grammar(tools, several_calls(body), trial) if tools else None
         if answer is None and calls is None:
             return None
         thinking, may_think = thought_of(self.tokenizer, prompt)
@@ -97,10 +97,17 @@ class Dialect:
         return await trial.calls("\n".join(lines))
 
 
+def several_calls(body: ChatBody) -> bool:
+    """Whether one answer may call more than once: not where a function is named, which is called exactly once."""
+    return body.parallel_tool_calls is not False and not isinstance(body.tool_choice, dict)
+
+
 def chosen_tools(body: ChatBody) -> tuple[list[Tool], bool]:
     """The tools that may be called, and whether one must be."""
     choice, tools = body.tool_choice, body.tools or []
     if isinstance(choice, dict):
+        if (kind := choice.get("type", "function")) != "function":
+            raise bad(f"tool_choice of type {str(kind)[:40]!r} is not supported: use auto, none, required or a function", "tool_choice")
         name = (choice.get("function") or choice).get("name") if isinstance(choice.get("function") or choice, dict) else None
         named = [tool for tool in tools if tool.function.name == name]
         if not named:

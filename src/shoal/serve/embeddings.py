@@ -28,10 +28,10 @@ async def create(host: Host, body: EmbeddingBody, http: HTTPRequest) -> Response
     size = host.engine.config.hidden_size
     if body.dimensions not in (None, size):
         raise bad(f"the embeddings of this model have {size} dimensions", "dimensions")
-    prompts = await host.read(lambda: prompts_of(body.input, host.tokenizer))
+    prompts = await unless_gone(http, host.read(lambda: prompts_of(body.input, host.tokenizer)))
     for prompt in prompts:
         if len(prompt) > host.context:
-            raise too_long(f"the text has {len(prompt)} tokens, the model sees {host.context}: shorten it")
+            raise too_long(f"the text has {len(prompt)} tokens, the model sees {host.context}: shorten it", "input")
     requests = [Request(prompt, SamplingOptions(max_tokens=0), embed=True) for prompt in prompts]
     turn = Turn(host, requests, [AnswerReader() for _ in requests], began, 1)
     await unless_gone(http, turn.answers())

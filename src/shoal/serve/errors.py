@@ -47,9 +47,9 @@ def bad(message: str, param: str | None = None, code: str | None = None) -> APIE
     return APIError(400, message, param, code)
 
 
-def too_long(message: str) -> APIError:
+def too_long(message: str, param: str) -> APIError:
     """The prompt does not fit; agents look for this code to shorten it."""
-    return APIError(400, message, "messages", "context_length_exceeded")
+    return APIError(400, message, param, "context_length_exceeded")
 
 
 def busy() -> APIError:

@@ -79,6 +79,9 @@ class Guard:
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self._most_bytes:
             raise self._too_large()
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if scope["method"] == "POST" and kind != "application/json":
+            raise APIError(415, "the body is not announced as JSON: send it with the header Content-Type: application/json")
 
     def _limited(self, receive: Receive) -> Receive:
         size = 0

@@ -138,12 +138,12 @@ class Host:
         if name is not None and name != self.name:
             raise APIError(404, f"there is no model {name[:100]!r} here: use {self.name!r}", "model", "model_not_found")
 
-    def check_prompt(self, prompt: Sequence[int]) -> None:
-        """Raises `APIError` 400 if there is no room for an answer behind `prompt`."""
+    def check_prompt(self, prompt: Sequence[int], param: str) -> None:
+        """Raises `APIError` 400 if there is no room for an answer behind `prompt`, which came in the field `param`."""
         if not prompt:
-            raise bad("the prompt is empty: give at least one token", "prompt")
+            raise bad("the prompt is empty: give at least one token", param)
         if len(prompt) >= self.context:
-            raise too_long(f"the prompt has {len(prompt)} tokens, the model sees {self.context}: shorten it")
+            raise too_long(f"the prompt has {len(prompt)} tokens, the model sees {self.context}: shorten it", param)
 
     def log_prompt(self, prompt: Sequence[int]) -> None:
         """Write what a client sent to the log, where that was asked for."""

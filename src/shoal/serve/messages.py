@@ -17,7 +17,7 @@ from .chat import prepare
 from .dialect import Dialect
 from .errors import APIError, bad
 from .host import Host
-from .protocol import Body, ChatBody, Several
+from .protocol import MOST_MESSAGES, Body, ChatBody, Several
 from .sse import JSON, EventStream, event, unless_gone
 from .turn import Turn
 
@@ -48,7 +48,7 @@ class CountBody(Body):
     """`/v1/messages/count_tokens`."""
 
     model: str | None = None
-    messages: Annotated[Several[AnthropicMessage], Field(min_length=1)]
+    messages: Annotated[Several[AnthropicMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
     system: str | Several[dict[str, Any]] | None = None
     tools: Several[AnthropicTool] | None = None
     tool_choice: dict[str, Any] | None = None
@@ -69,13 +69,17 @@ class MessagesBody(CountBody):
 
 async def create(host: Host, body: MessagesBody, http: HTTPRequest) -> Response:
     """Answer a conversation."""
-    turn = await prepare(host, as_chat(body))
+    turn = await unless_gone(http, _prepare(host, body))
     head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": host.name}
     if body.stream:
         return EventStream(_stream(turn, body, head), failed)
     answer = (await unless_gone(http, turn.answers()))[0]
     content = [_block(block) for block in blocks_of(answer)]
     return JSON(head | {"content": content} | _ending(turn, body, answer.finish_reason) | {"usage": _usage(turn)})
+
+
+async def _prepare(host: Host, body: MessagesBody) -> Turn:
+    return await prepare(host, await host.read(lambda: as_chat(body)))
 
 
 async def count(host: Host, body: CountBody) -> JSON:

@@ -12,6 +12,8 @@ from .errors import bad
 
 MOST_CHOICES = 64
 MOST_STOPS = 16
+MOST_MESSAGES = 10_000
+"""Of a conversation: each takes time before it is known that so many do not fit."""
 T = TypeVar("T")
 Several = Annotated[list[T], Field(fail_fast=True)]
 """A list that is refused at its first wrong element: to tell all of a million would take the server seconds and gigabytes."""
@@ -132,7 +134,7 @@ class Tool(Body):
 class ChatBody(SamplingBody):
     """`/v1/chat/completions`."""
 
-    messages: Annotated[Several[Message], Field(min_length=1)]
+    messages: Annotated[Several[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None

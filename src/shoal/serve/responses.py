@@ -15,7 +15,7 @@ from .blocks import Block, blocks_of, fragments, texts
 from .chat import prepare
 from .errors import APIError, bad
 from .host import Host
-from .protocol import Body, ChatBody, Several
+from .protocol import MOST_MESSAGES, Body, ChatBody, Several
 from .sse import JSON, EventStream, event, unless_gone
 from .turn import Turn
 
@@ -26,7 +26,7 @@ class ResponsesBody(Body):
     """`/v1/responses`."""
 
     model: str | None = None
-    input: str | Several[dict[str, Any]]
+    input: str | Annotated[Several[dict[str, Any]], Field(max_length=MOST_MESSAGES)]
     instructions: str | None = None
     tools: Several[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
@@ -48,7 +48,7 @@ class ResponsesBody(Body):
 
 async def create(host: Host, body: ResponsesBody, http: HTTPRequest) -> Response:
     """Answer a conversation."""
-    turn = await prepare(host, as_chat(body))
+    turn = await unless_gone(http, prepare(host, as_chat(body), "input"))
     record = _Record(turn, body)
     if body.stream:
         return EventStream(record.stream(), failed)

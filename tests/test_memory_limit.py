@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from shoal import memory_limit
+from shoal.cli import main
 from shoal.config import TrainConfig, UserError, parse_bytes
 from shoal.config.recipes import load_recipe
 from shoal.plan.measures import Measures, candidates, predicted_bytes, predicted_seconds
@@ -143,6 +144,14 @@ def test_the_operating_system_agrees(limit: str, workshop: Path, tmp_path: Path)
     assert json.loads(done.stdout.splitlines()[-2])["steps"] == 4
 
 
-def test_two_processes_are_refused() -> None:
-    with pytest.raises(UserError, match="one process on a CPU"):
-        memory_limit.fit(recipe(memory_limit="4G", nproc=2))
+def test_several_processes_are_refused_before_anything_is_tried(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(memory_limit, "trial", lambda *args: pytest.fail("a trial"))
+    args = ["train", "default", "--memory-limit", "4G", "--steps", "3", "--device", "cpu", "--out", str(tmp_path / "run")]
+    assert main([*args, "--nproc", "2"]) == 2
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)  # as torchrun does
+    assert main(args) == 2
+    assert capsys.readouterr().err == "shoal: error: memory_limit is for a single process: leave it away, or --nproc\n" * 2
+    assert not (tmp_path / "run").exists()

@@ -112,7 +112,7 @@ def train(args: list[str]) -> None:
     if config.nproc > 1 and "RANK" not in os.environ:
         _start_processes(config, None if derived is not None else given)
         return
-    if config.memory_limit and not config.resume:
+    if config.memory_limit and not config.resume and not is_member():
         from .memory_limit import fit
 
         config = fit(config)

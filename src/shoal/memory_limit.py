@@ -30,8 +30,8 @@ def fit(config: TrainConfig) -> TrainConfig:
     """`config` with the measures that its memory limit needs. Raises `UserError` with what would fit where none suffice."""
     config.validate()
     assert config.memory_limit is not None
-    if config.nproc > 1 or config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()):
-        raise UserError("--memory-limit is about one process on a CPU: leave it away, or add --device cpu --nproc 1")
+    if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()):
+        raise UserError("--memory-limit is about a CPU: leave it away, or add --device cpu")
     limit = MARGIN * parse_bytes(config.memory_limit)
     choices = sorted(candidates(config), key=lambda choice: predicted_seconds(config, choice))
     bytes_of = {choice: predicted_bytes(config, choice) for choice in choices}

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.config import ModelConfig, ParallelConfig, TrainConfig, UserError
+from shoal.config import ModelConfig, ParallelConfig, SampledSoftmaxConfig, TrainConfig, UserError
 from shoal.config.parallel import PIPELINE_SCHEDULES
 from shoal.parallel.layout import Layout, layout_of, nearest_layout, problem
 from shoal.parallel.pipeline import home_of, layers_of, stages_of
@@ -106,4 +106,19 @@ def test_a_machine_has_no_more_processes_than_gpus(monkeypatch: pytest.MonkeyPat
         layout_of(run, 2)
     assert layout_of(run, 2, 1).world == 2
     assert layout_of(replace(run, device="cpu"), 2).world == 2
+    assert layout_of(run, 1).world == 1
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (replace(config(), qat="int4"), "qat is for a single process"),
+        (replace(config(), memory_limit="4G"), "memory_limit is for a single process"),
+        (replace(config(), sampled_softmax=SampledSoftmaxConfig(drawn=64)), "sampled_softmax is for a single process"),
+        (replace(config(), model=replace(MODEL, count_order=3)), "counted by a single process"),
+    ],
+)
+def test_what_only_one_process_can_do_is_refused_before_any_is_started(run: TrainConfig, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        layout_of(run, 2)
     assert layout_of(run, 1).world == 1

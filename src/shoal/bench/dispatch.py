@@ -72,7 +72,7 @@ def predicted(task: Task, nodes: int) -> dict[str, tuple[float, float]]:
     """
     model, world = model_of(task), nodes * task.per_node
     trip = reach(model, world, task.per_node)
-    by_scores = simulated_places(model, nodes, samples=2000, by_scores=True) * (nodes - 1) / nodes
+    by_scores = simulated_places(model, nodes, samples=2000) * (nodes - 1) / nodes
     values = task.batch * task.sequence * world * task.hidden
     size = {"bf16": 2.0, "fp8": 1 + 4 / 128}
     copies = {"flat": (trip.per_expert_inter,) * 2, "two-hop": (trip.two_hop_inter, by_scores)}

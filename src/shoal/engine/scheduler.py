@@ -27,7 +27,6 @@ class Sequence:
         self.number = number
         """Requests that came later have larger ones."""
         self.tokens = list(prompt)
-        self.prompt_length = len(prompt)
         self.limit = limit
         """It never has more tokens than this."""
         self.reads_all = reads_all

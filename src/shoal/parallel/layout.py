@@ -58,8 +58,10 @@ class Layout:
 def layout_of(config: TrainConfig, world: int, local_world: int | None = None) -> Layout:
     """The layout of a run on `world` processes, `local_world` of them on every machine.
 
-    Raises `UserError` where it cannot work, naming the nearest that can, and where a machine has fewer GPUs than processes.
+    Raises `UserError` where it cannot work, naming the nearest that can, and for what more processes than one cannot do at all.
     """
+    if world > 1:
+        _refuse_what_is_for_one(config)
     asked = config.parallel
     per_node = asked.per_node or local_world or world
     import torch  # not before it is needed: help texts do without
@@ -76,6 +78,16 @@ def layout_of(config: TrainConfig, world: int, local_world: int | None = None) -
     sizes = f"parallel.pipeline {nearest.pipeline}, parallel.expert {nearest.expert}"
     other = f", parallel.schedule {nearest.schedule}" if nearest.schedule != asked.schedule else ""
     raise UserError(f"{wrong}: the nearest layout that works is {sizes}{other}")
+
+
+def _refuse_what_is_for_one(config: TrainConfig) -> None:
+    """Raise `UserError` for what only a single process can do."""
+    if asked := [name for name in ("memory_limit", "recompute", "offload", "update_early", "qat") if getattr(config, name)]:
+        raise UserError(f"{asked[0]} is for a single process: leave it away, or --nproc")
+    if config.model.count_order or config.teacher.order:
+        raise UserError("n-grams are counted by a single process: leave --nproc away, or name a recipe, as in shoal train default")
+    if config.sampled_softmax.drawn:
+        raise UserError("sampled_softmax is for a single process: set sampled_softmax.drawn 0, or leave --nproc away")
 
 
 def problem(config: TrainConfig, world: int, per_node: int) -> str | None:

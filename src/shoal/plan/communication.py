@@ -62,27 +62,23 @@ def _held_by_subsets(inside: list[int], chosen: int) -> dict[int, int]:
     return {total: count for (taken, total), count in ways.items() if taken == chosen}
 
 
-def simulated_places(model: ModelConfig, places: int, samples: int, seed: int = 0, by_scores: bool = False) -> float:
-    """Monte Carlo estimate of `expected_places`.
+def simulated_places(model: ModelConfig, places: int, samples: int) -> float:
+    """Places that a token reaches where the router chooses, by Monte Carlo.
 
-    With `by_scores` groups and experts are chosen as the router does, from independent random scores (a group by its best
-    score, or the sum of its best two for `noaux_tc`), instead of every choice being equally likely.
+    Groups and experts are taken by independent random scores (a group by its best score, or the sum of its best two for `noaux_tc`),
+    where in `expected_places` every choice is equally likely.
     """
     experts = _experts(model, places)
     count, reachable = groups(model)
     size, per_place, chosen = experts // count, experts // places, model.num_experts_per_tok
     best = 2 if model.topk_method == "noaux_tc" else 1
-    random = Random(seed)
+    random = Random(0)
     reached = 0
     for _ in range(samples):
-        if by_scores:
-            scores = [random.random() for _ in range(experts)]
-            strength = [sum(sorted(scores[g * size : (g + 1) * size])[-best:]) for g in range(count)]
-            allowed = sorted(range(count), key=strength.__getitem__)[-reachable:]
-            pool = sorted((expert for g in allowed for expert in range(g * size, (g + 1) * size)), key=scores.__getitem__)[-chosen:]
-        else:
-            allowed = random.sample(range(count), reachable)
-            pool = random.sample([expert for g in allowed for expert in range(g * size, (g + 1) * size)], chosen)
+        scores = [random.random() for _ in range(experts)]
+        strength = [sum(sorted(scores[g * size : (g + 1) * size])[-best:]) for g in range(count)]
+        allowed = sorted(range(count), key=strength.__getitem__)[-reachable:]
+        pool = sorted((expert for g in allowed for expert in range(g * size, (g + 1) * size)), key=scores.__getitem__)[-chosen:]
         reached += len({expert // per_place for expert in pool})
     return reached / samples
 

@@ -376,20 +376,19 @@ def stored_as(part: str, weights: NumberFormat, mtp: bool = False) -> NumberForm
     return NUMBER_FORMATS["int8"] if mtp or part == "head" else weights
 
 
-def checkpoint_bytes(model: ModelConfig, weights: NumberFormat, mtp: bool = True) -> int:
+def checkpoint_bytes(model: ModelConfig, weights: NumberFormat) -> int:
     """Bytes of the model's tensors on disk or in memory, every tensor once, routing biases in fp32 and counted n-grams included.
 
     Official DeepSeek-V3 files repeat the embedding and the head in the prediction module; they are counted once here. A head that is
     tied to the embedding is stored beside it in int8 and int4 models.
     """
     vector = NUMBER_FORMATS["fp32"] if weights.name in ("int8", "int4") else stored_as("norms", weights)
-    modules = model.num_nextn_predict_layers if mtp else 0
+    modules = model.num_nextn_predict_layers
     total = sum(m.stored * stored_as(m.part, weights).matrix_bytes(m.out_features, m.in_features) for m in main_matrices(model))
     if model.tie_word_embeddings and weights.name in ("int8", "int4"):
         total += stored_as("head", weights).matrix_bytes(model.vocab_size, model.hidden_size)
-    if mtp:
-        matrices = mtp_matrices(model)
-        total += sum(m.stored * stored_as(m.part, weights, mtp=True).matrix_bytes(m.out_features, m.in_features) for m in matrices)
+    matrices = mtp_matrices(model)
+    total += sum(m.stored * stored_as(m.part, weights, mtp=True).matrix_bytes(m.out_features, m.in_features) for m in matrices)
     layer_norms, biases = layer_vectors(model)
     vectors = table_parameters(model) + model.num_hidden_layers * layer_mixing(model) + trust_parameters(model)
     vectors += model.hidden_size + model.num_hidden_layers * (layer_norms + biases) + modules * (layer_norms + 3 * model.hidden_size)

@@ -39,7 +39,6 @@ class Machine:
     """Per device and direction, to the other devices of its node; 0: there are none."""
     inter_node_gb_s: float = 0.0
     """Per device and direction, to other nodes; 0: there are none."""
-    disk_gb_s: float = 0.0
     price_per_hour: float = 0.0
     """US dollars for one device, as rented; an assumption, not a datasheet figure."""
     is_cpu: bool = False
@@ -104,7 +103,7 @@ MACHINES = {
         ),
         Machine(
             "cpu", memory_gib=64, bandwidth_gb_s=80, fp32_tflops=1.0, bf16_tflops=1.0, int8_tops=2.0, is_cpu=True, devices_per_node=1,
-            inter_node_gb_s=1.25, price_per_hour=0.5, disk_gb_s=2,
+            inter_node_gb_s=1.25, price_per_hour=0.5,
             source="a 16-core AVX-512 machine with two channels of DDR5-5600, rounded; `--here` measures a real one",
         ),
     )

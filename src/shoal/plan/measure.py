@@ -5,8 +5,6 @@ Nothing here knows a model: every kernel is timed at a few round sizes, and a pl
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
@@ -40,8 +38,8 @@ BUSY, PATIENCE = 0.1, 15
 """Share of the cores that other programs may take while this machine is measured, and seconds to wait for that."""
 
 
-def measure_machine(folder: str | None = None, budget: float = 0.04) -> Machine:
-    """Measure memory bandwidth, matrix products, the kernels of a training step, and disk reads (of a file in `folder`).
+def measure_machine(budget: float = 0.04) -> Machine:
+    """Measure memory bandwidth, matrix products and the kernels of a training step.
 
     Uses the GPU if there is one, else as many CPU threads as `shoal train` does. Every figure is the best of three rounds, each
     the median over repetitions of about `budget` seconds after one to warm up; some seconds in all, more where other programs
@@ -58,7 +56,6 @@ def measure_machine(folder: str | None = None, budget: float = 0.04) -> Machine:
     return Machine(
         name=name,
         memory_gib=total_memory(here.device) / GIB,
-        disk_gb_s=_disk_rate(folder) / 1e9,
         devices_per_node=1,
         is_cpu=not probe.is_gpu,
         measured=True,
@@ -266,20 +263,3 @@ def _core_times() -> tuple[int, int] | None:
     except (OSError, ValueError, IndexError):
         return None
     return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
-
-
-def _disk_rate(folder: str | None, size: int = 128 * 2**20) -> float:
-    """Bytes per second of reading a file back after the system was asked to forget it."""
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        path = Path(place) / "probe"
-        with path.open("wb") as file:
-            file.write(os.urandom(2**20) * (size // 2**20))
-            file.flush()
-            os.fsync(file.fileno())
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        start = time.perf_counter()
-        with path.open("rb", buffering=0) as file:
-            while file.read(2**22):
-                pass
-        return size / (time.perf_counter() - start)

@@ -73,11 +73,6 @@ def touched_by_format(model: ModelConfig, weights: str, tokens: int, mtp: bool =
     return total
 
 
-def touched_bytes(model: ModelConfig, weights: str, tokens: int, mtp: bool = False) -> float:
-    """Weight bytes that a step over `tokens` tokens reads."""
-    return sum(touched_by_format(model, weights, tokens, mtp).values())
-
-
 def product_rate(machine: Machine, weights: str, a: Assumptions) -> float:
     """Operations per second with such weights: int4 is widened to int8, and any format to fp32 where that is faster.
 

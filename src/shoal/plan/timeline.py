@@ -71,11 +71,6 @@ class Timeline:
         """Idle time, from start to end of the whole pipeline, of the device that idles most: what the published formulas give."""
         return max(self.makespan - self.busy(device) for device in range(len(self.compute)))
 
-    @property
-    def bubble_inside(self) -> float:
-        """The same between every device's own first and last action, which is the zero that ZB-V promises (2401.10241, section 6)."""
-        return max(row[-1].end - row[0].start - self.busy(device) for device, row in enumerate(self.compute))
-
     def peak_activations(self, device: int) -> int:
         """Most micro-batch activations, each of one stage, that the device holds at a time."""
         held = peak = 0

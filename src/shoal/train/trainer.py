@@ -22,7 +22,7 @@ from ..data import Batches, Tokenizer, open_corpus, prepare
 from ..formats.checkpoints import complete_checkpoints
 from ..formats.huggingface import open_model
 from ..formats.locate import locate_model
-from ..parallel import Team, join
+from ..parallel import join
 from ..plan.budget import training_flops_per_token
 from ..plan.cost import optimizer_flops
 from ..runtime import Machine, start
@@ -67,7 +67,6 @@ def train(requested: TrainConfig) -> Trained:
     requested.validate()
     requested, started = begin_with(requested) if requested.start else (requested, None)
     team = join(requested)
-    refuse_teams(requested, team)
     begun = team.remembered_run()
     folder = team.agree(find_run(begun or requested.out) if begun or requested.resume else None)
     if folder is None:
@@ -130,17 +129,6 @@ def begin_with(requested: TrainConfig) -> tuple[TrainConfig, Path]:
     requested = replace(requested, model=model)
     requested.validate()
     return requested, source
-
-
-def refuse_teams(config: TrainConfig, team: Team) -> None:
-    """Raise `UserError` for what only a single process can do."""
-    asked = [name for name in ("memory_limit", "recompute", "offload", "update_early", "qat") if getattr(config, name)]
-    if asked and not team.is_alone:
-        raise UserError(f"{asked[0]} is for a single process: leave it away, or --nproc")
-    if not team.is_alone and (config.model.count_order or config.teacher.order):
-        raise UserError("n-grams are counted by a single process: leave --nproc away, or name a recipe, as in shoal train default")
-    if not team.is_alone and config.sampled_softmax.drawn:
-        raise UserError("sampled_softmax is for a single process: set sampled_softmax.drawn 0, or leave --nproc away")
 
 
 def begin_run(config: TrainConfig, name: str, data_fingerprint: str, machine: Machine) -> RunFolder:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from typing import Any
 
 from ..environments import ENVIRONMENTS
@@ -56,7 +55,3 @@ def conversation(environment: Environment, problem: Problem, rng: random.Random,
     thought = environment.think(problem, rng) if open else ""
     reply = with_thought(thought, problem.answer)
     return {"messages": [{"role": "user", "content": problem.question}, {"role": "assistant", "content": reply}]}
-
-
-def take(problems_: Iterator[Problem], count: int) -> list[Problem]:
-    return list(islice(problems_, count))

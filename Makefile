@@ -9,7 +9,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# The install knows files by name: a new name, as after a pull, asks for another.
+NAMES := $(shell find src -name '*.py' | sort | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.installed-$(NAMES)
 NATIVE := $(wildcard CMakeLists.txt csrc/*)
 
 .PHONY: demo reasoning test test-all lint sanitize setup clean
@@ -20,6 +22,7 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	rm -f $(VENV)/.installed*
 	touch $(STAMP)
 
 demo: $(STAMP)

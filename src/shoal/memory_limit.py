@@ -16,7 +16,7 @@ import torch
 
 from .apart import run_apart
 from .config import TrainConfig, UserError, parse_bytes
-from .config.recipes import load_recipe, to_toml
+from .config.recipes import load_recipe, write_toml
 from .plan.measures import Measures, candidates, predicted_bytes, predicted_seconds
 
 LIBRARIES = 450 << 20
@@ -65,9 +65,8 @@ def trial(config: TrainConfig) -> float:
             config, minutes=None, tokens=None, steps=2, out=str(Path(folder) / "run"), resume=False, overwrite=False, eval_tokens=tokens,
             checkpoint=replace(config.checkpoint, every_steps=1, every_minutes=0),
         )  # fmt: skip
-        path = Path(folder) / "settings.toml"
-        path.write_text(to_toml(settings), encoding="utf-8")
-        return float(run_apart("shoal.memory_limit", str(path), failed="a trial of the run failed"))
+        path = write_toml(settings, Path(folder) / "settings.toml")
+        return float(run_apart("shoal.memory_limit", path, failed="a trial of the run failed"))
 
 
 def _refusal(config: TrainConfig, choices: list[Measures], beside: float) -> str:

@@ -23,9 +23,9 @@ from shoal.engine import Loaded
 from shoal.serve.blocks import Block
 from shoal.serve.command import listen
 from shoal.serve.dialect import Dialect
+from shoal.serve.grammar_trial import Trial
 from shoal.serve.messages import CountBody, _block, as_chat
 from shoal.serve.sse import JSON
-from shoal.serve.trial import Trial
 
 LONG = {"prompt": "the red", "max_tokens": 400, "ignore_eos": True}
 

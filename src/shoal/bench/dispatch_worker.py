@@ -27,6 +27,7 @@ from ..train.passes import HalvedPasses, PlainPasses
 
 SENT = Path("/sys/class/net/eth0/statistics/tx_bytes")
 """What the node's interface has sent, headers included."""
+SEED = 0
 
 
 @dataclass
@@ -44,7 +45,6 @@ class Task:
     steps: int
     variants: list[tuple[str, dict[str, Any]]]
     """Names, and what each changes in the layout."""
-    seed: int = 0
 
 
 def model_of(task: Task) -> ModelConfig:
@@ -64,7 +64,7 @@ class Bench:
     def __init__(self, task: Task, config: TrainConfig, team: Team) -> None:
         self.task, self.team, self.config = task, team, config
         self.model = Transformer(config.model, dispatcher=make_dispatcher(config.parallel, team, task.experts))
-        init_weights(self.model, task.seed)
+        init_weights(self.model, SEED)
         self.shards = divide(self.model, config.parallel, team)
         self.start = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self.machine = Machine(torch.device("cpu"), "fp32", 1, 1.0, "")
@@ -82,7 +82,7 @@ class Bench:
         optimizers = Optimizers(self.model, OptimizerConfig(name="adamw", adam_eps=1e-8), self.shards)
         bytes_of = {"dispatch_bytes": self._dispatch_bytes(dispatcher, even=True)}
         bytes_of["router_bytes"] = self._dispatch_bytes(dispatcher, even=False)
-        generator = torch.Generator().manual_seed(self.task.seed + 1)
+        generator = torch.Generator().manual_seed(SEED + 1)
         seconds, waited, sent, losses = [], [], [], []
         optimizers.set_rates(0.25)
         for _ in range(self.task.steps + 1):  # the first one warms up

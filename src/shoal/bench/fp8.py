@@ -13,11 +13,14 @@ from typing import Any
 
 from ..apart import run_apart
 from ..config import BenchFP8Command, FP8Config, ModelConfig, OptimizerConfig, TrainConfig
-from ..config.recipes import load_recipe, to_toml
+from ..config.recipes import load_recipe, write_toml
 from .pictures import new_figure, require_picture, save
 
 SMOOTHED = 0.15
 """Share of a run's steps, its last ones, over which the loss is averaged."""
+
+WINDOW = 25
+"""Steps whose mean is drawn."""
 
 SUMMED = (128, 256, 512, 1024, 2048, 4096, 8192)
 SIDE = 256
@@ -102,9 +105,8 @@ def run_bench(command: BenchFP8Command) -> dict[str, Any]:
 def train(settings: TrainConfig) -> list[float]:
     """`shoal train` in a process of its own: the loss of every step; NaN where it was not finite."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "settings.toml"
-        path.write_text(to_toml(replace(settings, out=str(Path(folder) / "run"))), encoding="utf-8")
-        run_apart("shoal", "train", str(path), failed="a run did not get to its end")
+        path = write_toml(replace(settings, out=str(Path(folder) / "run")), Path(folder) / "settings.toml")
+        run_apart("shoal", "train", path, failed="a run did not get to its end")
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [math.nan if row["loss"] is None else row["loss"] for row in map(json.loads, lines) if "loss" in row]
 
@@ -181,6 +183,6 @@ def draw(losses: dict[str, list[list[float]]], path: Path) -> None:
     save(figure, path)
 
 
-def _moving(values: list[float], window: int = 25) -> list[float]:
-    """Mean over the last `window` steps."""
-    return [mean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]
+def _moving(values: list[float]) -> list[float]:
+    """Mean over the last steps."""
+    return [mean(values[max(0, i + 1 - WINDOW) : i + 1]) for i in range(len(values))]

@@ -19,7 +19,7 @@ from ..model import Transformer, init_weights
 from ..parallel import Shards
 from ..runtime import peak_memory, start
 from ..train.balance import StepRouting, update_biases
-from ..train.early import EarlyUpdates
+from ..train.early_updates import EarlyUpdates
 from ..train.loss import compute_losses
 from ..train.optimizer import Optimizers, clip_gradients
 from ..train.recompute import recompute

@@ -77,14 +77,7 @@ def write_random_folder(config: ModelConfig, scheme: Scheme, folder: Path) -> No
     """
     origin = {_part_name(tensor): tensor for tensor in tensors(config)}
     plan = parts_of(config, scheme)
-    write_quantized(
-        folder, config, scheme, ((name, _part(origin[name], part, scheme.group)) for name, part in plan.items()), _NoTokenizer()
-    )
-
-
-class _NoTokenizer:
-    def save(self, folder: Path, model_max_length: int | None = None) -> None:
-        """Nothing: random weights have no words."""
+    write_quantized(folder, config, scheme, ((name, _part(origin[name], part, scheme.group)) for name, part in plan.items()), None)
 
 
 def _part_name(tensor: GgufTensor) -> str:

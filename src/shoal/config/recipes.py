@@ -104,6 +104,12 @@ def to_toml(config: Any) -> str:
     return "\n".join(lines).lstrip() + "\n"
 
 
+def write_toml(config: Any, path: Path) -> str:
+    """`to_toml` as a file; its name, which `shoal train` takes for a recipe."""
+    path.write_text(to_toml(config), encoding="utf-8")
+    return str(path)
+
+
 def _write_table(table: dict[str, Any], defaults: dict[str, Any], prefix: str, lines: list[str]) -> None:
     for key, value in table.items():
         if value is None and defaults.get(key) is not None:

@@ -80,13 +80,14 @@ def write_quantized(
     config: ModelConfig,
     scheme: Scheme,
     parts: Iterator[tuple[str, PackedMatrix | Tensor]],
-    tokenizer: SavesFiles,
+    tokenizer: SavesFiles | None,
     *,
     max_shard_bytes: int = LARGEST_SHARD,
     generation: dict[str, Any] | None = None,
 ) -> None:
     """Write a whole folder; `parts` comes in the order of `parts_of` and is written as it comes, one part in memory at a time.
 
+    `tokenizer`: None for weights that were drawn at random and have no words.
     `generation`: what `generation_config.json` says besides the tokens that texts begin and end with.
 
     What was at `folder` is replaced when the new one is whole. Raises `UserError` where that is something else than an earlier such folder.
@@ -115,7 +116,8 @@ def write_quantized(
         written["quantization_config"] = {"quant_method": METHOD, "version": VERSION, **asdict(scheme)}
         write_json(temporary / CONFIG, written)
         write_generation(temporary, written, generation)
-        tokenizer.save(temporary, config.max_position_embeddings)
+        if tokenizer is not None:
+            tokenizer.save(temporary, config.max_position_embeddings)
 
 
 def read_scheme(folder: Path) -> tuple[ModelConfig, Scheme]:

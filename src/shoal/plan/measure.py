@@ -32,6 +32,8 @@ READ_BYTES = 2**28
 RING_BYTES = 96 * 2**20
 """A training step comes back to a tensor when the caches have long forgotten it: kernels take turns on so many bytes of them."""
 PACKED: tuple[Literal["int8", "int4"], ...] = ("int8", "int4")
+EXPERTS = 8
+"""Experts that rows are spread over."""
 ROUNDS = 3
 """Everything is measured so often, in turns, and the best counts: a busy moment of the machine makes figures worse, never better."""
 BUSY, PATIENCE = 0.1, 15
@@ -136,11 +138,11 @@ class Probe:
         x, y = self.ring(rows, side, dtype=dtype), self.random(rows, side, dtype=dtype)
         return 2 * rows * side * side / self.seconds(lambda: kernels.weight_gradient(y, x()))
 
-    def experts(self, dtype: torch.dtype, rows: int, side: int, count: int = 8) -> float:
-        """FLOP/s of [rows, side] x [side, side] through one of `count` experts each, forward and both gradients."""
+    def experts(self, dtype: torch.dtype, rows: int, side: int) -> float:
+        """FLOP/s of [rows, side] x [side, side] through one of `EXPERTS` experts each, forward and both gradients."""
         x = self.ring(rows, side, dtype=dtype)
-        weight = self.random(count, side, side, dtype=dtype).requires_grad_()
-        offsets = torch.arange(1, count + 1, device=self.device, dtype=torch.int32) * (rows // count)
+        weight = self.random(EXPERTS, side, side, dtype=dtype).requires_grad_()
+        offsets = torch.arange(1, EXPERTS + 1, device=self.device, dtype=torch.int32) * (rows // EXPERTS)
         return 3 * 2 * rows * side * side / self.both_passes(lambda tokens: kernels.grouped_linear(tokens, weight, offsets), x, weight)
 
     def int8(self) -> float:
@@ -216,7 +218,7 @@ class Probe:
             precision="bf16" if precision == "bf16" else "fp32",
             products=Curve(tuple((product_size(rows, side, side), self.products(dtype, rows, side)) for side in sides)),
             weight_gradients=Curve(tuple((product_size(rows, side, side), self.weight_gradients(dtype, rows, side)) for side in sides)),
-            experts=Curve(tuple((product_size(rows // 8, side, side), self.experts(dtype, rows, side)) for side in sides)),
+            experts=Curve(tuple((product_size(rows // EXPERTS, side, side), self.experts(dtype, rows, side)) for side in sides)),
             attention=Curve(tuple((side, self.attention(dtype, side)) for side in (32, 64, 128))),
             newton_schulz=Curve(tuple((side, self.newton_schulz(side)) for side in sides[:5])),
             norm=both(lambda tokens: kernels.rms_norm(tokens, weight, 1e-6), weight),

@@ -10,9 +10,9 @@ from ..data import Tokenizer
 from ..data.chat_template import encode_chat
 from .errors import bad
 from .grammar import AnswerForm
+from .grammar_trial import Trial
 from .protocol import ChatBody, Message, Tool
 from .reader import CALL, CALLS, END_CALL, END_CALLS, END_THINK, SEPARATOR, THINK, thinks, thought_of
-from .trial import Trial
 
 TEXT_PARTS = ("text", "input_text", "output_text")
 NO_THINKING = ("none", "minimal", "off")

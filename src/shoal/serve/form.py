@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from .errors import bad
+from .grammar_trial import Trial
 from .protocol import ChatBody, CompletionBody
-from .trial import Trial
 
 
 async def answer_grammar(body: ChatBody | CompletionBody, trial: Trial) -> str | None:

@@ -19,8 +19,8 @@ from ..data.chat_template import read_template
 from ..engine import AsyncEngine, Increment, Place, Request
 from ..engine.async_engine import Ticket
 from .errors import APIError, bad, broken, busy, closing, loading, too_long
+from .grammar_trial import Trial
 from .metrics import Metrics
-from .trial import Trial
 
 LOG = logging.getLogger("shoal.serve")
 Load = Callable[[threading.Event], tuple[Place, Tokenizer]]

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from .. import __version__
 from ..atomic import remove_folder
 from ..config import ModelConfig, TrainConfig, UserError
-from ..config.recipes import from_table, load_recipe, to_toml
+from ..config.recipes import from_table, load_recipe, write_toml
 
 RESUME_MAY_CHANGE = {
     "out", "resume", "overwrite", "json", "minutes", "tokens", "steps", "threads", "tensorboard",
@@ -116,7 +116,7 @@ class RunFolder:
         os.replace(temporary, self.metrics)
 
     def write_config(self, config: TrainConfig) -> None:
-        (self.path / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        write_toml(config, self.path / "config.toml")
 
 
 def refuse_taken(config: Destination, source: Path | None = None) -> None:

@@ -19,11 +19,11 @@ from ..runtime import Machine
 from .candidates import Sampler
 from .counting import AlternatingBatches, Counting, Teacher
 from .fp8 import compute_in_fp8
+from .gather import gather_model, gather_optimizers, scatter_optimizers
 from .optimizer import Optimizers
 from .qat import go_on, on_grid, round_weights
 from .recompute import recompute
 from .run_folder import RunFolder
-from .whole import gather_model, gather_optimizers, scatter_optimizers
 
 
 @dataclass

@@ -30,7 +30,7 @@ from .balance import routing_row, update_biases
 from .budget import Budget
 from .counting import WITHOUT, AlternatingBatches, Counting, count_into, counts_while_training
 from .display import Display
-from .early import EarlyUpdates
+from .early_updates import EarlyUpdates
 from .likelihood import BATCH_TOKENS, Document, Likelihood, held_out, likelihood
 from .metrics import MetricsLog
 from .optimizer import clip_gradients, decay_of

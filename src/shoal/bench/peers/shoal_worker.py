@@ -17,6 +17,7 @@ from shoal.config import CacheFormat, EngineOptions, SamplingOptions
 from shoal.engine import Engine
 from shoal.engine.batch import PAGE, Batch
 from shoal.engine.native import NativeRunner
+from shoal.engine.paging import touched_bytes
 from shoal.engine.requests import Request
 from shoal.engine.runner import DTYPES
 from shoal.engine.weights import Weights, load_weights
@@ -50,7 +51,7 @@ class Side:
             "load_seconds": seconds,
             "settings": settings,
             "vocab": config.vocab_size,
-            "weight_bytes_per_token": weight_bytes(weights),
+            "weight_bytes_per_token": sum(touched_bytes(weights)),
             "cache_bytes_per_position": config.num_hidden_layers * config.cache_values_per_token * width,
         }
 
@@ -149,25 +150,6 @@ def touch(weights: Weights) -> None:
         if isinstance(part, PackedMatrix):
             for array in arrays_of(part).values():
                 array.flatten().view(torch.uint8)[:: mmap.PAGESIZE].sum()
-
-
-def weight_bytes(weights: Weights) -> float:
-    """Bytes of weights that adding one token to one sequence reads: of the routed experts only those chosen, of the embedding one row."""
-    config = weights.config
-    mtp = tuple(f"model.layers.{config.num_hidden_layers + k}." for k in range(config.num_nextn_predict_layers))
-    total = 0.0
-    for name, part in weights.parts.items():
-        if name.startswith(mtp) and mtp:
-            continue
-        share = 1.0
-        if ".mlp.experts." in name:
-            share = config.num_experts_per_tok / (config.n_routed_experts or 1)
-        elif name == "model.embed_tokens.weight" or name.endswith(".value_embedding.weight"):
-            share = 1 / config.vocab_size
-        elif name.startswith("model.counted."):
-            share = 0.0  # a search through them, and what few entries it ends at
-        total += share * part.nbytes
-    return total
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 from llguidance import LLMatcher
 
 from ..data import Tokenizer
-from . import trying
+from . import grammar_worker
 from .errors import bad
 
 LOG = logging.getLogger("shoal.serve")
@@ -116,7 +116,11 @@ class Trial:
     def _ask(self, grammar: str) -> str:
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", trying.__name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+                [sys.executable, "-m", grammar_worker.__name__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
             )
             self._send(self._vocabulary)
         self._send(grammar)
@@ -125,7 +129,7 @@ class Trial:
         if told:
             return str(json.loads(told))
         _leave(self._process)
-        return f"it is too complex, to build it takes more than {trying.MOST_SECONDS:g} s"
+        return f"it is too complex, to build it takes more than {grammar_worker.MOST_SECONDS:g} s"
 
     def _send(self, value: Any) -> None:
         assert self._process is not None

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..apart import run_apart
 from ..config import ModelConfig, TrainConfig
-from ..config.recipes import load_recipe, to_toml
+from ..config.recipes import load_recipe, write_toml
 from ..data import open_corpus, prepare
 from ..engine.weights import quantized_scheme
 from ..formats.parts import Part, parts_of
@@ -34,7 +34,7 @@ from ..plan.hardware import GIB, Machine
 from ..plan.models import BUILT_IN
 from ..plan.scaling import scaled
 from ..plan.training import usable_memory
-from .check_runs import WARM_UP
+from .plan_check_runs import WARM_UP
 
 SECONDS = 18.0
 """About how long a training run is watched."""
@@ -110,9 +110,7 @@ class Training:
                 recipe, minutes=None, tokens=None, steps=steps, out=str(Path(folder) / "run"), precision=self.precision, eval_tokens=1,
                 eval_every_minutes=0, prompts=(), checkpoint=replace(recipe.checkpoint, every_steps=0, every_minutes=0),
             )  # fmt: skip
-            path = Path(folder) / "settings.toml"
-            path.write_text(to_toml(settings), encoding="utf-8")
-            return in_a_process("train", str(path))
+            return in_a_process("train", write_toml(settings, Path(folder) / "settings.toml"))
 
 
 def decoding(name: str, shape: ModelConfig, machine: Machine, assumptions: Assumptions) -> Case:
@@ -144,7 +142,7 @@ def write_random(shape: ModelConfig, folder: Path) -> None:
     """A quantized folder in int4, as `shoal quantize` writes it, with random weights and no tokenizer."""
     scheme = quantized_scheme(4)
     parts = parts_of(shape, scheme)
-    write_quantized(folder, shape, scheme, ((name, random_part(part)) for name, part in parts.items()), NoTokenizer())
+    write_quantized(folder, shape, scheme, ((name, random_part(part)) for name, part in parts.items()), None)
 
 
 def random_part(part: Part) -> PackedMatrix | Tensor:
@@ -165,11 +163,6 @@ def random_part(part: Part) -> PackedMatrix | Tensor:
     return part.assemble({name: array.normal_(std=size) for name, array in arrays.items()})
 
 
-class NoTokenizer:
-    def save(self, folder: Path, model_max_length: int | None = None) -> None:
-        """Nothing: random weights have no words."""
-
-
 def in_a_process(*args: str) -> Prediction:
-    """One of `check_runs.RUNS` in a fresh interpreter."""
-    return Prediction(**json.loads(run_apart("shoal.bench.check_runs", *args, failed="a measurement did not run to its end")))
+    """One of `plan_check_runs.RUNS` in a fresh interpreter."""
+    return Prediction(**json.loads(run_apart("shoal.bench.plan_check_runs", *args, failed="a measurement did not run to its end")))

@@ -48,6 +48,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "config": set(),
     "runtime": {"config", "kernels"},
     "apart": {"config"},
+    "options": {"config"},
     "kernels": FLOOR - {"runtime"},
     "numerics": FLOOR | {"kernels"},
     "model": {"config", "kernels"},
@@ -55,6 +56,7 @@ MAY_KNOW: dict[str, set[str]] = {
     **dict.fromkeys(WORK, MATHS | PARTS),
     "post": MATHS | PARTS | WORK,
     **dict.fromkeys(("evaluate", "serve", "bench", "showcase", "exporting", "doctor"), MATHS | PARTS | WORK | {"post"}),
+    "dial": MATHS | PARTS | {"options"},
     "memory_limit": MATHS | PARTS | WORK | {"post", "showcase"},
     "quantizing": MATHS | PARTS | WORK | {"evaluate"},
 }

@@ -66,6 +66,8 @@ def train(args: list[str]) -> None:
         print(
             "shoal train [RULES] --minutes 5 [OPTIONS], or --flops 1e13, or --params 5M: shape, batch, rates and tokens from a budget or\n"
             "about a size; RULES: full (where neither rules nor a recipe are named), exportable (plain deepseek_v3 files) or baseline\n"
+            "Without a name and without --minutes, --flops and --params: the recipe default. What options are by default is said for that\n"
+            "recipe; rules choose shape, batch, rates and precision themselves.\n"
         )
     config = parse(TrainConfig, args, "train", default)
 
@@ -194,7 +196,7 @@ def recipe(args: list[str]) -> None:
 
 
 def export(args: list[str]) -> None:
-    """Write a model as plain Hugging Face files"""
+    """Write a model as Hugging Face files or GGUF"""
     command = parse(ExportCommand, args, "export")
 
     from .exporting import run_export

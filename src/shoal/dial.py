@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 
 from .config import TrainConfig, UserError
-from .config.recipes import RULES
+from .config.recipes import RULES, load_recipe
 from .options import parse
 from .plan.cost import count_parameters
 from .plan.report import count
@@ -34,6 +34,9 @@ def derive(args: list[str]) -> TrainConfig | None:
         return None
     if not named and _asked(args, "--resume"):
         raise UserError("--flops and --params are for new runs, a run that goes on has its shape: give --minutes, --tokens or --steps")
+    if named and args[0] not in RULES:
+        load_recipe(args[0])  # which says so where there is none
+        raise UserError(f"{args[0]} has its shape, which --flops and --params would choose: leave them away, or name {', '.join(RULES)}")
     rules = Rules.load(args.pop(0) if named else "full")
     if flops is not None and size is not None:
         raise UserError("--flops and --params both say how large the model is: give one of them")

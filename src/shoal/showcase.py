@@ -65,7 +65,7 @@ def _print_result(folder: Path, summary: dict[str, Any], report: Path | None) ->
     print(f"chat:     shoal chat {model}")
     print(f"continue: shoal generate {model} {shlex.quote(prompt)}")
     if obstacles := export_obstacles(read_config(locate_model(folder))):
-        print(f"plain:    shoal train exportable --minutes 5; only Shoal knows how to read this model ({', '.join(obstacles)})")
+        print(f"plain:    shoal train exportable --data PATH --minutes 5; only Shoal knows how to read this model ({', '.join(obstacles)})")
     else:
         print(f"export:   shoal export {model} OUT --format hf")
     print("your own: shoal train --data PATH --minutes 5")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import math
@@ -16,10 +17,12 @@ from typing import Any
 
 import pytest
 
+import shoal
 from shoal import __version__
 from shoal.cli import VERBS, finish, main
 
 FAST = ["--threads", "1", "--precision", "fp32", "--device", "cpu"]
+ROOT = Path(shoal.__file__).parent
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -45,6 +48,19 @@ def test_every_verb_explains_its_options(verb: str, capsys: pytest.CaptureFixtur
     assert f"usage: shoal {verb}" in out
     # What is said of an option is said of --x, so --no-x never stands alone.
     assert not re.search(r"│ --(?:[\w.]+\.)?no-", out)
+
+
+@pytest.mark.parametrize("file", sorted([*(ROOT / "config").glob("*.py"), ROOT / "plan" / "options.py"]), ids=lambda file: str(file.stem))
+def test_every_option_says_what_it_is_for(file: Path) -> None:
+    classes = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
+    for node in classes:
+        for field, behind in zip(node.body, [*node.body[1:], None], strict=True):
+            if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
+                continue
+            kind = ast.unparse(field.annotation)
+            section = kind.endswith(("Config", "Assumptions")) or "name=''" in kind or "Suppress" in kind or kind == "Model"
+            explained = isinstance(behind, ast.Expr) and isinstance(behind.value, ast.Constant)
+            assert section or explained or field.target.id == "out", f"{node.name}.{field.target.id} has no help"
 
 
 def test_bench_names_its_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:

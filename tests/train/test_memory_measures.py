@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from shoal.train.early_updates import EarlyUpdates
 
 from shoal.config import FP8Config, ModelConfig, OptimizerConfig
 from shoal.model import Transformer, init_weights
 from shoal.train.adamw import SmallAdamW
+from shoal.train.early_updates import EarlyUpdates
 from shoal.train.fp8 import compute_in_fp8
 from shoal.train.loss import compute_losses
 from shoal.train.moments import Moments

@@ -120,7 +120,7 @@ def test_what_rounds_in_other_ways_is_refused() -> None:
 
     for change in ({"precision": "fp8"}, {"recompute": ("swiglu",)}):
         config = load_recipe("demo")
-        config.qat = "int4"
+        config.qat, config.start = "int4", "model"
         for name, value in change.items():
             setattr(config, name, value)
         with pytest.raises(UserError, match="products of its own"):

@@ -25,7 +25,7 @@ from ..model import Transformer, init_weights
 from ..plan.models import BUILT_IN
 from ..runtime import available_cores
 from .random_model import write_random_folder, write_random_gguf
-from .sides import Side
+from .sides import Side, require_peer
 from .train import SHAPE
 
 GGUF_OF_BITS: dict[int, GgufType] = {8: "q8_0", 4: "q4_0"}
@@ -79,6 +79,10 @@ class Contest:
 
 def prepare(command: BenchEngineCommand, say: Callable[[str], None]) -> Contest:
     """Make what is not there yet. Raises `UserError` where the disk is too full or a model cannot be compared."""
+    if "llama.cpp" in command.vs:
+        require_peer("llama_cpp", "shoal[peers]", command.llama_python)
+    if "transformers" in command.vs:
+        require_peer("transformers", "shoal[peers]")
     cache = Path(command.cache_dir).expanduser() if command.cache_dir else Path(tempfile.gettempdir()) / "shoal-bench"
     cache.mkdir(parents=True, exist_ok=True)
     if command.model is not None:

@@ -86,14 +86,19 @@ class BenchDispatchCommand:
     """
 
     nodes: int = 8
+    """Network namespaces."""
     per_node: int = 1
     """Processes of every node."""
     link_mbit: float | None = None
     """Megabits a second of every node's link, each way. None: what makes communication half of the flat step."""
     hidden: int = 2048
+    """Width of the model, which is what a token sends."""
     expert_width: int = 32
+    """Width of an expert; small, so that steps wait for links and not for products."""
     layers: int = 1
+    """Layers with experts."""
     sequence: int = 128
+    """Tokens of a sequence."""
     batch: int = 4
     """Sequences of every process in a step; overlap computes them in two halves."""
     steps: int = 3
@@ -130,6 +135,7 @@ class BenchFP8Command:
     seeds: int = 3
     """0: only the errors of single products."""
     steps: int = 300
+    """Of every run."""
     batch_size: int = 8
     """Sequences of 128 tokens in a step."""
     picture: str | None = None
@@ -144,6 +150,8 @@ class BenchFP8Command:
         if self.seeds < 0:
             raise UserError(f"--seeds is {self.seeds}: it must be 0 or more")
         require_at_least_one(self, "steps", "batch_size")
+        if self.picture and not self.seeds:
+            raise UserError("--picture draws losses: it needs --seeds 1 or more")
         if self.seeds and not self.data:
             raise UserError("there is nothing to train on: give --data PATH...")
 
@@ -159,7 +167,9 @@ class BenchMemoryCommand:
     """Peer to run in the same call, with AdamW: in both precisions and with both forms of its experts; each with the whole batch in one
     pass, in micro-batches, and in micro-batches with gradient checkpointing."""
     batch_size: int = 8
+    """Sequences of a step."""
     sequence_length: int = 512
+    """Tokens of a sequence."""
     steps: int = 3
     """Of every run, after one that warms up; the median counts."""
     threads: int = 0
@@ -184,7 +194,7 @@ class BenchQuantizationCommand:
     window: int = 512
     """Tokens that both sides see at once, without overlap; no more than the model's context."""
     max_tokens: int = 20000
-    """Score about the first so many tokens."""
+    """Score whole documents until so many tokens have been scored."""
     threads: int = 0
     """CPU threads; 0: one per core."""
     llama_python: str | None = None
@@ -214,11 +224,13 @@ class BenchServeCommand:
 
     model: Model
     clients: int = 200
+    """Connections that ask at the same time."""
     seconds: float = 30.0
     """Of full load on the server, all rounds together."""
     rounds: int = 3
     """In which the server and the engine alone take turns."""
     prompt_tokens: int = 32
+    """Of a request."""
     tokens: int = 128
     """Of an answer that is listened to until its end."""
     hang_up: float = 1 / 3
@@ -228,6 +240,7 @@ class BenchServeCommand:
     llama_python: str | None = None
     """Python whose environment has llama-cpp-python[server]; None: the one that runs Shoal."""
     seed: int = 0
+    """Of prompts and hang-ups."""
     json: bool = False
     """A benchmark always ends with its JSON object; accepted for the sake of scripts."""
 
@@ -255,11 +268,15 @@ class BenchRolloutsCommand:
     task: str | None = None
     """A built-in task whose training problems are the prompts, as for `shoal grpo`."""
     prompts: int = 16
+    """Different ones of a turn."""
     group: int = 8
+    """Replies to every prompt."""
     prompt_tokens: int = 32
+    """Of a random prompt."""
     tokens: int = 96
     """Of every reply; with --task, at most."""
     max_running: int = 128
+    """Replies that Shoal writes at the same time."""
     rounds: int = 3
     """Turns of every side, after one to warm up; the median counts."""
     json: bool = False

@@ -26,6 +26,7 @@ class MachineOptions:
     """Where a command runs."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: a GPU where there is one; but what writes answers stays on the CPU, where the model runs in the C++ kernels."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of products. `auto`: the C++ kernels, which run models on CPUs, keep the numbers that the files hold; elsewhere bf16 where it is
     faster than fp32 by a factor of 1.3 (on a CPU 4)."""
@@ -71,12 +72,14 @@ class EvalCommand:
     data: tuple[str, ...] = ()
     """Files or folders as for `shoal train`; a folder that holds `train` and `val` is scored on the latter, anything else whole."""
     text_column: str = "text"
+    """Field of a JSON Lines or Parquet record that holds the text."""
     window: int | None = None
     """Tokens the model sees at once. None: as in training, or the model's longest context up to 2048."""
     overlap: int | None = None
     """Tokens of context at least, from the second window of a document on. None: half a window."""
     max_tokens: int | None = None
-    """Score only about the first so many tokens; with --tasks, the longest reply. None: all of the text, or the model's whole context."""
+    """Score whole documents until so many tokens have been scored; with --tasks, the longest reply. None: all of the text, or the model's
+    whole context."""
     tasks: tuple[str, ...] = ()
     """arithmetic, countdown, sorting, strings (also NAME:DIFFICULTY or NAME:FROM-TO), gsm8k=FILE, humaneval=FILE, choice=FILE."""
     problems: int = 200
@@ -88,6 +91,7 @@ class EvalCommand:
     thinking: bool = False
     """Have replies begin with a thought, where the chat template leaves the choice (v3.1)."""
     seed: int = 0
+    """Of what is drawn."""
     max_running: int = 64
     """Replies that are written at the same time."""
     json: bool = False
@@ -117,8 +121,11 @@ class ExportCommand:
     """Number format of the weights: fp32, bf16, fp16 or fp8 (the official block-scaled layout) for `hf` (None: as they are, FP8 as bf16);
     f32, f16 (also None), q8_0 or q4_0 for `gguf`."""
     json: bool = False
+    """End with one JSON object: out, model_type, dtype, bytes."""
 
     def validate(self) -> None:
+        if self.format == "hf" and (self.dtype in GGUF_DTYPES or self.out.endswith(".gguf")):
+            raise UserError(f"{self.out} would be a Hugging Face folder: add --format gguf, or choose another name or --dtype")
         allowed = HF_DTYPES if self.format == "hf" else GGUF_DTYPES
         if self.dtype is not None and self.dtype not in allowed:
             raise UserError(f"--dtype {self.dtype} is not a type of {self.format} files: use one of {', '.join(allowed)}")
@@ -135,15 +142,18 @@ class QuantizeCommand:
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder to write; it must be new, empty, or an earlier quantized model."""
     bits: Literal[4, 8] = 4
+    """Of a weight."""
     group: Literal[32, 64] = 32
     """Weights that share a scale."""
     calibrate: tuple[str, ...] = ()
     """Text, as for `shoal train`, on whose inputs the layers shall change least (GPTQ and coordinate descent). Without: every weight is
     rounded to the nearest step."""
     calibrate_tokens: int = 65536
+    """Tokens of that text, at most."""
     data: tuple[str, ...] = ()
     """Text to measure bits per byte on, as for `shoal eval`. Without: what is held out of the text for calibration, if there is any."""
     text_column: str = "text"
+    """Field of a JSON Lines or Parquet record that holds the text."""
     threads: int = 0
     """CPU threads; 0: one per core."""
     json: bool = False
@@ -158,6 +168,7 @@ class DoctorCommand:
     """Say what this machine can do and which parts of Shoal work here."""
 
     json: bool = False
+    """End with one JSON object."""
 
 
 @dataclass
@@ -171,7 +182,9 @@ class BenchTrainCommand:
     vs: Literal["transformers"] | None = None
     """Peer to run in the same call, in turns."""
     batch_size: int = 8
+    """Sequences of a step."""
     sequence_length: int = 512
+    """Tokens of a sequence."""
     rounds: int = 5
     """Turns of every contestant; the median of its turns counts."""
     steps: int = 2

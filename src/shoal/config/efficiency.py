@@ -22,9 +22,9 @@ class BenchEfficiencyCommand:
     """
 
     data: tuple[str, ...] = ()
-    """Files or folders as for `shoal train`. None: the Python standard library's source on this machine."""
+    """Files or folders as for `shoal train`. Without: the Python standard library's source on this machine."""
     scale: Scale = "small"
-    """Budgets: small up to 1e13 FLOPs (an hour on two cores), medium up to 1e15, gpu from 1e16 on."""
+    """Budgets: small up to 1e13 FLOPs (half an hour to an hour on one core), medium up to 1e15, gpu from 1e16 on."""
     seeds: int | None = None
     """Runs of every budget; the interval is over seeds. None: 3, with --quick 1."""
     quick: bool = False
@@ -54,8 +54,10 @@ class BenchAblationCommand:
     """
 
     study: StudyName = "experts"
+    """What is compared: experts with dense layers, MLA with multi-head attention (attention; begun alike: anchored), fine experts with
+    coarse ones, or ways to balance experts."""
     data: tuple[str, ...] = ()
-    """Files or folders as for `shoal train`. None: the Python standard library's source on this machine."""
+    """Files or folders as for `shoal train`. Without: the Python standard library's source on this machine."""
     seeds: int | None = None
     """Runs of every budget; the interval is over seeds. None: 3, with --quick 1."""
     quick: bool = False

@@ -19,6 +19,7 @@ class SamplingOptions:
     """How the next token is chosen."""
 
     max_tokens: int = 256
+    """Longest answer."""
     temperature: float = 0.8
     """0 takes the most likely token."""
     top_k: int = 0

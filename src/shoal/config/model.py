@@ -58,54 +58,84 @@ class ModelConfig:
     """
 
     model_type: ModelType = "deepseek_v3"
+    """Kind of the files."""
     vocab_size: int = 8192
+    """Tokens that there are."""
     hidden_size: int = 384
+    """Width of the model."""
     num_hidden_layers: int = 8
+    """Layers, without those of multi-token prediction."""
     intermediate_size: int = 1024
     """Width of a dense SwiGLU feed-forward layer."""
     num_attention_heads: int = 6
+    """Query heads."""
     max_position_embeddings: int = 4096
+    """Longest context in tokens."""
     rms_norm_eps: float = 1e-6
+    """Added to the mean square that norms divide by."""
     rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
     rope_scaling: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
     """None, or YaRN: {type: yarn, factor, beta_fast, beta_slow, mscale, mscale_all_dim, original_max_position_embeddings}."""
     tie_word_embeddings: bool = False
+    """The output head is the embedding."""
     initializer_range: float = 0.02
+    """Standard deviation of first weights, where `init` is normal."""
 
     # Multi-head Latent Attention (DeepSeek-V2, 2405.04434, section 2.1)
     q_lora_rank: int | None = None
+    """MLA: width of the latent that queries come from; None: they come from the hidden state."""
     kv_lora_rank: int = 128
+    """MLA: width of the latent that keys and values come from, which is what the cache holds."""
     qk_nope_head_dim: int = 64
+    """MLA: what of a query or key head does not turn with position."""
     qk_rope_head_dim: int = 32
+    """MLA: what of it turns; all heads share one such key."""
     v_head_dim: int = 64
+    """MLA: width of a value head."""
 
     # Grouped-query attention (Llama)
     num_key_value_heads: int | None = None
+    """llama: heads of keys and values; None: as many as of queries."""
     head_dim: int | None = None
+    """llama: width of a head; None: hidden_size / num_attention_heads."""
     attention_bias: bool = False
     """Biases on the query, key and value projections (Qwen2.5 style); Llama and DeepSeek have none."""
 
     # DeepSeekMoE (2401.06066) and its routing
     n_routed_experts: int | None = 16
+    """Experts of a layer that a router chooses from; None or 0: the model is dense."""
     n_shared_experts: int | None = 1
+    """Experts that every token passes."""
     num_experts_per_tok: int = 4
+    """Routed experts of a token."""
     moe_intermediate_size: int = 192
     """Width of one routed expert; the shared experts together are `n_shared_experts` times as wide."""
     first_k_dense_replace: int = 1
+    """First layers, which have a dense feed-forward part."""
     moe_layer_freq: int = 1
+    """Behind them, every so manyth layer has experts."""
     topk_method: TopkMethod = "noaux_tc"
+    """How experts are chosen: `greedy`, `group_limited_greedy` (V2), or `noaux_tc` (V3: groups, and a bias that balances)."""
     scoring_func: ScoringFunction = "sigmoid"
+    """What turns the router's logits into scores."""
     n_group: int = 1
+    """Groups of experts."""
     topk_group: int = 1
+    """Groups that a token's experts come from."""
     norm_topk_prob: bool = True
+    """Weights of a token's experts add up to 1, before they are scaled."""
     routed_scaling_factor: float = 1.0
+    """Times the sum of the routed experts."""
 
     # Multi-token prediction (DeepSeek-V3, 2412.19437, section 2.2)
     num_nextn_predict_layers: int = 0
+    """Modules, each of which predicts one token further."""
 
     bos_token_id: int | None = 0
     """None, or -1: there is no such token."""
     eos_token_id: int | None = 1
+    """Ends a text; None, or -1: there is no such token."""
 
     # Shoal's own
     qk_norm: bool = False

@@ -35,6 +35,7 @@ class TuneOptions:
     final: float = 0.1
     """Share of the peak that is left at the end."""
     weight_decay: float = 0.0
+    """Decoupled: every step takes rate times decay off the weights."""
     clip: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
     micro_tokens: int = 8192
@@ -44,6 +45,7 @@ class TuneOptions:
     lora_alpha: float = 0.0
     """Scale of the adapters times their rank; 0: twice the rank."""
     seed: int = 0
+    """Of order and draws."""
 
     def validate(self) -> None:
         """Raise `UserError` on the first option that cannot work."""
@@ -78,6 +80,7 @@ class SFTCommand:
     epochs: float = 1.0
     """Times that every conversation is seen, unless --steps says when to stop."""
     steps: int | None = None
+    """Updates; None: as many as --epochs makes."""
     batch_tokens: int = 16384
     """Tokens of one update, at most; a longer conversation makes one by itself."""
     max_length: int | None = None
@@ -154,6 +157,7 @@ class GRPOCommand:
     """What replies to --data are worth: exact, numeric, form, pattern, brevity, code, or a function of your own as FILE.py:NAME or
     MODULE:NAME, called with (prompt, reply, answer) in a sandbox; each with *WEIGHT if it is not 1. They are added."""
     steps: int = 100
+    """Rounds of answering and learning."""
     prompts: int = 32
     """Problems of one step."""
     group: int = 8
@@ -210,6 +214,7 @@ class DPOCommand:
     beta: float = 0.1
     """How strongly the model is held to the one it starts from."""
     epochs: float = 1.0
+    """Times that every pair is seen, unless --steps says when to stop."""
     steps: int | None = None
     """Updates; None: as many as --epochs makes."""
     pairs: int = 32
@@ -239,6 +244,7 @@ class ReasoningCommand:
     base: str | None = None
     """A pretrained model to begin with, such as the folder `base` of an earlier run, instead of pretraining one."""
     pretrain_tokens: int = 9_000_000
+    """Tokens of worked problems."""
     demonstrations: int = 24_000
     """Conversations to fine-tune on."""
     openness: float = 0.25
@@ -246,11 +252,15 @@ class ReasoningCommand:
     steps: int = 80
     """Of reinforcement."""
     prompts: int = 32
+    """Problems of one step."""
     group: int = 8
+    """Replies to every problem."""
     max_tokens: int = 256
+    """Of a reply."""
     eval_problems: int = 200
     """Held-out problems of each task."""
     seed: int = 0
+    """Of problems, weights and draws."""
 
     def validate(self) -> None:
         """Raise `UserError` on the first option that cannot work."""

@@ -24,6 +24,8 @@ T = TypeVar("T")
 RULES = ("baseline", "exportable", "full")
 """What `shoal train` can be told in place of a recipe: rules that make one from a budget (`plan.rules`)."""
 
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
 
 def recipe_names() -> list[str]:
     """Names of the recipes that come with Shoal."""
@@ -90,7 +92,8 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
             return float(value)
         elif type(value) is (origin or option) or (value is None and option is type(None)):
             return value
-    raise UserError(f"{where} cannot be {value!r}: expected {str(hint).replace('typing.', '')}")
+    expected = KINDS.get(hint) or str(hint).replace("typing.", "")
+    raise UserError(f"{where} cannot be {value!r}: expected {expected}")
 
 
 def to_toml(config: Any) -> str:

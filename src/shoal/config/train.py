@@ -52,7 +52,9 @@ class OptimizerConfig:
     name: Literal["muon", "adamw"] = "muon"
     """`adamw` uses AdamW for everything, hidden matrices with `adam_lr`."""
     muon_lr: float = 0.02
+    """Hidden matrices, with name = muon; an update has a root mean square of 0.2 at rate 1."""
     muon_momentum: float = 0.95
+    """Share of the running mean of gradients that a step keeps."""
     muon_steps: int = 5
     """Newton-Schulz iterations."""
     muon_split: bool = False
@@ -60,9 +62,13 @@ class OptimizerConfig:
     adam_lr: float = 0.004
     """Router, norms, and with name = adamw everything that has no rate of its own."""
     embed_lr: float = 0.02
+    """The embedding, and other tables with a row for every token."""
     head_lr: float = 0.004
+    """The output head."""
     adam_betas: tuple[float, float] = (0.9, 0.95)
+    """Shares of the running means of gradients and of their squares that a step keeps."""
     adam_eps: float = 1e-10
+    """Added to what AdamW divides by."""
     weight_decay: float = 0.1
     """Decoupled: every step takes rate times decay off hidden matrices. Norms have none."""
     embed_decay: float = 0.01
@@ -98,6 +104,7 @@ class ScheduleConfig:
     """What changes over the budget: the learning rate, as a share of its peak, and in the end the context."""
 
     name: Literal["trapezoid", "cosine"] = "trapezoid"
+    """A straight rise, a plateau and a straight fall, or a rise and half a cosine."""
     warmup: float = 0.02
     """Share of the budget spent rising from 0."""
     decay: float = 0.6
@@ -124,7 +131,9 @@ class MTPConfig:
     """Weight of the multi-token prediction loss, linear from `weight` to `final_weight` over the budget."""
 
     weight: float = 0.3
+    """At the beginning."""
     final_weight: float = 0.1
+    """At the end."""
     begins: float = 0.0
     """Share of the budget after which it is learnt; before, it costs nothing. With its second pass through the head it is much of what a
     small model computes."""
@@ -164,7 +173,9 @@ class CheckpointConfig:
     every_minutes: float = 2.0
     """Save when this long has passed since the last save; 0: only by steps."""
     keep_last: int = 2
+    """Newest checkpoints that are kept."""
     keep_best: bool = True
+    """Keep the one with the best evaluation, too."""
 
 
 @dataclass
@@ -172,12 +183,12 @@ class TrainConfig:
     """Everything `shoal train` can be told. One of `minutes`, `tokens` and `steps` sets the budget."""
 
     data: tuple[str, ...] = ()
-    """Text, JSON Lines (.gz, .zst) or Parquet files or folders, or hf:NAME for a Hugging Face dataset.
-    None: the Python standard library's source on this machine."""
+    """Text, JSON Lines (.gz, .zst) or Parquet files or folders, or hf:NAME for a Hugging Face dataset. Without: the Python standard
+    library's source on this machine."""
     start: str | None = None
     """MODEL whose weights, shape and tokenizer to begin with, in place of random weights in the shape of `model`."""
     qat: Literal["int4"] | None = None
-    """Round matrices to 4 bits in every forward pass, as `shoal quantize --bits 4` will do when training is over."""
+    """With --start: round matrices to 4 bits in every forward pass, as `shoal quantize --bits 4` will do when training is over."""
     out: str | None = None
     """Run folder. None: a new one under runs/."""
     resume: bool = False
@@ -190,8 +201,11 @@ class TrainConfig:
     minutes: float | None = None
     """Time budget of the training loop; the schedule ends when it ends."""
     tokens: int | None = None
+    """The budget in tokens."""
     steps: int | None = None
+    """The budget in optimizer steps."""
     sequence_length: int = 512
+    """Tokens of a row."""
     batch_size: int = 16
     """Sequences per optimizer step, over all ranks."""
     memory_limit: str | None = None
@@ -213,10 +227,12 @@ class TrainConfig:
     eval_tokens: int = 32768
     """Held-out tokens of a quick evaluation; the final one reads everything, up to 64 times as many."""
     seed: int = 0
+    """Of first weights and the order of the data."""
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     """`auto` takes bf16 where it multiplies faster than fp32 by a factor of 1.3 (on a CPU 4), else fp32. `fp8`: matrices of attention and
     feed-forward layers multiply in block-scaled FP8, everything else runs in fp32 (on a GPU in bf16)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: a GPU where there is one."""
     threads: int = 0
     """CPU threads; 0: one per core, divided among the processes on a machine."""
     nproc: int = 1
@@ -320,6 +336,8 @@ class TrainConfig:
         if self.teacher.order and (self.model.count_order or self.model.logit_softcap):
             raise UserError("a teacher that counts is for models without counts and without logit_softcap: set teacher.order 0")
         self.validate_sampled_softmax()
+        if self.qat and self.start is None:
+            raise UserError("--qat int4 fine-tunes: name the model to begin with by --start (matrices that start at zero would stay there)")
         if self.qat and (self.precision == "fp8" or "swiglu" in self.recompute):
             raise UserError("--qat int4 has products of its own: leave precision fp8 and recompute swiglu away")
         if self.update_early and (self.optimizer.clip or (micro or self.batch_size) != self.batch_size):

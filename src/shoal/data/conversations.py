@@ -118,7 +118,10 @@ def conversation_of(row: Any, place: str) -> Conversation:
     elif "instruction" in row and "output" in row:
         messages = _alpaca(row, place)
     else:
-        raise UserError(f"{place} has neither messages, nor conversations, nor instruction and output, but {', '.join(row) or 'nothing'}")
+        raise UserError(
+            f"{place} has neither messages, nor conversations, nor instruction and output, but {', '.join(row) or 'nothing'}: "
+            "shoal sft --help says what these hold"
+        )
     return Conversation(_behind_system(row, messages, place), _tools(row, place))
 
 

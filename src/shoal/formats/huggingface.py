@@ -261,6 +261,8 @@ def _fp8_block(raw: dict[str, Any]) -> tuple[int, int]:
     if not isinstance(quantization, dict):
         raise UserError(f"quantization_config is {quantization!r}: it must be a table, or absent")
     method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
+    if method == "shoal":
+        raise UserError("this model is quantized for Shoal's engine: name the model that it was made of")
     if method != "fp8" or not block:
         raise UserError(f"weights quantized by {method!r} are not supported here: use the original files or block-scaled FP8")
     if not isinstance(block, list) or len(block) != 2 or not all(type(side) is int and 0 < side < 2**31 for side in block):

@@ -63,6 +63,8 @@ def layout_of(config: TrainConfig, world: int, local_world: int | None = None) -
     if world > 1:
         _refuse_what_is_for_one(config)
     asked = config.parallel
+    if world == 1 < (needed := asked.pipeline * asked.expert):
+        raise UserError(f"parallel.pipeline {asked.pipeline} and parallel.expert {asked.expert} need processes: add --nproc {needed}")
     per_node = asked.per_node or local_world or world
     import torch  # not before it is needed: help texts do without
 

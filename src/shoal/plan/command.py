@@ -56,6 +56,19 @@ PUBLISHED_LAYOUTS = {
 
 _USUAL_LENGTH = 4096
 """Tokens of a sequence, where a plan is not told otherwise."""
+_FOR_A_MACHINE = (
+    "devices",
+    "nodes",
+    "tokens",
+    "flat",
+    "serve_batch",
+    "context",
+    "cache",
+    "intra_node_gb_s",
+    "inter_node_gb_s",
+    "price_per_hour",
+)
+"""What says nothing without a machine."""
 _LAYOUT_OPTIONS = ("pipeline", "expert", "schedule", "chunks", "micro_batch", "recompute", "zero", "precision", "optimizer", "moment_bytes")
 
 
@@ -114,6 +127,9 @@ def _machine(command: PlanCommand) -> Machine | None:
             named = named or _published(command)[0]
         if named is None and (_wants_training(command) or command.serve):
             raise UserError(f"no machine given: use --machine with one of {', '.join(MACHINES)} or a TOML file, or --here")
+        idle = [name for name in _FOR_A_MACHINE if getattr(command, name) != getattr(PlanCommand, name)]
+        if named is None and idle and command.expert_load is None:
+            raise UserError(f"--{idle[0].replace('_', '-')} needs a machine: add --machine or --here")
         if named is None:
             return None
         machine = load_machine(named)

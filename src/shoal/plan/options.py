@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -26,7 +26,7 @@ _PICTURES = (".png", ".svg", ".pdf")
 class PlanCommand:
     """What a model costs to train and to serve, by arithmetic and simulation."""
 
-    model: tyro.conf.Positional[str | None] = None
+    model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = None
     """Built-in name (deepseek-v3, deepseek-v2, deepseek-v2-lite, llama-3.1-8b, -70b, -405b, qwen2.5-72b), config.json, or a folder
     with one (checkpoint or run). Not needed with --here."""
     machine: str | None = None
@@ -47,12 +47,14 @@ class PlanCommand:
     """Draw the pipeline's timeline into this file."""
 
     train: bool = False
-    """Plan training (also asked for by any of the options below it)."""
+    """Plan training. Also asked for by --published, --search, --batch, --chart, --timeline, and by options of the layout, --pipeline to
+    --moment-bytes."""
     published: bool = False
     """Use the machine, layout and batch that the model was published with (deepseek-v3)."""
     search: bool = False
     """Look for the fastest layout that fits on --devices; what is given of it stays."""
     devices: int | None = None
+    """Of the machine. Default: 1, or as many as the model was published with."""
     nodes: int | None = None
     """Instead of --devices: whole nodes of the machine."""
     batch: int | None = None
@@ -60,17 +62,25 @@ class PlanCommand:
     tokens: float = 1e12
     """Length of the training run that hours and cost are for."""
     pipeline: int | None = None
+    """Stages that the layers are divided into."""
     expert: int | None = None
+    """Devices that a layer's experts are divided among."""
     schedule: Literal["1f1b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipev"] | None = None
+    """Of the pipeline."""
     chunks: int | None = None
     """Stages per device of the interleaved schedule."""
     micro_batch: int | None = None
+    """Sequences of one forward pass."""
     recompute: Literal["none", "selective", "full"] | None = None
+    """What the backward pass computes again: nothing, what is cheap for its size, or whole layers."""
     zero: Literal[0, 1, 3] | None = None
     """What data-parallel ranks share: 0 nothing, 1 optimizer states, 3 weights and gradients too (FSDP)."""
     precision: Literal["fp32", "bf16", "fp8"] | None = None
+    """Of products."""
     optimizer: Literal["adamw", "muon"] | None = None
+    """For hidden matrices."""
     moment_bytes: Literal[2, 4] | None = None
+    """Bytes of each of an optimizer's moments."""
     flat: bool = False
     """Send a token to every expert rank by itself instead of once per node."""
 
@@ -79,6 +89,7 @@ class PlanCommand:
     context: int | None = None
     """Tokens of a sequence that is served. Default: as for --sequence-length."""
     cache: Literal["bf16", "fp8"] = "bf16"
+    """Number format of cached tokens."""
     serve_batch: int | None = None
     """Sequences decoded together. Default: what fits, at most 128."""
 
@@ -90,7 +101,9 @@ class PlanCommand:
     intra_node_gb_s: float | None = None
     """Override the machine's link inside a node."""
     inter_node_gb_s: float | None = None
+    """Override its link between nodes, of one device."""
     price_per_hour: float | None = None
+    """Override what a device costs an hour, in dollars."""
     assume: Assumptions = field(default_factory=Assumptions)
 
     def validate(self) -> None:

@@ -32,7 +32,7 @@ class FileTask:
         self.name, self._training = name, training
         file = Path(path).expanduser()
         if not file.is_file():
-            raise UserError(f"{path} of task {name} is not a file: name a JSON Lines or Parquet file")
+            raise UserError(f"{path} is not a file: name a JSON Lines or Parquet file of problems")
         self.rows = [self.problem(row, place) for place, row in read_rows(file)]
         if not self.rows:
             raise UserError(f"{path} of task {name} holds no problems")

@@ -17,6 +17,7 @@ from shoal.cli import main
 from shoal.config import TrainConfig, UserError, parse_bytes
 from shoal.config.recipes import load_recipe
 from shoal.plan.measures import Measures, candidates, predicted_bytes, predicted_seconds
+from shoal.train.run_folder import RunFolder, run_facts
 
 MIB = 1 << 20
 BESIDE = 300 * MIB
@@ -36,6 +37,7 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
         return 1.1 * predicted_bytes(config, measures_of(config)) + BESIDE
 
     monkeypatch.setattr(memory_limit, "trial", trial)
+    monkeypatch.setattr(memory_limit, "prepare", lambda config: None)
     return seen
 
 
@@ -79,6 +81,18 @@ def test_what_does_not_fit_is_refused_with_what_would(trials: list[TrainConfig])
     enough = str(refusal.value).split("--memory-limit ")[1].split()[0]
     assert memory_limit.fit(dataclasses.replace(config, memory_limit=enough))
     assert "--sequence-length" in str(refusal.value)
+
+
+def test_a_run_that_goes_on_keeps_its_measures_and_what_it_learns(trials: list[TrainConfig], tmp_path: Path) -> None:
+    asked = recipe(memory_limit="420M", out=str(tmp_path / "run"))
+    first = Measures(4, bf16_moments=True).apply(asked)
+    (tmp_path / "run").mkdir()
+    RunFolder(tmp_path / "run").write_json("run.json", run_facts(first, "", "fp32"))
+    tried = len(trials)
+    again = memory_limit.go_on(dataclasses.replace(asked, resume=True))
+    assert (measures_of(again), len(trials)) == (measures_of(first), tried)
+    more = memory_limit.go_on(dataclasses.replace(asked, memory_limit="4G", resume=True))
+    assert measures_of(more) == Measures(asked.batch_size, bf16_moments=True)
 
 
 def test_what_was_asked_for_stays(trials: list[TrainConfig]) -> None:

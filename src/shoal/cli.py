@@ -87,10 +87,10 @@ def train(args: list[str]) -> None:
     if config.nproc > 1 and "RANK" not in os.environ:
         _start_processes(config, None if derived is not None else given)
         return
-    if config.memory_limit and not config.resume and not is_member():
-        from .memory_limit import fit
+    if config.memory_limit and not is_member():
+        from .memory_limit import fit, go_on
 
-        config = fit(config)
+        config = go_on(config) if config.resume else fit(config)
     with ending_with_others():
         trained = run(config)
     if trained.reports:
@@ -102,7 +102,10 @@ def _start_processes(config: TrainConfig, args: list[str] | None) -> None:
     from .config.recipes import write_toml
     from .parallel.launch import launch
     from .parallel.layout import layout_of
+    from .train.trainer import begin_with
 
+    if config.start:
+        config, _ = begin_with(config)
     config.validate()
     layout_of(config, config.nproc)
     with tempfile.TemporaryDirectory() as folder:

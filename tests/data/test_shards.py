@@ -47,6 +47,15 @@ def texts_of(prepared: PreparedData, split: TokenShards) -> list[str]:
     return texts
 
 
+def test_a_long_document_in_pieces_is_the_document(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = prepare_folder(data, cache="whole")
+    monkeypatch.setattr(shards, "LONG", 60)
+    pieces = prepare_folder(data, tokenizer=whole.tokenizer, cache="pieces")
+    assert texts_of(pieces, pieces.train) == TEXTS[:50]
+    assert pieces.train.num_tokens <= 1.02 * whole.train.num_tokens
+    assert list(pieces.train.document_bytes) == list(whole.train.document_bytes)
+
+
 def test_documents_come_back_exactly(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "BATCH_CHARACTERS", 500)
     prepared = prepare_folder(data)

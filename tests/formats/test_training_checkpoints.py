@@ -146,6 +146,8 @@ def test_a_checkpoint_of_the_same_step_is_kept(make_model: Make, tokenizer: Any,
     path = save_checkpoint(tmp_path, 3, make_model(), tokenizer, {"n": 1})
     assert save_checkpoint(tmp_path, 3, make_model(), tokenizer, {"n": 2}) == path
     assert load_checkpoint_state(path) == {"n": 1}
+    assert save_checkpoint(tmp_path, 3, make_model(), tokenizer, {"n": 2}, again=True) == path
+    assert load_checkpoint_state(path) == {"n": 2}
 
 
 def test_damaged_state_is_one_line(make_model: Make, tokenizer: Any, tmp_path: Path) -> None:

@@ -67,6 +67,15 @@ def test_quantized_tiles_are_equal_to_the_bit(kernels: Any, rows: int, columns: 
     assert data.view(torch.uint8).equal(expected.data.view(torch.uint8))
 
 
+def test_a_tile_with_nan_has_no_scale(kernels: Any) -> None:
+    x = numbers(3, 200)
+    x[1, 5], x[2, 150] = float("nan"), float("inf")
+    for power_of_two in (False, True):
+        scales = kernels.quantize_tiles(x, power_of_two)[1]
+        assert scales.isfinite().equal(fp8.quantize_tiles(x, power_of_two=power_of_two).scales.isfinite())
+        assert scales.isfinite().tolist() == [[True, True], [False, True], [True, False]]
+
+
 @pytest.mark.parametrize(("rows", "columns", "outputs"), SHAPES)
 def test_products_are_equal(kernels: Any, rows: int, columns: int, outputs: int) -> None:
     """To the bit where no partial sum is rounded, whatever its order; otherwise up to the rounding of 128 sums in fp32."""

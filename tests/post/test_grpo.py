@@ -174,7 +174,7 @@ def test_the_command_trains_evaluates_and_saves(chat_model: Path, tmp_path: Path
 
 def test_checkpoints_on_the_way_have_adapters_merged(chat_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    args = ["--steps", "2", "--prompts", "2", "--group", "2", "--max-tokens", "8", "--eval-problems", "2", "--save-every", "1"]
+    args = ["--steps", "2", "--prompts", "2", "--group", "2", "--max-tokens", "8", "--eval-problems", "2", "--save-minutes", "1e-9"]
     assert main(["grpo", str(chat_model), "--tasks", "strings", "--out", str(out), *args, "--lora-rank", "2"]) == 0
     first, last = complete_checkpoints(out)
     assert load_model(first).state_dict().keys() == load_model(last).state_dict().keys()

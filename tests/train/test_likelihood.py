@@ -117,3 +117,11 @@ def test_xz_is_measured_on_the_texts_one_after_the_other() -> None:
     data = "".join(texts).encode()
     assert xz_bits_per_byte(texts) == 8 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / len(data)
     assert xz_bits_per_byte(texts) < 8
+
+
+def test_long_documents_are_cut_to_what_was_asked_for() -> None:
+    tokenizer = train_tokenizer(["a b c"], 300)
+    few = held_out(prepared(tokenizer, [200, 4, 200]), 40)
+    assert [len(tokens) for tokens, _ in few] == [40]
+    tokens, size = few[0]
+    assert size == sum(len(tokenizer.token_bytes(token)) for token in tokens.tolist() if token != tokenizer.bos_id)

@@ -83,11 +83,13 @@ def test_fine_tuning_makes_up_for_most_of_what_rounding_costs(workshop: Path, tm
     """Beside as much fine-tuning without rounding, which is then rounded to nearest."""
     text = tmp_path / "sums.txt"
     text.write_text(sums(8000), encoding="utf-8")
-    shape = [part for name, value in CALCULATOR.items() for part in (f"--{name}", str(value))]
+    options = [(f"--{name}", str(value)) for name, value in CALCULATOR.items()]
+    common = [part for option in options if not option[0].startswith("--model.") for part in option]
+    shape = [part for option in options if option[0].startswith("--model.") for part in option]
 
     def learn(name: str, *more: str) -> Path:
         places = ["--data", str(text), "--corpus.cache", str(tmp_path / "cache"), "--out", str(tmp_path / name)]
-        assert main(["train", str(workshop / "recipe.toml"), *places, *shape, "--model.zero-init-output", *more]) == 0
+        assert main(["train", str(workshop / "recipe.toml"), *places, *common, *more]) == 0
         return tmp_path / name
 
     def rounded(run: Path) -> tuple[float, float]:
@@ -96,7 +98,7 @@ def test_fine_tuning_makes_up_for_most_of_what_rounding_costs(workshop: Path, tm
         result = json.loads(capsys.readouterr().out.splitlines()[-1])
         return result["bpb_before"], result["bpb_after"]
 
-    base = learn("base", "--steps", "1500")
+    base = learn("base", *shape, "--model.zero-init-output", "--steps", "1500")
     rates = ["--optimizer.muon-lr", "0.0015", "--optimizer.embed-lr", "0.0006", "--optimizer.adam-lr", "0.0003"]
     tuning = ["--start", str(base), "--steps", "400", *rates]
     plain, after = rounded(learn("plain", *tuning))

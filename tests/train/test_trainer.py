@@ -153,8 +153,16 @@ def test_saving_and_evaluating_are_due_by_the_minute() -> None:
     due = replace(TrainConfig(eval_every_minutes=3), checkpoint=CheckpointConfig(every_minutes=2))
     for seconds, save, evaluation in ((129, False, False), (131, True, False), (189, True, False), (191, True, True)):
         at = Counters(step=1, seconds=seconds, last_save=10, last_eval=10)
-        state: Any = SimpleNamespace(config=due, counters=at)
+        state: Any = SimpleNamespace(config=due, counters=at, _saving_took=1)
         assert (TrainState.save_is_due(state), TrainState.evaluation_is_due(state)) == (save, evaluation)
+
+
+def test_what_takes_long_to_save_is_saved_seldom() -> None:
+    at = Counters(step=1, seconds=200, last_save=10)
+    state: Any = SimpleNamespace(config=TrainConfig(checkpoint=CheckpointConfig(every_minutes=2)), counters=at, _saving_took=8.0)
+    assert not TrainState.save_is_due(state)
+    at.seconds = 211
+    assert TrainState.save_is_due(state)
 
 
 def test_the_same_seed_gives_the_same_losses(config: TrainConfig, tmp_path: Path, trained: Path) -> None:

@@ -20,8 +20,18 @@ class RunFolderOptions:
     """Run folder. None: a new one under runs/."""
     overwrite: bool = False
     """Discard a run that --out already holds."""
+    save_minutes: float = 10.0
+    """Minutes between checkpoints; 0: only at the end."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept."""
     json: bool = False
     """End stdout with the summary as one JSON object."""
+
+    def validate(self) -> None:
+        """Raise `UserError` on the first option that cannot work."""
+        if not 0 <= self.save_minutes < math.inf:
+            raise UserError(f"--save-minutes is {self.save_minutes}: it must be 0 or more")
+        require_at_least_one(self, "keep_last")
 
 
 @dataclass
@@ -99,6 +109,7 @@ class SFTCommand:
     def validate(self) -> None:
         """Raise `UserError` on the first option that cannot work."""
         self.tune.validate()
+        self.folder.validate()
         if not self.data:
             raise UserError("there is nothing to learn from: give --data PATH...")
         for name in ("mtp_weight", "balance_speed", "balance_loss", "preview"):
@@ -178,12 +189,11 @@ class GRPOCommand:
     """Held-out problems of every task."""
     max_running: int = 128
     """Replies that are written at the same time."""
-    save_every: int = 0
-    """Steps between checkpoints; 0: only at the end."""
 
     def validate(self) -> None:
         """Raise `UserError` on the first option that cannot work."""
         self.tune.validate()
+        self.folder.validate()
         self.policy.validate()
         require_at_least_one(self, "steps", "prompts", "updates", "max_tokens", "max_running", "eval_problems")
         if self.group < 2:
@@ -195,9 +205,8 @@ class GRPOCommand:
         sources = len(self.tasks) + (self.data is not None)
         if self.prompts < sources:
             raise UserError(f"--prompts is {self.prompts}: with {sources} tasks it must be at least that many")
-        for name in ("eval_every", "save_every"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be 0 or more")
+        if self.eval_every < 0:
+            raise UserError(f"--eval-every is {self.eval_every}: it must be 0 or more")
 
 
 @dataclass
@@ -225,6 +234,7 @@ class DPOCommand:
     def validate(self) -> None:
         """Raise `UserError` on the first option that cannot work."""
         self.tune.validate()
+        self.folder.validate()
         if not self.data:
             raise UserError("there is nothing to learn from: give --data PATH...")
         if not 0 < self.beta < math.inf:

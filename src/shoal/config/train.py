@@ -171,7 +171,7 @@ class CheckpointConfig:
     every_steps: int = 0
     """Save every so many steps; 0: only by time."""
     every_minutes: float = 2.0
-    """Save when this long has passed since the last save; 0: only by steps."""
+    """Save when this long has passed since the last save, or longer, so that saving takes a 25th of the time at most; 0: only by steps."""
     keep_last: int = 2
     """Newest checkpoints that are kept."""
     keep_best: bool = True

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from ..atomic import new_folder
 
@@ -19,8 +21,17 @@ def build_once(folder: Path, build: Callable[[Path], object]) -> None:
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with _held(FileLock(f"{folder}.lock"), folder.name):
         if folder.exists():
             return
         with new_folder(folder) as partial:
             build(partial)
+
+
+def _held(lock: FileLock, name: str) -> AbstractContextManager[object]:
+    """The lock, which may take another process's hours."""
+    try:
+        return lock.acquire(timeout=1)
+    except Timeout:
+        print(f"waiting for another process that prepares {name}", file=sys.stderr)
+        return lock.acquire()

@@ -22,6 +22,8 @@ Document = tuple[str, int]
 COMPRESSED = (".gz", ".zst")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 LONGEST_PIECE = 65536
+PACKED_PIECE = 4096
+"""Bytes that are unpacked at once: of logs and the like each becomes thousands."""
 COLUMN_OPTIONS = "--corpus.text-column (shoal train) or --text-column (shoal eval, shoal quantize)"
 
 
@@ -224,7 +226,7 @@ def _open(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
         elif path.suffix.lower() == ".zst":
             zstandard = import_optional("zstandard", f"read {path}")
             try:
-                yield raw, io.BufferedReader(_ZstdFrames(raw, zstandard))
+                yield raw, io.BufferedReader(_ZstdFrames(raw, zstandard), 1 << 20)
             except zstandard.ZstdError as error:
                 raise UserError(f"cannot read {path}: {error}") from error
         else:
@@ -238,7 +240,7 @@ class _ZstdFrames(io.RawIOBase):
         self._raw = raw
         self._new_frame = zstandard.ZstdDecompressor().decompressobj
         self._frame: Any = None
-        self._ready = b""
+        self._ready = memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -246,14 +248,14 @@ class _ZstdFrames(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
             packed = self._frame.unused_data if self._frame and self._frame.eof else b""
-            packed = packed or self._raw.read(LONGEST_PIECE)
+            packed = packed or self._raw.read(PACKED_PIECE)
             if not packed:
                 if self._frame and not self._frame.eof:
                     raise EOFError("it ends before its last Zstandard frame does")
                 return 0
             if self._frame is None or self._frame.eof:
                 self._frame = self._new_frame()
-            self._ready = self._frame.decompress(packed)
+            self._ready = memoryview(self._frame.decompress(packed))
         size = min(len(buffer), len(self._ready))
         buffer[:size] = self._ready[:size]
         self._ready = self._ready[size:]

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,8 @@ from .tokenizer import Tokenizer, train_tokenizer
 FORMAT = 2
 """Part of the name of everything kept: raise it when the files, the choice of documents or the training of tokenizers change."""
 BATCH_CHARACTERS = 2_000_000
+LONG, AT_ONCE = 500_000, 4
+"""Characters of a text that is encoded in pieces, and pieces that are encoded at once."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,9 @@ def _tokenize(corpus: Corpus, tokenizer: Tokenizer, folder: Path, progress: bool
         show_progress(f"tokenizing {corpus.name}", progress) as report,
     ):
         for documents in _batches(corpus.documents()):
-            encoded = tokenizer.encode_batch([document.text for document in documents])
-            for document, ids in zip(documents, encoded, strict=True):
+            whole = iter(tokenizer.encode_batch([document.text for document in documents if len(document.text) <= LONG]))
+            for document in documents:
+                ids = next(whole) if len(document.text) <= LONG else _encode_long(tokenizer, document.text)
                 (val if document.held_out else train).add(ids, len(document.text.encode()))
             tokens, size = train.num_tokens + val.num_tokens, train.num_bytes + val.num_bytes
             report(documents[-1].progress, f"{size / 1e6:.1f} MB, {tokens / 1e6:.2f}M tokens")
@@ -136,6 +139,32 @@ def _tokenize(corpus: Corpus, tokenizer: Tokenizer, folder: Path, progress: bool
             f"{val.num_tokens / 1e6:.2f}M for validation, {size / tokens:.2f} bytes per token, in {time.perf_counter() - start:.1f} s",
             file=sys.stderr,
         )
+
+
+def _encode_long(tokenizer: Tokenizer, text: str) -> array[int]:
+    """The tokens of a long text, which would take 140 bytes for each of its own at once. Cut where tokenizers cut: before a space."""
+    ids = array("I")
+    pieces, start = [], 0
+    while start < len(text):
+        end = _cut(text, start)
+        pieces.append(text[start:end])
+        start = end
+        if len(pieces) == AT_ONCE or start >= len(text):
+            for encoded in tokenizer.encode_batch(pieces):
+                ids.extend(encoded)
+            pieces = []
+    return ids
+
+
+def _cut(text: str, start: int) -> int:
+    """The end of a piece: the last single space between words, if there is one in its second half."""
+    end = at = start + LONG
+    if end >= len(text):
+        return len(text)
+    while (at := text.rfind(" ", start + LONG // 2, at)) > 0:
+        if not text[at - 1].isspace() and text[at + 1].isalnum():
+            return at
+    return end
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -169,8 +198,8 @@ class _Writer:
         self._tokens = self._path.with_suffix(".tokens").open("wb")
         return self
 
-    def add(self, ids: list[int], num_bytes: int) -> None:
-        data = np.array([*self._head, *ids, *self._tail], dtype=self._dtype)
+    def add(self, ids: Sequence[int], num_bytes: int) -> None:
+        data = np.concatenate([self._head, ids, self._tail]).astype(self._dtype)
         self._tokens.write(data.tobytes())
         self._hash.update(data.tobytes())
         self.num_tokens += len(data)

@@ -32,9 +32,16 @@ class SavesFiles(Protocol):
 
 
 def save_checkpoint(
-    run: Path, step: int, model: Transformer, tokenizer: SavesFiles, state: dict[str, Any], generation: dict[str, Any] | None = None
+    run: Path,
+    step: int,
+    model: Transformer,
+    tokenizer: SavesFiles,
+    state: dict[str, Any],
+    generation: dict[str, Any] | None = None,
+    *,
+    again: bool = False,
 ) -> Path:
-    """Write the checkpoint of `step`, weights in fp32, and return its folder; a complete one of that step is left as it is.
+    """Write the checkpoint of `step`, weights in fp32, and return its folder; unless `again`, a complete one of that step is left as it is.
 
     `state` may hold tensors, numbers, strings, None, and lists, tuples and dictionaries of them, because loading it must
     not be able to run code; anything else raises `TypeError`. `generation` is what `generation_config.json` says besides the ends of
@@ -42,7 +49,7 @@ def save_checkpoint(
     """
     _check_plain(state, "state")
     final = checkpoint_folder(run, step)
-    if is_complete(final):
+    if is_complete(final) and not again:
         return final
     with new_folder(final) as folder:
         # Without the MTP layers' copies of embedding and head: only exports need those.
@@ -59,15 +66,15 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint_state(path: Path) -> dict[str, Any]:
-    """The trainer's state in a complete checkpoint, tensors on the CPU.
+def load_checkpoint_state(path: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """The trainer's state in a complete checkpoint, tensors on the CPU; `mapped`: where they lie in the file, for those who copy them.
 
     Raises `UserError` when the checkpoint is not complete or its state cannot be read.
     """
     if not is_complete(path):
         raise UserError(f"{path} is not a complete checkpoint: resume from another")
     try:
-        return torch.load(path / STATE, map_location="cpu", weights_only=True)
+        return torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
         raise UserError(f"{path / STATE} is damaged: resume from another checkpoint") from None
 

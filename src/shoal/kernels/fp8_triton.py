@@ -30,6 +30,7 @@ def _quantize_tiles(x, data, scales, rows, columns, tiles, ROWS: tl.constexpr, T
     if POWER_OF_TWO:
         bits = scale.to(tl.int32, bitcast=True)
         scale = (((bits + 0x7FFFFF) >> 23) << 23).to(tl.float32, bitcast=True)  # mantissa 0, exponent rounded up
+    scale = tl.where(tl.max((value != value).to(tl.int32), axis=1) > 0, float("nan"), scale)  # which maxima pass over
     quotient = tl.div_rn(value, tl.broadcast_to(scale[:, None], (ROWS, TILE)))
     # Rounded to nearest, ties to even, here: what a conversion does with numbers that E4M3 holds is the same everywhere.
     size = tl.abs(quotient)

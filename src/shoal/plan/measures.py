@@ -106,7 +106,13 @@ def predicted_bytes(config: TrainConfig, measures: Measures) -> float:
     heads = 1 + model.num_nextn_predict_layers
     kept += (2 * heads + 4 * model.num_nextn_predict_layers) * model.hidden_size * 4
     activations = tokens * (kept + working) + logits
-    return 4 * count.trained + gradients + moments + ORTHOGONALISED + activations * GAPS[measures.return_memory]
+    rounded = 0.0
+    if config.precision == "fp8":  # simulated: the operands of a product are numbers of four bytes
+        width = model.hidden_size + (model.moe_intermediate_size if experts else model.intermediate_size)
+        rounded = 4 * largest + 8 * tokens * (model.num_experts_per_tok if experts else 1) * width
+    if config.qat:
+        rounded = 4 * hidden
+    return rounded + 4 * count.trained + gradients + moments + ORTHOGONALISED + activations * GAPS[measures.return_memory]
 
 
 def predicted_seconds(config: TrainConfig, measures: Measures) -> float:

@@ -28,7 +28,7 @@ from ..train.signals import StopRequest
 from .losses import row_logprobs
 from .packing import Text, best_fit, make_row
 from .progress import Progress
-from .tuning import Tuner, finish, load_trainable, open_run, save
+from .tuning import Checkpoints, Tuner, finish, load_trainable, open_run, save
 
 
 @dataclass
@@ -61,6 +61,7 @@ def run_dpo(command: DPOCommand) -> dict[str, Any]:
     tuner = Tuner(model, command.tune, steps)
     batches = endless(pairs, command)
     done, row = 0, {}
+    checkpoints = Checkpoints(folder, command.folder, model, tokenizer)
     with folder.held(), MetricsLog(folder.path, False) as log, Progress(steps) as progress, StopRequest() as stop:
         for step in range(1, steps + 1):
             row = train_step(model, machine, next(batches), command) | {"grad_norm": tuner.step(step), "step": step}
@@ -70,6 +71,7 @@ def run_dpo(command: DPOCommand) -> dict[str, Any]:
             done = step
             if stop.asked:
                 break
+            checkpoints.step(step)
     finish(model, command.tune)
     save(folder, done, model, tokenizer)
     summary = {

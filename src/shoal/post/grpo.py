@@ -37,7 +37,7 @@ from .reference import Reference
 from .rewards import Judge
 from .rollouts import Sample, Sampler
 from .tasks import Score, Task, examine, mean, parse_task, prompt_of, refuse_thinking, that_fit
-from .tuning import Tuner, finish, load_trainable, open_run, save
+from .tuning import Checkpoints, Tuner, finish, load_trainable, open_run, save
 
 
 @dataclass
@@ -96,6 +96,7 @@ class Run:
         scores: list[Score] | None = None
         began = time.perf_counter()
         done = 0
+        checkpoints = Checkpoints(folder, command.folder, self.model, self.tokenizer)
         with folder.held(), MetricsLog(folder.path, False) as log, Progress(command.steps) as progress, StopRequest() as stop:
             log.write({"step": 0, "scores": [score.row() for score in before]})
             for step in range(1, command.steps + 1):
@@ -109,8 +110,7 @@ class Run:
                 done = step
                 if stop.asked:
                     break
-                if command.save_every and step % command.save_every == 0 and not last:
-                    save(folder, step, self.model, self.tokenizer)
+                checkpoints.step(step)
         if scores is None and not stop.asked:
             scores = self.evaluate()
         finish(self.model, command.tune)

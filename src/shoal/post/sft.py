@@ -24,7 +24,7 @@ from .losses import row_losses
 from .packing import Row, Text, make_rows
 from .preview import show
 from .progress import Progress
-from .tuning import Tuner, finish, load_trainable, open_run, save, with_chat_template
+from .tuning import Checkpoints, Tuner, finish, load_trainable, open_run, save, with_chat_template
 
 
 def run_sft(command: SFTCommand) -> dict[str, Any]:
@@ -48,6 +48,7 @@ def run_sft(command: SFTCommand) -> dict[str, Any]:
     tuner = Tuner(model, command.tune, plan.steps)
     before = held_out_loss(model, machine, held_out, command)
     began, seen, done = time.perf_counter(), 0, 0
+    checkpoints = Checkpoints(folder, command.folder, model, tokenizer)
     with folder.held(), MetricsLog(folder.path, False) as log, Progress(plan.steps) as progress, StopRequest() as stop:
         for step, batch in enumerate(plan.batches(), 1):
             row = train_step(model, machine, tuner, batch, command, step)
@@ -58,9 +59,10 @@ def run_sft(command: SFTCommand) -> dict[str, Any]:
             done = step
             if stop.asked:
                 break
-    after = held_out_loss(model, machine, held_out, command)
+            checkpoints.step(step)
     finish(model, command.tune)
     save(folder, done, model, tokenizer)
+    after = held_out_loss(model, machine, held_out, command)
     summary = {
         "steps": done, "tokens": seen, "seconds": round(time.perf_counter() - began, 2), "folder": str(folder.path),
         "conversations": len(training), "val_loss_before": before, "val_loss": after, "stopped": stop.asked,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from ..config import MachineOptions, RunFolderOptions, TuneOptions, UserError
 from ..data import Tokenizer
 from ..data.chat_template import read_template
 from ..engine import Plain, load_plain
-from ..formats import save_checkpoint
+from ..formats.checkpoints import prune, save_checkpoint
 from ..formats.export import chat_template
 from ..formats.locate import locate_model
 from ..formats.weight_files import read_generation
@@ -84,6 +85,23 @@ def open_run(options: RunFolderOptions, name: str, model: str) -> RunFolder:
     folder = new_run(options, name, source)
     folder.generation = read_generation(source)
     return folder
+
+
+class Checkpoints:
+    """Saves from time to time, so that a run of hours that is killed leaves something to begin from."""
+
+    def __init__(self, folder: RunFolder, options: RunFolderOptions, model: Transformer, tokenizer: Tokenizer) -> None:
+        self._folder, self._options, self._model, self._tokenizer = folder, options, model, tokenizer
+        self._last = time.perf_counter()
+
+    def step(self, step: int) -> None:
+        """Save after this step if it is time, and let go of those no longer kept."""
+        minutes = self._options.save_minutes
+        if not minutes or time.perf_counter() - self._last < 60 * minutes:
+            return
+        save(self._folder, step, self._model, self._tokenizer)
+        prune(self._folder.path, self._options.keep_last, set())
+        self._last = time.perf_counter()
 
 
 def save(folder: RunFolder, step: int, model: Transformer, tokenizer: Tokenizer) -> None:

@@ -47,7 +47,7 @@ def run_serve(command: ServeCommand) -> None:
     host = Host(command, command.name or model_name(command.model), partial(engine_process, folder, command.machine, command.engine))
     if command.chat_template is not None:
         read_template(command.chat_template)  # refused before anything is loaded
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S", stream=sys.stderr)
     with listen(command) as sock:
         _run(_serve(host, sock))
     if isinstance(host.failure, EngineFailed):

@@ -88,10 +88,14 @@ def count_into(model: Transformer, text: TokenShards) -> float:
     return time.perf_counter() - began
 
 
+def require_enough(text: TokenShards) -> None:
+    """Raise `UserError` where there is not enough memory to count `text`."""
+    require_memory(COUNTING_BYTES * text.num_tokens, f"counting n-grams of {text.num_tokens:,} tokens", WITHOUT)
+
+
 def _count(config: ModelConfig, text: TokenShards) -> Counts:
     """Raises `UserError` where there is not enough memory."""
-    what = f"counting n-grams of {text.num_tokens:,} tokens"
-    require_memory(COUNTING_BYTES * text.num_tokens, what, WITHOUT)
+    require_enough(text)
     text = in_pieces(text)
     return count_ngrams(text.tokens, text.documents, config.count_order, config.vocab_size)
 
@@ -101,6 +105,8 @@ class Counting:
 
     def __init__(self, config: TrainConfig, text: TokenShards) -> None:
         began = time.perf_counter()
+        if config.model.count_order:  # all of it is counted when training is over: better refused now than then
+            require_enough(text)
         shape = replace(config.model, count_order=config.model.count_order or config.teacher.order, num_nextn_predict_layers=0)
         self.module = CountedNgrams(shape)
         """Answers by the counts of one half: the teacher's, until a model's own takes its place."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..data import PreparedData
+from ..data import PreparedData, Tokenizer
 from ..kernels.reference import IGNORED
 from ..model import Output, Transformer
 from ..parallel import Team
@@ -42,13 +42,26 @@ class Likelihood:
 
 
 def held_out(data: PreparedData, tokens: int) -> list[Document]:
-    """Documents of about `tokens` tokens, spread evenly over the held-out text; all of them where it is shorter."""
+    """Documents of about `tokens` tokens, spread evenly over the held-out text; all of them where it is shorter.
+
+    Where those chosen have more than twice as many, as of books, they are cut to equal beginnings.
+    """
     shards = data.val
     stride = -(-shards.num_tokens // tokens)
     # Without a begin-of-text token nothing stands before a document's first token: the end of another one then does.
     head = [] if data.tokenizer.bos_id is not None else [data.tokenizer.eos_id]
     chosen = range(0, shards.num_documents, stride)
-    return [(np.concatenate([head, shards.document(i)]).astype(np.int64), int(shards.document_bytes[i])) for i in chosen]
+    found = [(shards.document(i), int(shards.document_bytes[i])) for i in chosen]
+    if sum(len(ids) for ids, _ in found) > 2 * tokens:
+        found = [_beginning(data.tokenizer, ids, size, max(tokens // len(found), 2)) for ids, size in found]
+    return [(np.concatenate([head, ids]).astype(np.int64), size) for ids, size in found]
+
+
+def _beginning(tokenizer: Tokenizer, ids: np.ndarray, size: int, tokens: int) -> Document:
+    """The first tokens of a document, and the bytes that they write."""
+    if len(ids) <= tokens:
+        return ids, size
+    return ids[:tokens], sum(len(tokenizer.token_bytes(token)) for token in ids[:tokens].tolist() if token != tokenizer.bos_id)
 
 
 class Window(NamedTuple):

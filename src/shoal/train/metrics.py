@@ -36,6 +36,9 @@ class MetricsLog:
             return
         assert self._file is not None
         safe = finite(row)
-        self._file.write(json.dumps(safe, allow_nan=False) + "\n")
+        try:
+            self._file.write(json.dumps(safe, allow_nan=False) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
         if self._tensorboard is not None:
             self._tensorboard.write(safe)

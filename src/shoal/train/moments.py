@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,16 +31,29 @@ class Moments:
             return torch.zeros_like(p, dtype=self.dtype, memory_format=torch.contiguous_format)
         start = self._file.seek(0, 2)
         length = -(-p.numel() * self.dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._file.truncate(start + length)
+        if hasattr(os, "posix_fallocate"):  # without room on the disk, the first write to the mapping would kill the process
+            os.posix_fallocate(self._file.fileno(), start, length)
+        else:
+            self._file.truncate(start + length)
         memory = mmap.mmap(self._file.fileno(), length, offset=start)
         moment = torch.frombuffer(memory, dtype=self.dtype, count=p.numel()).view(p.shape)
         self._maps[moment.data_ptr()] = memory
         return moment
 
+    def let_go_of_all(self) -> None:
+        """As somebody else has read them."""
+        for memory in self._maps.values():
+            self._release(memory)
+
     def let_go(self, moment: Tensor) -> None:
         """Until it is needed again; costs nothing where it does not lie in a file."""
         memory = self._maps.get(moment.data_ptr())
-        if memory is not None and hasattr(mmap, "MADV_DONTNEED"):
+        if memory is not None:
+            self._release(memory)
+
+    @staticmethod
+    def _release(memory: mmap.mmap) -> None:
+        if hasattr(mmap, "MADV_DONTNEED"):
             memory.madvise(mmap.MADV_DONTNEED)
 
     def load(self, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

@@ -53,7 +53,7 @@ class Optimizers:
             {"params": small, "lr": config.adam_lr, "weight_decay": 0.0},
         ]
         experts = [p for p in hidden if p.ndim == 3] if offload else []
-        moments = Moments(DTYPES[config.moments], experts, offload)
+        self.moments = moments = Moments(DTYPES[config.moments], experts, offload)
         self.all: list[Muon | OneByOne | AdamW] = []
         if config.name == "muon":
             split = _split_matrices(pieces[0], shards)

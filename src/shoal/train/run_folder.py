@@ -102,18 +102,19 @@ class RunFolder:
 
     def keep_metrics_up_to(self, step: int) -> None:
         """Drop the rows of steps after `step` (they will be made again) and a line cut short by a kill."""
-        kept = []
-        if self.metrics.exists():
-            for line in self.metrics.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue
-                if row["step"] <= step:
-                    kept.append(line + "\n")
         temporary = self.path / ".metrics.jsonl.tmp"
-        temporary.write_text("".join(kept), encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as kept:
+            kept.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows() if row["step"] <= step)
         os.replace(temporary, self.metrics)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Of metrics.jsonl, one after the other, as a run of a million steps has half a gigabyte of them; half lines are left out."""
+        if not self.metrics.exists():
+            return
+        with self.metrics.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    yield json.loads(line)
 
     def write_config(self, config: TrainConfig) -> None:
         write_toml(config, self.path / "config.toml")

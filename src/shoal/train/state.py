@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,9 @@ from .qat import go_on, on_grid, round_weights
 from .recompute import recompute
 from .run_folder import RunFolder
 
+MOST_SAVING = 0.04
+"""Share of the time that saving by the clock may take: counts of a large text are gigabytes."""
+
 
 @dataclass
 class Counters:
@@ -38,7 +42,7 @@ class Counters:
     counting_seconds: float = 0.0
     """Taken by counting n-grams; before the first step they are part of `seconds`."""
     skipped: int = 0
-    """Steps whose loss or gradient was not finite: nothing was applied."""
+    """Steps whose loss or gradient was not finite: nothing was applied, with `update_early` nothing where a gradient was not finite."""
     best_bpb: float = float("inf")
     best_step: int = -1
     last_eval: float = 0.0
@@ -62,6 +66,8 @@ class TrainState:
     sampler: Sampler | None = None
     counters: Counters = field(default_factory=Counters)
     _saving: Future[None] | None = None
+    _saving_took: float = 0.0
+    """Seconds that the last save kept training waiting."""
 
     @classmethod
     def create(
@@ -118,19 +124,20 @@ class TrainState:
 
     def _load(self, path: Path) -> None:
         """All but the weights, and of rounded ones what they were before."""
-        saved = checkpoints.load_checkpoint_state(path)
+        saved = checkpoints.load_checkpoint_state(path, mapped=self.config.offload)
         if self.config.qat:
             go_on(self.model, saved["qat"])
         scatter_optimizers(saved["optimizers"], self.optimizers, self.config.model, self.config.optimizer, self.shards)
         self.batches.load_state_dict(saved["batches"])
         self.counters = Counters(**saved["counters"])
 
-    def save(self, bpb: float | None) -> None:
+    def save(self, bpb: float | None, *, again: bool = False) -> None:
         """Write a checkpoint, `bpb` being its bits per byte on held-out text where measured; let go of those no longer kept.
 
-        All processes of a team call this; the first one gathers copies and writes them while training goes on. A process by itself has
-        no copies and waits.
+        `again`: also where there is one of this step, which then knows less. All processes of a team call this; the first one gathers
+        copies and writes them while training goes on. A process by itself has no copies and waits.
         """
+        began = time.perf_counter()
         self.finish_saving()
         at = self.counters
         if bpb is not None and bpb < at.best_bpb:
@@ -143,13 +150,15 @@ class TrainState:
         model = gather_model(self.model, self.shards)
         if self.config.qat:
             with on_grid(self.model) as saved["qat"]:
-                self._write(model, saved, replace(at))
+                self._write(model, saved, replace(at), again)
         elif self.team.is_alone:
-            self._write(model, saved, replace(at))
+            self._write(model, saved, replace(at), again)
         elif self.team.is_first:
             writer = ThreadPoolExecutor(1, "checkpoint")
-            self._saving = writer.submit(self._write, model, saved, replace(at))
+            self._saving = writer.submit(self._write, model, saved, replace(at), again)
             writer.shutdown(wait=False)
+        self.optimizers.moments.let_go_of_all()
+        self._saving_took = self.team.agree_on_time(time.perf_counter() - began)
 
     def finish_saving(self) -> None:
         """Wait until the last checkpoint is on disk; raises what its writing raised."""
@@ -157,9 +166,9 @@ class TrainState:
             saving, self._saving = self._saving, None
             saving.result()
 
-    def _write(self, model: Transformer, saved: dict[str, Any], at: Counters) -> None:
+    def _write(self, model: Transformer, saved: dict[str, Any], at: Counters, again: bool) -> None:
         keep = self.config.checkpoint
-        checkpoints.save_checkpoint(self.folder.path, at.step, model, self.data.tokenizer, saved, self.folder.generation)
+        checkpoints.save_checkpoint(self.folder.path, at.step, model, self.data.tokenizer, saved, self.folder.generation, again=again)
         if at.best_step >= 0:
             # Written every time: a run that was killed before it got here catches up.
             self.folder.write_json("best.json", {"step": at.best_step, "val_bpb": at.best_bpb})
@@ -168,7 +177,8 @@ class TrainState:
     def save_is_due(self) -> bool:
         keep, at = self.config.checkpoint, self.counters
         by_step = keep.every_steps and at.step % keep.every_steps == 0
-        return bool(by_step or (keep.every_minutes and at.seconds - at.last_save > 60 * keep.every_minutes))
+        wait = max(60 * keep.every_minutes, self._saving_took / MOST_SAVING)
+        return bool(by_step or (keep.every_minutes and at.seconds - at.last_save > wait))
 
     def evaluation_is_due(self) -> bool:
         every = self.config.eval_every_minutes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import lzma
 import math
 from typing import Any
@@ -37,13 +36,15 @@ def xz_bits_per_byte(texts: list[str]) -> float:
 def summarize(state: TrainState, machine: Machine, scored: list[Document], final: Likelihood) -> dict[str, Any]:
     """What `summary.json` holds; keys are stable. `scored` are the held-out documents that `final` is the likelihood of."""
     at, count = state.counters, count_parameters(state.config.model)
-    rows = [json.loads(line) for line in state.folder.metrics.read_text(encoding="utf-8").splitlines()]
-    steps = [row for row in rows if "loss" in row]
-    last = steps[-max(1, round(MAX_VIO_SHARE * len(steps))) :]
-    violations = [row["max_vio"] for row in last if "max_vio" in row]
+    training_seconds = 0.0
+    violations: list[float] = []
+    for row in state.folder.rows():
+        if "loss" in row:
+            training_seconds += state.config.tokens_per_step / row["tokens_per_second"]
+            if row["step"] > at.step - max(1, round(MAX_VIO_SHARE * at.step)) and "max_vio" in row:
+                violations.append(row["max_vio"])
     texts = [state.data.tokenizer.decode(tokens.tolist()) for tokens, _ in scored]
-    # A run that its budget leaves no time for a step takes none, in no time.
-    training_seconds = sum(state.config.tokens_per_step / row["tokens_per_second"] for row in steps) or math.inf
+    training_seconds = training_seconds or math.inf  # a run that its budget leaves no time for a step takes none, in no time
     return {
         "val_bpb": final.bits_per_byte,
         "xz_bpb": xz_bits_per_byte(texts),

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..config import ModelConfig, TrainConfig, UserError
-from ..data import Batches, Tokenizer, open_corpus, prepare
+from ..data import Batches, Corpus, PreparedData, Tokenizer, open_corpus, prepare
 from ..formats.checkpoints import complete_checkpoints
 from ..formats.huggingface import open_model
 from ..formats.locate import locate_model
@@ -64,8 +64,8 @@ class Trained:
 
 def train(requested: TrainConfig) -> Trained:
     """Train as asked. Figures go to the run folder, progress to stderr; nothing is printed to stdout."""
-    requested.validate()
     requested, started = begin_with(requested) if requested.start else (requested, None)
+    requested.validate()
     team = join(requested)
     begun = team.remembered_run()
     folder = team.agree(find_run(begun or requested.out) if begun or requested.resume else None)
@@ -75,12 +75,12 @@ def train(requested: TrainConfig) -> Trained:
     machine = team.same_precision(start(requested.device, precision, requested.threads or team.cores, requested.return_memory))
     if requested.offload and machine.device.type == "cuda":
         raise UserError("--offload keeps moments where a CPU computes with them: leave it away on a GPU, or add --device cpu")
+    if requested.offload and not requested.model.n_routed_experts:
+        raise UserError("--offload is for the optimizer state of experts, of which this model has none: leave it away")
     corpus = open_corpus(requested.data, requested.corpus)
     if team.is_first:
         print(f"reading {corpus.describe()}", file=sys.stderr)
-    known = started or requested.corpus.tokenizer
-    tokenizer = Tokenizer.load(known) if known else None
-    data = team.first_then_others(lambda: prepare(corpus, tokenizer, requested.model.vocab_size, requested.corpus))
+    data = team.first_then_others(lambda: read_data(corpus, requested, started))
     if folder is None and started is not None and requested.model.count_entries and learnt_from(started) == data.fingerprint:
         raise UserError(
             f"{requested.start} has counted this very text, and so would learn to trust answers that it knows: give other data, "
@@ -113,6 +113,13 @@ def train(requested: TrainConfig) -> Trained:
     return result
 
 
+def read_data(corpus: Corpus, requested: TrainConfig, started: Path | None) -> PreparedData:
+    """The text in the tokens of the model that the run starts from, of a tokenizer that was named, or of one made for it."""
+    known = started or requested.corpus.tokenizer
+    tokenizer = Tokenizer.load(known) if known else None
+    return prepare(corpus, tokenizer, requested.model.vocab_size, requested.corpus)
+
+
 def begin_with(requested: TrainConfig) -> tuple[TrainConfig, Path]:
     """`requested` with the shape of the model that the run started from, and the folder of one with its tokenizer.
 
@@ -126,9 +133,7 @@ def begin_with(requested: TrainConfig) -> tuple[TrainConfig, Path]:
         source = locate_model(requested.start)
         with open_model(source) as (empty, _):
             model = empty.config
-    requested = replace(requested, model=model)
-    requested.validate()
-    return requested, source
+    return replace(requested, model=model), source
 
 
 def begin_run(config: TrainConfig, name: str, data_fingerprint: str, machine: Machine) -> RunFolder:
@@ -232,7 +237,12 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
                     bpb = evaluate(state, passes, machine, log, display, config.eval_tokens)
                     at.last_eval = at.seconds = team.agree_on_time(time.perf_counter() - began)
                 if saving:
-                    state.save(bpb)
+                    try:
+                        state.save(bpb)
+                    except OSError as error:  # a disk that is full for a while is no reason to end a run of days
+                        if not team.is_alone:
+                            raise
+                        display.message(f"not saved ({error}): the next save tries again")
                     at.last_save = at.seconds = team.agree_on_time(time.perf_counter() - began)
 
         if stopping:
@@ -241,9 +251,10 @@ def run_loop(state: TrainState, machine: Machine) -> Trained:
             resume = f"shoal train --resume --out {shlex.quote(str(state.folder.path))}"
             display.message(f"stopped at step {at.step} and saved; go on with: {resume}")
             return Trained(state.folder.path, {"step": at.step}, finished=False, stop_asked=True, reports=team.is_first)
-        if model.model.counted is not None and counts_while_training(config):
+        counts = model.model.counted is not None and counts_while_training(config)
+        if counts:
             at.counting_seconds += count_into(model, state.data.train)
-        state.save(evaluate(state, passes, machine, log, display, config.eval_tokens))
+        state.save(evaluate(state, passes, machine, log, display, config.eval_tokens), again=counts)
         if at.best_step != at.step and config.checkpoint.keep_best:
             display.message(f"step {at.best_step} was better ({at.best_bpb:.4f} bits per byte): it is what {state.folder.path} means")
         display.message("scoring the held-out text")

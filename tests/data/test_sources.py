@@ -90,6 +90,13 @@ def test_text_comes_in_pieces_that_make_up_the_file(tmp_path: Path, suffix: str)
     assert 0.08 < sum(map(len, corpus.val_documents())) / len(text) < 0.15
 
 
+def test_what_packs_well_unpacks_in_pieces(tmp_path: Path) -> None:
+    rows = [json.dumps({"text": "the same again " * 20})] * 20_000  # 6 MB, of which Zstandard makes less than a kilobyte
+    file = write(tmp_path / "a.jsonl.zst", "\n".join(rows).encode())
+    assert file.stat().st_size < 4096
+    assert read(file) == ["the same again " * 20] * 20_000
+
+
 @given(text=st.text(st.sampled_from("a漢\U0001f600\r\n"), max_size=300), piece=st.integers(1, 40))
 def test_pieces_of_any_text_make_up_the_file(tmp_path_factory: pytest.TempPathFactory, text: str, piece: int) -> None:
     file = write(tmp_path_factory.mktemp("text") / "a.txt", text.encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,6 +170,36 @@ def test_a_text_too_large_to_count_is_refused_at_once(config: TrainConfig, monke
     with pytest.raises(UserError, match=r"counting n-grams of [\d,]+ tokens needs .* GB .* shoal train default"):
         train(with_counts(config))
     assert not Path(str(config.out)).exists()
+
+
+def test_memory_to_count_all_of_the_text_at_the_end_is_asked_for_at_the_beginning(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the text is counted to begin with, for which there would be enough."""
+    asked: list[float] = []
+    monkeypatch.setattr("shoal.train.counting.require_memory", lambda needed, what, instead: asked.append(needed))
+    train(with_counts(config, steps=1))
+
+    def require(needed: float, what: str, instead: str) -> None:
+        if needed > 0.9 * max(asked):
+            raise UserError(f"{what} needs more memory: {instead}")
+
+    monkeypatch.setattr("shoal.train.counting.require_memory", require)
+    with pytest.raises(UserError, match="needs more memory"):
+        train(with_counts(config, steps=1, out=f"{config.out}-2"))
+    assert not Path(f"{config.out}-2").exists()
+
+
+def test_a_run_that_is_stopped_at_its_last_step_ends_with_all_counts(
+    config: TrainConfig, stopped_after: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    """What is saved when it stops has the counts of a half, and the same step as what is saved when it goes on, which takes no more."""
+    counted = with_counts(config, steps=3)
+    with stopped_after(3):
+        assert not train(counted).finished
+    summary = train(replace(counted, resume=True)).summary
+    (last,) = complete_checkpoints(Path(str(config.out)))[-1:]
+    assert load_model(last).config.count_entries == summary["counted_ngrams"]
 
 
 def test_what_cannot_count_refuses(train_args: Args, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
@@ -27,7 +28,7 @@ from shoal.cli import main
 from shoal.config import CheckpointConfig, ModelConfig, TrainConfig, UserError
 from shoal.config.recipes import load_recipe
 from shoal.data import Batches, Tokenizer, open_corpus, prepare, train_tokenizer
-from shoal.formats import complete_checkpoints, load_model
+from shoal.formats import checkpoints, complete_checkpoints, load_model
 from shoal.formats.checkpoints import checkpoint_step
 from shoal.formats.locate import locate_model
 from shoal.model import Transformer, init_weights
@@ -433,6 +434,24 @@ def test_a_full_disk_is_one_line(
     assert file in error
     assert error.endswith("check the path, its permissions and the free space")
     assert not complete_checkpoints(tmp_path / "run")
+
+
+def test_a_disk_that_is_full_for_a_while_does_not_end_a_run(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write, failed = checkpoints.save_checkpoint, []
+
+    def full(run: Path, step: int, *args: Any, **kwargs: Any) -> Path:
+        if step == 2:
+            failed.append(step)
+            raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
+        return write(run, step, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", full)
+    assert train(replace(config, steps=4, checkpoint=replace(config.checkpoint, every_steps=2))).finished
+    assert failed == [2]
+    assert "model.safetensors'): the next save tries again" in capsys.readouterr().err
+    assert [checkpoint_step(path) for path in complete_checkpoints(tmp_path / "run")] == [4]
 
 
 # Resuming

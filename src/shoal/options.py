@@ -19,9 +19,13 @@ T = TypeVar("T")
 
 KINDS = {"INT": "a whole number", "FLOAT": "a number", "{True,False}": "True or False"}
 
+
+def _joined(helptext: str) -> str:
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in inspect.cleandoc(helptext).split("\n\n"))
+
+
 # tyro reads the texts of options with the source's indentation, and takes an indented line for one that shall begin anew.
-_joined = tyro._strings.remove_single_line_breaks
-tyro._strings.remove_single_line_breaks = lambda helptext: _joined(inspect.cleandoc(helptext))
+tyro._strings.remove_single_line_breaks = _joined
 
 
 def parse(cls: type[T], args: Sequence[str], verb: str, default: T | None = None) -> T:

@@ -80,8 +80,9 @@ def go_on(config: TrainConfig) -> TrainConfig:
     moments = replace(config.optimizer, moments=before.optimizer.moments)
     config = replace(config, update_early=before.update_early, optimizer=moments)
     if before.memory_limit == config.memory_limit:
-        found = before.micro_batch_size, before.recompute, before.return_memory
-        return replace(config, **dict(zip(("micro_batch_size", "recompute", "return_memory"), found, strict=True)))  # type: ignore[arg-type]
+        return replace(
+            config, micro_batch_size=before.micro_batch_size, recompute=before.recompute, return_memory=before.return_memory
+        )  # fmt: skip
     return fit(config)
 
 

@@ -448,10 +448,13 @@ def test_a_disk_that_is_full_for_a_while_does_not_end_a_run(
         return write(run, step, *args, **kwargs)
 
     monkeypatch.setattr(checkpoints, "save_checkpoint", full)
+    bpb = iter((1.0, 2.0))
+    monkeypatch.setattr(trainer, "evaluate", lambda *args: next(bpb))
     assert train(replace(config, steps=4, checkpoint=replace(config.checkpoint, every_steps=2))).finished
     assert failed == [2]
     assert "model.safetensors'): the next save tries again" in capsys.readouterr().err
     assert [checkpoint_step(path) for path in complete_checkpoints(tmp_path / "run")] == [4]
+    assert json.loads((tmp_path / "run" / "best.json").read_text())["step"] == 4
 
 
 # Resuming

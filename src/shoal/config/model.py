@@ -114,7 +114,7 @@ class ModelConfig:
     first_k_dense_replace: int = 1
     """First layers, which have a dense feed-forward part."""
     moe_layer_freq: int = 1
-    """Behind them, every so manyth layer has experts."""
+    """Behind them, one layer of so many has experts."""
     topk_method: TopkMethod = "noaux_tc"
     """How experts are chosen: `greedy`, `group_limited_greedy` (V2), or `noaux_tc` (V3: groups, and a bias that balances)."""
     scoring_func: ScoringFunction = "sigmoid"

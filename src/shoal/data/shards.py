@@ -199,7 +199,7 @@ class _Writer:
         return self
 
     def add(self, ids: Sequence[int], num_bytes: int) -> None:
-        data = np.concatenate([self._head, ids, self._tail]).astype(self._dtype)
+        data = np.concatenate([np.asarray(part, dtype=self._dtype) for part in (self._head, ids, self._tail)])
         self._tokens.write(data.tobytes())
         self._hash.update(data.tobytes())
         self.num_tokens += len(data)

@@ -140,6 +140,7 @@ class TrainState:
         began = time.perf_counter()
         self.finish_saving()
         at = self.counters
+        before = at.best_bpb, at.best_step
         if bpb is not None and bpb < at.best_bpb:
             at.best_bpb, at.best_step = bpb, at.step
         saved: dict[str, Any] = {
@@ -148,15 +149,19 @@ class TrainState:
             "counters": dict(vars(at)),
         }
         model = gather_model(self.model, self.shards)
-        if self.config.qat:
-            with on_grid(self.model) as saved["qat"]:
+        try:
+            if self.config.qat:
+                with on_grid(self.model) as saved["qat"]:
+                    self._write(model, saved, replace(at), again)
+            elif self.team.is_alone:
                 self._write(model, saved, replace(at), again)
-        elif self.team.is_alone:
-            self._write(model, saved, replace(at), again)
-        elif self.team.is_first:
-            writer = ThreadPoolExecutor(1, "checkpoint")
-            self._saving = writer.submit(self._write, model, saved, replace(at), again)
-            writer.shutdown(wait=False)
+            elif self.team.is_first:
+                writer = ThreadPoolExecutor(1, "checkpoint")
+                self._saving = writer.submit(self._write, model, saved, replace(at), again)
+                writer.shutdown(wait=False)
+        except OSError:
+            at.best_bpb, at.best_step = before  # which is what there is
+            raise
         self.optimizers.moments.let_go_of_all()
         self._saving_took = self.team.agree_on_time(time.perf_counter() - began)
 

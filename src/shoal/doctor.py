@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import __version__, kernels
+from .kernels.selection import multiplies_fp8
 from .runtime import start
 
 OPTIONAL = {
@@ -40,6 +41,7 @@ def run_doctor() -> dict[str, Any]:
         "machine": machine.describe(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "kernels": kernels.backend(),
+        "fp8": "Triton kernels" if multiplies_fp8(machine.device) else "simulated in training, which is exact and slower",
     }
     for name, value in lines.items():
         print(f"{name:<9}{value}")

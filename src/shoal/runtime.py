@@ -16,6 +16,7 @@ import torch
 
 from .config import UserError
 from .kernels import linear
+from .kernels.selection import multiplies_fp8
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CONTROL_GROUP = Path("/sys/fs/cgroup")
@@ -84,6 +85,8 @@ def start(device: str = "auto", precision: str = "auto", threads: int = 0, retur
         reason = f"matmul {rates['fp32'] / 1e9:.0f} GFLOP/s in fp32, {rates['bf16'] / 1e9:.0f} in bf16"
     else:
         reason = "as asked"
+    if precision == "fp8" and not multiplies_fp8(target):
+        reason = "simulated"
     return Machine(target, precision, count, rates[plain_precision(precision, target)], reason)
 
 

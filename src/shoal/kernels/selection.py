@@ -51,6 +51,13 @@ BACKEND = choose(os.environ.get("SHOAL_KERNELS", ""))
 """What SHOAL_KERNELS wants, decided once."""
 
 
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether products in FP8 run on a device; elsewhere they are simulated."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def backend() -> str:
     """One line that says which kernels run on the CPU and why."""
     return BACKEND.reason

@@ -11,7 +11,6 @@ Shapes: R rows, K summed columns, O outputs, E groups (experts); a trailing tile
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..config import UserError
+from ..kernels.selection import multiplies_fp8
 
 TILE = 128
 FP8_MAX = 448.0
@@ -172,7 +172,7 @@ def snap_to_blocks(grad: Tensor) -> Tensor:
 
 def _gpu_kernels(x: Tensor) -> ModuleType | None:
     """The Triton kernels where `x` lies on a GPU that multiplies FP8."""
-    if not x.is_cuda or torch.cuda.get_device_capability(x.device) < (8, 9) or find_spec("triton") is None:
+    if not multiplies_fp8(x.device):
         return None
     from ..kernels import fp8_triton
 

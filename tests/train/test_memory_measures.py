@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.config import FP8Config, ModelConfig, OptimizerConfig
+from shoal.config import FP8Config, ModelConfig, OptimizerConfig, UserError
 from shoal.model import Transformer, init_weights
 from shoal.train.adamw import SmallAdamW
 from shoal.train.early_updates import EarlyUpdates
@@ -183,3 +183,25 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     (model.lm_head.weight.sum() * torch.inf).backward()
     assert not updates.norm().isfinite()
     assert model.lm_head.weight.equal(before)
+
+
+def test_offloaded_moments_survive_being_read_and_let_go_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.train.moments.RELEASED_EVERY", 1e-4)
+    p = torch.zeros(1000, 500)
+    moment = Moments(offloaded=[p], folder=tmp_path)
+    kept = moment.zeros(p).copy_(torch.arange(500_000.0).view(1000, 500))
+    with moment.being_read():
+        for _ in range(20):
+            assert kept.equal(torch.arange(500_000.0).view(1000, 500))
+    kept += 1
+    assert float(kept[-1, -1]) == 500_000
+
+
+def test_a_disk_without_room_for_offloaded_moments_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    p = torch.zeros(10, 10)
+    with pytest.raises(UserError, match=r"--offload finds no room .*No space left"):
+        Moments(offloaded=[p], folder=tmp_path).zeros(p)

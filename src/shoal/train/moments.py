@@ -5,14 +5,20 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..config import UserError
 from .uncompiled import Uncompiled
+
+RELEASED_EVERY = 0.02
+"""Seconds, in which a disk reads or writes some tens of megabytes."""
 
 
 class Moments:
@@ -32,7 +38,10 @@ class Moments:
         start = self._file.seek(0, 2)
         length = -(-p.numel() * self.dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
         if hasattr(os, "posix_fallocate"):  # without room on the disk, the first write to the mapping would kill the process
-            os.posix_fallocate(self._file.fileno(), start, length)
+            try:
+                os.posix_fallocate(self._file.fileno(), start, length)
+            except OSError as error:
+                raise UserError(f"--offload finds no room for the optimizer state of experts ({error}): free some where --out is") from None
         else:
             self._file.truncate(start + length)
         memory = mmap.mmap(self._file.fileno(), length, offset=start)
@@ -40,10 +49,27 @@ class Moments:
         self._maps[moment.data_ptr()] = memory
         return moment
 
-    def let_go_of_all(self) -> None:
-        """As somebody else has read them."""
-        for memory in self._maps.values():
-            self._release(memory)
+    @contextmanager
+    def being_read(self) -> Iterator[None]:
+        """While somebody else reads all of them, those in a file are let go of again and again, as nobody says which he has read."""
+        done = threading.Event()
+
+        def let_go_of_all() -> None:
+            while not done.wait(RELEASED_EVERY):
+                for memory in self._maps.values():
+                    self._release(memory)
+
+        thread = threading.Thread(target=let_go_of_all, daemon=True)
+        if self._maps:
+            thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            for memory in self._maps.values():
+                self._release(memory)
+            if self._maps:
+                thread.join()
 
     def let_go(self, moment: Tensor) -> None:
         """Until it is needed again; costs nothing where it does not lie in a file."""

@@ -151,10 +151,11 @@ class TrainState:
         model = gather_model(self.model, self.shards)
         try:
             if self.config.qat:
-                with on_grid(self.model) as saved["qat"]:
+                with on_grid(self.model) as saved["qat"], self.optimizers.moments.being_read():
                     self._write(model, saved, replace(at), again)
             elif self.team.is_alone:
-                self._write(model, saved, replace(at), again)
+                with self.optimizers.moments.being_read():
+                    self._write(model, saved, replace(at), again)
             elif self.team.is_first:
                 writer = ThreadPoolExecutor(1, "checkpoint")
                 self._saving = writer.submit(self._write, model, saved, replace(at), again)
@@ -162,7 +163,6 @@ class TrainState:
         except OSError:
             at.best_bpb, at.best_step = before  # which is what there is
             raise
-        self.optimizers.moments.let_go_of_all()
         self._saving_took = self.team.agree_on_time(time.perf_counter() - began)
 
     def finish_saving(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from shoal.config import UserError
+
+from .metrics import read_rows
 
 MOST_ROWS = 40_000
 """More than any picture shows."""
@@ -57,33 +58,25 @@ def column(rows: list[dict[str, Any]], name: str) -> Floats:
 def read_metrics(path: Path) -> Metrics:
     """Read a run's `metrics.jsonl`.
 
-    A run that was killed may leave half a line, also in the middle once it was resumed: such lines are skipped. A
-    resumed run repeats the steps since its checkpoint: the later row counts. Of more than `MOST_ROWS` steps every second is kept, of more
+    A resumed run repeats the steps since its checkpoint: the later row counts. Of more than `MOST_ROWS` steps every second is kept, of more
     again every fourth, and so on.
 
     Raises `UserError` when there is no such file.
     """
     metrics, apart = Metrics(), 1
     try:
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue
-                if not isinstance(row, dict) or "step" not in row:
-                    continue
-                if "loss" in row:
-                    _forget(metrics.steps, row["step"])
-                    _forget(metrics.evaluations, row["step"] + 1)
-                    if (row["step"] - 1) % apart == 0:
-                        metrics.steps.append(row)
-                    if len(metrics.steps) > MOST_ROWS:
-                        apart *= 2
-                        metrics.steps = [row for row in metrics.steps if (row["step"] - 1) % apart == 0]
-                elif row.get("val_bpb") is not None:
-                    _forget(metrics.evaluations, row["step"])
-                    metrics.evaluations.append(row)
+        for row in read_rows(path):
+            if "loss" in row:
+                _forget(metrics.steps, row["step"])
+                _forget(metrics.evaluations, row["step"] + 1)
+                if (row["step"] - 1) % apart == 0:
+                    metrics.steps.append(row)
+                if len(metrics.steps) > MOST_ROWS:
+                    apart *= 2
+                    metrics.steps = [row for row in metrics.steps if (row["step"] - 1) % apart == 0]
+            elif row.get("val_bpb") is not None:
+                _forget(metrics.evaluations, row["step"])
+                metrics.evaluations.append(row)
     except OSError:
         raise UserError(f"{path} cannot be read: name the folder of a run that has started training") from None
     return metrics

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 from ..finite import finite
 from .tensorboard import TensorBoardLog
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a run's `metrics.jsonl`, one after the other, as a run of a million steps has half a gigabyte of them.
+
+    A run that was killed may leave half a line, also in the middle once it was resumed: such lines are left out.
+    """
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and "step" in row:
+                yield row
 
 
 class MetricsLog:

@@ -52,6 +52,9 @@ class Moments:
     @contextmanager
     def being_read(self) -> Iterator[None]:
         """While somebody else reads all of them, those in a file are let go of again and again, as nobody says which he has read."""
+        if not self._maps:
+            yield
+            return
         done = threading.Event()
 
         def let_go_of_all() -> None:
@@ -60,16 +63,14 @@ class Moments:
                     self._release(memory)
 
         thread = threading.Thread(target=let_go_of_all, daemon=True)
-        if self._maps:
-            thread.start()
+        thread.start()
         try:
             yield
         finally:
             done.set()
+            thread.join()
             for memory in self._maps.values():
                 self._release(memory)
-            if self._maps:
-                thread.join()
 
     def let_go(self, moment: Tensor) -> None:
         """Until it is needed again; costs nothing where it does not lie in a file."""

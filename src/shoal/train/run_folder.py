@@ -28,6 +28,7 @@ from .. import __version__
 from ..atomic import remove_folder
 from ..config import ModelConfig, TrainConfig, UserError
 from ..config.recipes import from_table, load_recipe, write_toml
+from .metrics import read_rows
 
 RESUME_MAY_CHANGE = {
     "out", "resume", "overwrite", "json", "minutes", "tokens", "steps", "threads", "tensorboard",
@@ -102,19 +103,11 @@ class RunFolder:
 
     def keep_metrics_up_to(self, step: int) -> None:
         """Drop the rows of steps after `step` (they will be made again) and a line cut short by a kill."""
+        self.metrics.touch()
         temporary = self.path / ".metrics.jsonl.tmp"
         with temporary.open("w", encoding="utf-8") as kept:
-            kept.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows() if row["step"] <= step)
+            kept.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in read_rows(self.metrics) if row["step"] <= step)
         os.replace(temporary, self.metrics)
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Of metrics.jsonl, one after the other, as a run of a million steps has half a gigabyte of them; half lines are left out."""
-        if not self.metrics.exists():
-            return
-        with self.metrics.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                with contextlib.suppress(ValueError):
-                    yield json.loads(line)
 
     def write_config(self, config: TrainConfig) -> None:
         write_toml(config, self.path / "config.toml")

@@ -151,11 +151,10 @@ class TrainState:
         model = gather_model(self.model, self.shards)
         try:
             if self.config.qat:
-                with on_grid(self.model) as saved["qat"], self.optimizers.moments.being_read():
+                with on_grid(self.model) as saved["qat"]:
                     self._write(model, saved, replace(at), again)
             elif self.team.is_alone:
-                with self.optimizers.moments.being_read():
-                    self._write(model, saved, replace(at), again)
+                self._write(model, saved, replace(at), again)
             elif self.team.is_first:
                 writer = ThreadPoolExecutor(1, "checkpoint")
                 self._saving = writer.submit(self._write, model, saved, replace(at), again)
@@ -173,7 +172,8 @@ class TrainState:
 
     def _write(self, model: Transformer, saved: dict[str, Any], at: Counters, again: bool) -> None:
         keep = self.config.checkpoint
-        checkpoints.save_checkpoint(self.folder.path, at.step, model, self.data.tokenizer, saved, self.folder.generation, again=again)
+        with self.optimizers.moments.being_read():
+            checkpoints.save_checkpoint(self.folder.path, at.step, model, self.data.tokenizer, saved, self.folder.generation, again=again)
         if at.best_step >= 0:
             # Written every time: a run that was killed before it got here catches up.
             self.folder.write_json("best.json", {"step": at.best_step, "val_bpb": at.best_bpb})

@@ -11,6 +11,7 @@ from ..parallel import Layout
 from ..plan.cost import count_parameters
 from ..runtime import Machine, peak_memory
 from .likelihood import Document, Likelihood
+from .metrics import read_rows
 from .state import TrainState
 
 MAX_VIO_SHARE = 0.1
@@ -38,7 +39,7 @@ def summarize(state: TrainState, machine: Machine, scored: list[Document], final
     at, count = state.counters, count_parameters(state.config.model)
     training_seconds = 0.0
     violations: list[float] = []
-    for row in state.folder.rows():
+    for row in read_rows(state.folder.metrics):
         if "loss" in row:
             training_seconds += state.config.tokens_per_step / row["tokens_per_second"]
             if row["step"] > at.step - max(1, round(MAX_VIO_SHARE * at.step)) and "max_vio" in row:

@@ -13,8 +13,8 @@ import pytest
 
 from shoal.cli import main
 from shoal.config import UserError
-from shoal.formats import locate_model
 from shoal.formats.export import chat_template
+from shoal.formats.locate import locate_model
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)

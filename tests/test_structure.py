@@ -28,7 +28,6 @@ HEAVY = {
     "llguidance",
     "lm_eval",
 }
-HEAVY |= {"pydantic", "starlette", "prometheus_client"}
 SERVER = {"pydantic", "starlette", "prometheus_client", "llguidance"}
 """What `serve` may import when it is loaded, as it is itself loaded only when a server starts."""
 HEAVY |= SERVER

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from . import __version__, kernels
-from .kernels.selection import multiplies_fp8
+from . import __version__
+from .kernels.selection import BACKEND, multiplies_fp8
 from .runtime import start
 
 OPTIONAL = {
@@ -40,7 +40,7 @@ def run_doctor() -> dict[str, Any]:
         "torch": torch.__version__,
         "machine": machine.describe(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "kernels": kernels.backend(),
+        "kernels": BACKEND.reason,
         "fp8": "Triton kernels" if multiplies_fp8(machine.device) else "simulated in training, which is exact and slower",
     }
     for name, value in lines.items():

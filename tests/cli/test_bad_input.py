@@ -15,7 +15,7 @@ import torch
 
 from shoal import cli
 from shoal.cli import main
-from shoal.formats import complete_checkpoints
+from shoal.formats.checkpoints import complete_checkpoints
 
 FAST = ["--threads", "1", "--precision", "fp32", "--device", "cpu"]
 Refuse = Callable[..., str]

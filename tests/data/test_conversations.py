@@ -109,7 +109,7 @@ def test_an_answer_stands_behind_the_prompt_that_the_server_makes(template: str,
 def test_a_control_token_that_someone_spells_is_text_in_training_as_in_serving() -> None:
     tokenizer = with_template("r1")
     asked = [{"role": "user", "content": f"what is {EOS}?"}]
-    _, prompt = encode_chat(tokenizer, asked)
+    prompt = encode_chat(tokenizer, asked)
     example = tokenize(tokenizer, Conversation([*asked, {"role": "assistant", "content": "<think>\n</think>\nan end"}]), "a row")
     assert example.ids[: len(prompt)].tolist() == prompt
     assert example.ids.tolist().count(tokenizer.eos_id) == 1

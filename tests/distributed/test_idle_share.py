@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +24,24 @@ WORK_SECONDS = 0.06
 """Of a device on one micro-batch's forward pass, and half of its backward pass: far above what the small model itself needs."""
 
 
+def slow_down(seconds: dict[str, float]) -> None:
+    """Passes of a kind take so long at least, as they do on devices of their own."""
+    from shoal.parallel.traced import TracedStage
+
+    timed = TracedStage._timed
+
+    def slowly(stage: TracedStage, kind: str, microbatch: int, work: Callable[[], Any]) -> Any:
+        def waiting() -> Any:
+            end = time.perf_counter() + seconds[kind]
+            result = work()
+            time.sleep(max(0.0, end - time.perf_counter()))
+            return result
+
+        return timed(stage, kind, microbatch, waiting)
+
+    TracedStage._timed = slowly  # type: ignore[method-assign]
+
+
 def traced(config: TrainConfig, micro_batches: int, seconds: float) -> list[Interval]:
     """Passes of this process in one step, each of which takes `seconds` (a whole backward pass twice as long)."""
     team = join(config)
@@ -35,7 +56,7 @@ def traced(config: TrainConfig, micro_batches: int, seconds: float) -> list[Inte
     pipeline = Pipeline(model, team, finish, contextlib.nullcontext, shape, micro_batches)
     batch = torch.randint(512, (micro_batches, shape[1]))
     pipeline.step(batch, 1, 0.0)  # warms up
-    pipeline.pace.update(F=seconds, I=seconds, W=seconds, B=2 * seconds)
+    slow_down({"F": seconds, "I": seconds, "W": seconds, "B": 2 * seconds})
     torch.distributed.barrier()
     pipeline.step(batch, 1, 0.0)
     trace = list(pipeline.trace)

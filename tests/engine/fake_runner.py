@@ -113,7 +113,7 @@ def check_pages(engine: Engine) -> None:
         for page in sequence.pages:
             held[page] = held.get(page, 0) + 1
     assert not any(sequence.pages for sequence in scheduler.waiting)
-    assert {page: pool.holders(page) for page in range(pool.pages) if pool.holders(page)} == held
+    assert {page: pool._holders[page] for page in range(pool.pages) if pool._holders[page]} == held
     free, idle = pool._free, list(pool._idle)
     assert sorted([*free, *idle, *held]) == list(range(pool.pages))
     assert set(idle) <= set(pool._by_page)

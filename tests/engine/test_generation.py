@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shoal.config import MachineOptions, RunOptions, SamplingOptions, UserError
-from shoal.engine import Loaded, complete, load, make_runner
+from shoal.engine import Loaded, TorchRunner, complete, load
 from shoal.engine.command import engine_for_one
 from shoal.engine.native import NativeRunner
 from shoal.kernels.selection import BACKEND
@@ -68,7 +68,7 @@ def test_guesses_are_reported(loaded: Loaded) -> None:
 def test_complete_stops_at_end_of_text_without_printing_it(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     head = loaded.model.lm_head
     with monkeypatch.context() as patch:
-        patch.setattr(loaded, "runner", make_runner(loaded.model, loaded.machine))
+        patch.setattr(loaded, "runner", TorchRunner(loaded.model, loaded.machine))
         patch.setattr(head, "weight", torch.nn.Parameter(torch.zeros_like(head.weight)))
         with torch.no_grad():
             ids = loaded.tokenizer.encode("the", bos=True)

@@ -15,7 +15,7 @@ from shoal.cli import main
 from shoal.config import CorpusConfig, MachineOptions
 from shoal.data import open_corpus
 from shoal.engine import load
-from shoal.formats import complete_checkpoints
+from shoal.formats.checkpoints import complete_checkpoints
 from shoal.train import likelihood
 
 FAST = ["--threads", "1", "--precision", "fp32", "--device", "cpu"]

@@ -11,7 +11,8 @@ import torch
 
 from shoal.engine import Request
 from shoal.evaluate.harness import HarnessModel, register
-from shoal.formats import load_model, locate_model
+from shoal.formats.huggingface import load_model
+from shoal.formats.locate import locate_model
 
 
 def ask(*args: Any) -> SimpleNamespace:

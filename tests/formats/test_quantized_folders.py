@@ -15,7 +15,7 @@ from shoal.config import UserError
 from shoal.formats.huggingface import load_model, open_model, save_model
 from shoal.formats.packing import pack, pack_files
 from shoal.formats.parts import Part, Scheme, arrays_of, join_kv_up, parts_of, split_kv_up
-from shoal.formats.quantized import dequantized, may_replace, open_quantized, write_quantized
+from shoal.formats.quantized import dequantized, open_quantized, refuse_other, write_quantized
 from shoal.kernels.packed import PackedMatrix, unpack
 from shoal.model import Transformer
 
@@ -180,12 +180,12 @@ def test_numbers_that_are_not_finite_are_refused(make_model: Make, tmp_path: Pat
 
 def test_other_peoples_folders_are_never_replaced(make_model: Make, tmp_path: Path, tokenizer: Any) -> None:
     folder = write(make_model(), SCHEMES[0], tmp_path, tokenizer)
-    assert may_replace(folder)
+    refuse_other(folder)
     (folder / "additional_chat_templates").mkdir()
-    assert may_replace(folder)
-    assert not may_replace(tmp_path / "plain")
+    refuse_other(folder)
+    with pytest.raises(UserError, match="not an earlier quantized model"):
+        refuse_other(tmp_path / "plain")
     (folder / "thesis.tex").write_text("years of work")
-    assert not may_replace(folder)
     with pytest.raises(UserError, match="not an earlier quantized model"):
         write_quantized(folder, make_model().config, SCHEMES[0], iter(()), tokenizer)
 

@@ -20,7 +20,8 @@ from shoal.config import EngineOptions, GRPOCommand, MachineOptions, TuneOptions
 from shoal.data import Tokenizer
 from shoal.data.chat_template import encode_chat
 from shoal.engine import Engine, load_plain
-from shoal.formats import complete_checkpoints, load_model
+from shoal.formats.checkpoints import complete_checkpoints
+from shoal.formats.huggingface import load_model
 from shoal.kernels.selection import BACKEND
 from shoal.post import rollouts
 from shoal.post.grpo import Episode, Run
@@ -246,7 +247,7 @@ def test_a_thought_that_the_template_begins_belongs_to_the_reply(trained: Path) 
     for name, thinking, begun in (("r1", False, "<think>\n"), ("v3.1", False, ""), ("v3.1", True, "<think>")):
         tokenizer = with_chat_template(run.tokenizer, name)
         prompt = prompt_of(tokenizer, run.tasks[0], problem, thinking)
-        assert prompt == encode_chat(tokenizer, [{"role": "user", "content": problem.question}], thinking=thinking)[1]
+        assert prompt == encode_chat(tokenizer, [{"role": "user", "content": problem.question}], thinking=thinking)
         [[sample]] = run.sampler.sample([prompt], 1, 8, seed=0)
         assert sample.text == begun + tokenizer.decode(sample.ids)
 

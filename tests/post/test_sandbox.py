@@ -233,7 +233,7 @@ def reward(prompt, reply, answer):
 
 def test_a_users_function_that_fails_costs_one_call(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(REWARDS)
-    with Function(f"{tmp_path / 'mine.py'}:reward", Limits(seconds=1.0, memory=512 << 20)) as function:
+    with contextlib.closing(Function(f"{tmp_path / 'mine.py'}:reward", Limits(seconds=1.0, memory=512 << 20))) as function:
         for reply in ("raise", "hang", "fork", "allocate", "leave", "print"):
             result = function.call(prompt="p", reply=reply, answer="a")
             assert result == 7.0 if reply == "print" else isinstance(result, str), reply
@@ -261,7 +261,7 @@ def test_a_users_file_is_loaded_as_python_loads_programs(tmp_path: Path, monkeyp
     (tmp_path / "mine.py").write_text(source)
     monkeypatch.chdir(tmp_path)
     for place in ("mine.py", str(tmp_path / "mine.py")):
-        with Function(f"{place}:reward", Limits()) as function:
+        with contextlib.closing(Function(f"{place}:reward", Limits())) as function:
             assert function.call(prompt="", reply="", answer="") == 1.0
 
 

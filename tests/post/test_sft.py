@@ -18,8 +18,8 @@ from shoal.cli import main
 from shoal.config import SFTCommand, TuneOptions
 from shoal.data import Tokenizer
 from shoal.evaluate import default_window
-from shoal.formats import load_model, locate_model
-from shoal.formats.huggingface import read_config
+from shoal.formats.huggingface import load_model, read_config
+from shoal.formats.locate import locate_model
 from shoal.post.packing import Text
 from shoal.post.sft import Plan, held_out_loss, split
 from shoal.post.tuning import Tuner, with_chat_template

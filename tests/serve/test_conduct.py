@@ -438,7 +438,7 @@ def test_a_turn_that_the_client_began_goes_on(chat: Served) -> None:
     """As Anthropic's clients do it: the last message is the beginning of the answer."""
     tokenizer = chat.host.tokenizer
     begun = {"messages": [USER, {"role": "assistant", "content": "The answer <｜User｜> is"}]}
-    prompt = encode_chat(tokenizer, [USER])[1] + tokenizer.encode("The answer <｜User｜> is")
+    prompt = encode_chat(tokenizer, [USER]) + tokenizer.encode("The answer <｜User｜> is")
     assert Dialect(tokenizer).prompt(as_chat(CountBody(**begun))) == prompt
     assert ask(f"{chat.url}/v1/messages", begun | {"max_tokens": 2})[1]["usage"]["input_tokens"] == len(prompt)
     status, answer, _ = ask(f"{chat.url}/v1/messages", begun | {"max_tokens": 2, "thinking": {"type": "enabled"}})

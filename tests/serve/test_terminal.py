@@ -15,7 +15,7 @@ from shoal.cli import main
 from shoal.config import UserError
 from shoal.data import Tokenizer
 from shoal.data.chat_template import encode_chat, render_chat
-from shoal.formats import complete_checkpoints
+from shoal.formats.checkpoints import complete_checkpoints
 from shoal.serve.terminal import HELP
 
 Say = Callable[..., str]
@@ -70,8 +70,8 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the model was given to read."""
     written: list[str] = []
 
-    def note(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> tuple[str, list[int]]:
-        written.append(encode_chat(tokenizer, messages)[0])
+    def note(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[int]:
+        written.append(render_chat(tokenizer, messages))
         return encode_chat(tokenizer, messages)
 
     monkeypatch.setattr("shoal.serve.terminal.encode_chat", note)

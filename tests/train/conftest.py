@@ -9,7 +9,8 @@ import pytest
 
 from shoal.config import TrainConfig
 from shoal.config.recipes import load_recipe
-from shoal.formats import complete_checkpoints, load_model
+from shoal.formats.checkpoints import complete_checkpoints
+from shoal.formats.huggingface import load_model
 from shoal.train import Trained, train, trainer
 
 

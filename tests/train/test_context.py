@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from shoal.config import ScheduleConfig, TrainConfig
 from shoal.config.recipes import load_recipe
-from shoal.formats import complete_checkpoints, load_model
+from shoal.formats.checkpoints import complete_checkpoints
+from shoal.formats.huggingface import load_model
 from shoal.plan.rules import Rules
 from shoal.train import train
 from shoal.train.schedule import extends_context

@@ -21,7 +21,8 @@ from shoal.cli import main
 from shoal.config import TeacherConfig, TrainConfig, UserError
 from shoal.config.recipes import load_recipe
 from shoal.data import Batches, Tokenizer, TokenShards
-from shoal.formats import complete_checkpoints, load_model
+from shoal.formats.checkpoints import complete_checkpoints
+from shoal.formats.huggingface import load_model
 from shoal.model import Transformer
 from shoal.train import Trained, train
 from shoal.train.counting import LONG, PIECE, UNEVEN, AlternatingBatches, Counting, Teacher, counts_while_training, halves, in_pieces

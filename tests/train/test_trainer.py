@@ -28,8 +28,9 @@ from shoal.cli import main
 from shoal.config import CheckpointConfig, ModelConfig, TrainConfig, UserError
 from shoal.config.recipes import load_recipe
 from shoal.data import Batches, Tokenizer, open_corpus, prepare, train_tokenizer
-from shoal.formats import checkpoints, complete_checkpoints, load_model
-from shoal.formats.checkpoints import checkpoint_step
+from shoal.formats import checkpoints
+from shoal.formats.checkpoints import checkpoint_step, complete_checkpoints
+from shoal.formats.huggingface import load_model
 from shoal.formats.locate import locate_model
 from shoal.model import Transformer, init_weights
 from shoal.plan.budget import training_flops_per_token

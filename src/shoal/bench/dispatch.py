@@ -59,7 +59,8 @@ def run_bench(command: BenchDispatchCommand) -> dict[str, Any]:
     return {
         "nodes": command.nodes, "per_node": command.per_node, "link_mbit": mbit,
         "byte_ratio": base["dispatch_bytes"] / best["dispatch_bytes"], "router_byte_ratio": base["router_bytes"] / best["router_bytes"],
-        "step_ratio": base["step_seconds"] / best["step_seconds"], "loss_error": abs(best["loss"] / base["loss"] - 1),
+        "step_byte_ratio": base["step_bytes"] / best["step_bytes"], "step_ratio": base["step_seconds"] / best["step_seconds"],
+        "loss_error": abs(best["loss"] / base["loss"] - 1),
         "variants": measured,
     }  # fmt: skip
 

@@ -58,6 +58,14 @@ def model_of(task: Task) -> ModelConfig:
     )  # fmt: skip
 
 
+def settings(task: Task, world: int) -> TrainConfig:
+    """Of all processes: each holds its share of the experts, and all of the rest."""
+    layout = ParallelConfig(expert=world, dense="replicate", per_node=task.per_node)
+    return TrainConfig(
+        steps=1, model=model_of(task), batch_size=task.batch * world, sequence_length=task.sequence, device="cpu", parallel=layout
+    )
+
+
 class Bench:
     """The model, and ways for its tokens to travel."""
 
@@ -77,7 +85,9 @@ class Bench:
         assert dispatcher is not None
         for moe in self.model.moe_layers:
             moe.dispatcher = dispatcher
-        state = cast(Any, SimpleNamespace(config=self.config, model=self.model, team=self.team, shards=self.shards))
+        state = cast(
+            Any, SimpleNamespace(config=self.config, model=self.model, team=self.team, shards=self.shards, teacher=None, sampler=None)
+        )
         passes = (HalvedPasses if layout.overlap else PlainPasses)(state, self.machine)
         optimizers = Optimizers(self.model, OptimizerConfig(name="adamw", adam_eps=1e-8), self.shards)
         bytes_of = {"dispatch_bytes": self._dispatch_bytes(dispatcher, even=True)}
@@ -141,10 +151,7 @@ class Bench:
 def main(description: str) -> None:
     task = Task(**json.loads(description))
     torch.set_num_threads(1)
-    layout = ParallelConfig(expert=int(os.environ["WORLD_SIZE"]), dense="replicate", per_node=task.per_node)
-    config = TrainConfig(
-        steps=1, model=model_of(task), batch_size=task.batch * layout.expert, sequence_length=task.sequence, device="cpu", parallel=layout
-    )
+    config = settings(task, int(os.environ["WORLD_SIZE"]))
     team = join(config)
     bench = Bench(task, config, team)
     results = {name: bench.measure(changes) for name, changes in task.variants}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from typing import Any
 from ..apart import run_apart
 from ..config import BenchFP8Command, FP8Config, ModelConfig, OptimizerConfig, TrainConfig
 from ..config.recipes import load_recipe, write_toml
+from ..train.metrics import read_rows
 from .pictures import new_figure, require_picture, save
 
 SMOOTHED = 0.15
@@ -107,8 +107,8 @@ def train(settings: TrainConfig) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         path = write_toml(replace(settings, out=str(Path(folder) / "run")), Path(folder) / "settings.toml")
         run_apart("shoal", "train", path, failed="a run did not get to its end")
-        lines = (Path(folder) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [math.nan if row["loss"] is None else row["loss"] for row in map(json.loads, lines) if "loss" in row]
+        rows = read_rows(Path(folder) / "run" / "metrics.jsonl")
+        return [math.nan if row["loss"] is None else row["loss"] for row in rows if "loss" in row]
 
 
 def smoothed(losses: list[float]) -> float:

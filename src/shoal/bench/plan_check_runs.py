@@ -29,9 +29,10 @@ def undisturbed(speeds: list[float]) -> float:
 def train(settings: str) -> dict[str, float]:
     """Tokens per second of a training step, and peak bytes of the process, of `shoal train` with a recipe."""
     from ..train import train as run
+    from ..train.metrics import read_rows
 
     result = run(load_recipe(settings))
-    rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(result.folder / "metrics.jsonl")
     speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row][WARM_UP:]
     return {"tokens_per_second": undisturbed(speeds), "memory_bytes": result.summary["peak_memory"]}
 

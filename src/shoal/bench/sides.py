@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -32,7 +31,7 @@ def require_peer(module: str, package: str, python: str | None = None) -> None:
 class Side:
     """A worker of `bench.peers`, asked over pipes. Between requests it stands still (SIGSTOP), so that it cannot disturb the others."""
 
-    def __init__(self, name: str, worker: str, python: str | None = None, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, name: str, worker: str, python: str | None = None) -> None:
         self.name = name
         self.settings = ""
         self.loaded: dict[str, Any] = {}
@@ -45,7 +44,6 @@ class Side:
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 text=True,
-                env={**os.environ, **(environment or {})},
             )
         except OSError as error:
             raise UserError(f"{command[0]} cannot be started ({error}): name a Python") from None

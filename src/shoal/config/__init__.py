@@ -1,6 +1,5 @@
 """Settings: dataclasses with validation, TOML recipes, dotted overrides. Knows nothing else of Shoal."""
 
-from .bench import CASES as CASES
 from .bench import BenchDispatchCommand as BenchDispatchCommand
 from .bench import BenchEngineCommand as BenchEngineCommand
 from .bench import BenchFP8Command as BenchFP8Command
@@ -8,7 +7,6 @@ from .bench import BenchMemoryCommand as BenchMemoryCommand
 from .bench import BenchQuantizationCommand as BenchQuantizationCommand
 from .bench import BenchRolloutsCommand as BenchRolloutsCommand
 from .bench import BenchServeCommand as BenchServeCommand
-from .bench import Case as Case
 from .commands import BenchTrainCommand as BenchTrainCommand
 from .commands import ChatCommand as ChatCommand
 from .commands import DoctorCommand as DoctorCommand

@@ -46,7 +46,7 @@ def load_recipe(name: str) -> TrainConfig:
     else:
         known = f"a TOML file, one of {', '.join(recipe_names())}, or with a budget one of {', '.join(RULES)}"
         raise UserError(f"there is no recipe {name!r}: give {known}")
-    return from_table(TrainConfig, read_toml(text, name), name)
+    return from_table(TrainConfig, read_toml(text, f"recipe {name}"), name)
 
 
 def read_toml(text: str, name: str) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def read_toml(text: str, name: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"recipe {name} is not valid TOML: {error}") from None
+        raise UserError(f"{name} is not valid TOML: {error}") from None
 
 
 def from_table(cls: type[T], table: dict[str, Any], where: str) -> T:

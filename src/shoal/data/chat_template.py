@@ -37,7 +37,7 @@ def render_chat(
     """The conversation as the tokenizer's chat template writes it, ready for the assistant's turn if `add_generation_prompt`.
 
     `messages` and `tools` have OpenAI's shape; `variables` are what the template knows besides (`thinking` in DeepSeek-V3.1's).
-    `encode_chat` gives its tokens as well. Raises `UserError` where there is no template or it refuses the conversation.
+    `encode_chat` gives its tokens. Raises `UserError` where there is no template or it refuses the conversation.
     """
     return _render(tokenizer, messages, tools, add_generation_prompt, ("", ""), variables)
 
@@ -101,18 +101,18 @@ def encode_chat(
     tools: list[dict[str, Any]] | None = None,
     add_generation_prompt: bool = True,
     **variables: Any,
-) -> tuple[str, list[int]]:
-    """What `render_chat` gives, and its tokens. Control tokens come from the template alone: where a message spells one, it is text.
+) -> list[int]:
+    """The tokens of what `render_chat` gives. Control tokens come from the template alone: where a message spells one, it is text.
 
     Of an assistant's message, `<think>` and `</think>` stay control tokens, as it may hold the thought.
     """
     messages, tools, mark = _broken_controls(tokenizer, messages, tools)
     text = render_chat(tokenizer, messages, tools, add_generation_prompt, **variables)
-    return text.replace(mark, "") if mark else text, _encode(tokenizer, text, mark, [])
+    return _encode(tokenizer, text, mark, [])
 
 
 def encode_turns(
-    tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **variables: Any
+    tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
 ) -> list[tuple[list[int], bool]]:
     """The same tokens of a finished conversation, cut where the model begins and ends to write: pieces, and whether it writes them.
 
@@ -120,10 +120,10 @@ def encode_turns(
     Raises `UserError` also where the template does not mark what the model writes with `{% generation %}`.
     """
     messages, tools, mark = _broken_controls(tokenizer, messages, tools)
-    text = _render(tokenizer, messages, tools, False, ("", ""), variables)
+    text = _render(tokenizer, messages, tools, False, ("", ""), {})
     # Where an answer lies is told by marks around it, wherever the template holds it (macros, blocks) before it is written.
     begin, end = (chr(code) for code in islice((code for code in PRIVATE_USE if chr(code) not in text), 2))
-    marked = _render(tokenizer, messages, tools, False, (begin, end), variables)
+    marked = _render(tokenizer, messages, tools, False, (begin, end), {})
     pieces = re.split(f"{begin}([^{begin}{end}]*){end}", marked)  # what the model writes at every other place
     if "".join(pieces) != text:
         raise UserError(

@@ -192,13 +192,13 @@ def _parsed(text: str, place: str) -> Any:
         raise UserError(f"{place} is not JSON: {error}") from None
 
 
-def tokenize(tokenizer: Tokenizer, conversation: Conversation, place: str, **variables: Any) -> Example:
+def tokenize(tokenizer: Tokenizer, conversation: Conversation, place: str) -> Example:
     """The tokens of a conversation, in which the prompt before every answer is the one that the server would make.
 
-    `variables` are what the chat template knows besides. Raises `UserError` as `encode_turns` does, with `place` in front.
+    Raises `UserError` as `encode_turns` does, with `place` in front.
     """
     try:
-        pieces = encode_turns(tokenizer, conversation.messages, conversation.tools, **variables)
+        pieces = encode_turns(tokenizer, conversation.messages, conversation.tools)
         learnt = _learnt([is_written for _, is_written in pieces], conversation.messages)
     except UserError as error:
         raise UserError(f"{place}: {error}") from None

@@ -22,7 +22,7 @@ from .batch import PAGE, Batch
 from .pages import PagePool
 from .race import Room
 from .requests import Increment, Request, Result, TokenMask
-from .runner import Forward, Runner, on_host
+from .runner import DTYPES, Forward, Runner, on_host
 from .sampling import Rows, Sampler, SamplingError
 from .scheduler import Limits, Scheduler, Sequence, Work
 from .speculate import Drafter, Switch, keep_behind
@@ -378,8 +378,7 @@ def cache_pages(runner: Runner, options: EngineOptions, cache: CacheFormat) -> i
     if options.cache_tokens:
         return -(-options.cache_tokens // PAGE)
     config = runner.config
-    width = {"fp32": 4, "bf16": 2, "fp8": 1}[cache]
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
-    page = PAGE * layers * config.cache_values_per_token * width
+    page = PAGE * layers * config.cache_values_per_token * DTYPES[cache].itemsize
     wanted = options.max_running * -(-config.max_position_embeddings // PAGE)
     return max(1, min(wanted, int(MEMORY_SHARE * available_memory(runner.device)) // page))

@@ -77,7 +77,7 @@ def load(path: str, options: MachineOptions, bits: int | None = None, *, pin: bo
             runner.pin()
         return Loaded(runner, tokenizer, machine, folder)
     model = load_transformer(folder, machine.device) if bits is None else to_transformer(load_weights(folder, bits))
-    return Loaded(make_runner(model.to(machine.device), machine), tokenizer, machine, folder)
+    return Loaded(TorchRunner(model.to(machine.device), machine), tokenizer, machine, folder)
 
 
 def _require_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
@@ -102,8 +102,3 @@ def load_transformer(folder: Path, device: torch.device | str = "cpu") -> Transf
     if is_quantized(folder):
         return to_transformer(load_weights(folder), torch.float32, device)
     return load_model(folder, dtype=torch.float32, device=device)
-
-
-def make_runner(model: Transformer, machine: Machine) -> Runner:
-    """A runner for a model in plain torch."""
-    return TorchRunner(model, machine)

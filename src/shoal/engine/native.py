@@ -23,9 +23,7 @@ from ..runtime import available_memory
 from .batch import PAGE, Batch
 from .past import Past
 from .race import Races
-from .runner import Forward, Guesses
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
+from .runner import DTYPES, Forward, Guesses
 
 _ATTENTION = {
     "q_a_proj": "q_a",

@@ -85,9 +85,6 @@ class PagePool:
         """Pages whose content others may use."""
         return len(self._by_page)
 
-    def holders(self, page: int) -> int:
-        return self._holders[page]
-
     def is_idle(self, page: int) -> bool:
         return page in self._idle
 

@@ -128,7 +128,8 @@ def guess_step_by_step(runner: Drafting, batch: Batch, hidden: Tensor, next_ids:
     return Guesses(tokens, first)
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
+"""How the cache is kept: fp8 as bytes, because torch cannot index that type everywhere."""
 
 
 class PagedLayer:
@@ -146,7 +147,7 @@ class PagedLayer:
 
 
 def encode(values: Tensor, stored: torch.dtype) -> Tensor:
-    """Values as the cache stores them; fp8 (e4m3) lies in it as bytes, because torch cannot index that type everywhere."""
+    """Values as the cache stores them."""
     if stored != torch.uint8:
         return values.to(stored)
     largest = torch.finfo(torch.float8_e4m3fn).max
@@ -169,8 +170,7 @@ class TorchRunner:
     def allocate(self, pages: int, cache: CacheFormat) -> None:
         """See `Runner`. On a CPU, memory is taken only as pages are written."""
         self._past = Past(pages, self.config.looks_back, self.device) if self.config.looks_back else None
-        dtype = torch.uint8 if cache == "fp8" else DTYPES[cache]
-        shape = (len(self.model.model.layers), pages, PAGE, self.config.cache_values_per_token)
+        shape, dtype = (len(self.model.model.layers), pages, PAGE, self.config.cache_values_per_token), DTYPES[cache]
         if self.device.type == "cpu":
             self._cache = torch.from_numpy(np.zeros((*shape[:-1], shape[-1] * dtype.itemsize), np.uint8)).view(dtype)
         else:

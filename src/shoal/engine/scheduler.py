@@ -23,13 +23,13 @@ from .pages import ROOT, PagePool
 class Sequence:
     """The tokens of one request and where their entries lie in the cache."""
 
-    def __init__(self, number: int, prompt: list[int], limit: int, *, reads_all: bool = False) -> None:
+    def __init__(self, number: int, prompt: list[int], limit: int) -> None:
         self.number = number
         """Requests that came later have larger ones."""
         self.tokens = list(prompt)
         self.limit = limit
         """It never has more tokens than this."""
-        self.reads_all = reads_all
+        self.reads_all = False
         """Every token has to be computed, although the prefix cache may know it: for prompt log-probabilities and the like."""
         self.drafts: list[int] = []
         """Guesses of the tokens that follow."""

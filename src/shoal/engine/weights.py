@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from ..config import ModelConfig, UserError
+from ..config import UserError
 from ..formats.huggingface import open_model, refuse_other_copies
 from ..formats.packing import pack_files
 from ..formats.parts import EMBEDDING, Scheme, parts_of
-from ..formats.quantized import dequantized, is_quantized, open_quantized
-from ..kernels.packed import PackedMatrix
+from ..formats.quantized import Weights, dequantized, is_quantized, open_quantized
 from ..model import Transformer
 from ..runtime import require_memory
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Matrices and small tensors of a model by module name; which names there are is said in `formats.parts`."""
-
-    config: ModelConfig
-    scheme: Scheme
-    parts: dict[str, PackedMatrix | Tensor]
-
-    def matrix(self, name: str) -> PackedMatrix:
-        part = self.parts[name]
-        assert isinstance(part, PackedMatrix), f"{name} is a small tensor"
-        return part
-
-    def tensor(self, name: str) -> Tensor:
-        part = self.parts[name]
-        assert isinstance(part, Tensor), f"{name} is a matrix"
-        return part
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts.values())
 
 
 def plain_scheme(name: str) -> Scheme:
@@ -67,8 +41,7 @@ def load_weights(folder: Path, bits: int | None = None, group: int = 32, *, prec
     if is_quantized(folder):
         if bits is not None:
             raise UserError(f"{folder} is quantized already: leave --bits away, or name the original model")
-        quantized = open_quantized(folder)
-        return Weights(quantized.config, quantized.scheme, quantized.parts)
+        return open_quantized(folder)
     with open_model(folder) as (empty, files):
         stored = "bf16" if files.plain_dtype(EMBEDDING) == torch.bfloat16 else "fp32"
         scheme = plain_scheme(precision or stored) if bits is None else quantized_scheme(bits, group)

@@ -18,7 +18,6 @@ from ..config import UserError
 from ..numerics.fp8 import Quantized, dequantize_blocks, quantize_blocks
 from .weight_files import CONFIG, WeightFiles, read_json
 
-SCALE = "_scale_inv"
 SETTINGS: dict[str, Any] = {
     "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "scale_fmt": "ue8m0",
 }  # fmt: skip

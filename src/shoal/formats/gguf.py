@@ -22,6 +22,7 @@ from .export import chat_template_for
 from .gguf_layout import GgufTensor, add_shape, architecture, gguf_obstacles, tensors
 from .gguf_tokenizer import TokenizerFiles, add_tokenizer
 from .huggingface import open_model
+from .parts import split_kv_up
 
 GgufType = Literal["f32", "f16", "q8_0", "q4_0"]
 BLOCK = 32
@@ -162,9 +163,7 @@ def _pieces(tensor: GgufTensor, files: Any, config: ModelConfig) -> Iterator[np.
 
 def _treated(tensor: GgufTensor, weight: Tensor, config: ModelConfig) -> Tensor:
     if tensor.treatment in ("key_up", "value_up"):
-        up = weight.unflatten(0, (config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim))
-        key, value = up.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)  # [H, N, R], [H, V, R]
-        return key.transpose(1, 2) if tensor.treatment == "key_up" else value
+        return split_kv_up(weight, config)[tensor.treatment == "value_up"]
     if tensor.treatment == "pairs":
         halves = weight.unflatten(0, (-1, 2, config.qk_head_dim // 2))  # [heads, half, pair, ...]
         return halves.transpose(1, 2).flatten(0, 2)

@@ -6,7 +6,6 @@ scales (`numerics.fp8`), and MTP layers repeat embedding and output head, which 
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,11 +22,14 @@ from ..config import ModelConfig, UserError
 from ..config.huggingface import model_config_from_dict, model_config_to_dict
 from ..model import Transformer
 from ..runtime import require_memory
-from .fp8 import SCALE, Quantizer
+from .fp8 import Quantizer
+from .parts import EMBEDDING, EXPERT, HEAD_WEIGHT
 from .weight_files import (
     CONFIG,
     GENERATION,
     INDEX,
+    LARGEST_SHARD,
+    SCALE,
     WeightFiles,
     plan_shards,
     read_generation,
@@ -37,10 +39,8 @@ from .weight_files import (
     write_json,
 )
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _MATRIX = "model.layers.0.self_attn.o_proj.weight"
 """One that every model has; the dtype of a model whose tensors are not all of one is that of its matrices."""
-_STACKED = re.compile(r"(.+\.mlp\.experts)\.(gate_proj|up_proj|down_proj)")
 
 
 def save_model(
@@ -48,7 +48,7 @@ def save_model(
     folder: Path,
     *,
     dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int = LARGEST_SHARD,
     mtp_copies: bool = True,
     fp8: Quantizer | None = None,
     generation: dict[str, Any] | None = None,
@@ -66,7 +66,7 @@ def save_model(
         raise UserError(f"{folder} already holds weights: choose another folder")
     tensors = official_tensors(model)
     if mtp_copies:
-        tensors |= {name: tensors[source] for name, source in shared_copies(model.config).items() if name != _HEAD}
+        tensors |= {name: tensors[source] for name, source in shared_copies(model.config).items() if name != HEAD_WEIGHT}
 
     def stored_dtype(name: str) -> torch.dtype:
         kept = dtype is None or name.endswith("e_score_correction_bias") or not tensors[name].is_floating_point()
@@ -159,9 +159,9 @@ def fill_model(
 
 def _take_stored_dtypes(empty: Transformer, files: WeightFiles) -> None:
     """Give the weights of a model on the device `meta` the dtypes of the files, a stack of experts that of its first."""
-    embedding = files.plain_dtype(_EMBEDDING)
+    embedding = files.plain_dtype(EMBEDDING)
     for name, parameter in empty.named_parameters():
-        stored = _STACKED.sub(r"\1.0.\2.weight", name)
+        stored = EXPERT.sub(r"\1.0.\2.weight", name)
         parameter.data = parameter.data.to(embedding if files.is_fp8(stored) else files.plain_dtype(stored))
 
 
@@ -213,21 +213,21 @@ def official_tensors(model: Transformer) -> dict[str, Tensor]:
     """Every weight of the model, once, under its official name; routed experts are views of their stack, so all can be written to."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        stacked = _STACKED.fullmatch(name)
+        stacked = EXPERT.fullmatch(name)
         if stacked:
             prefix, part = stacked.groups()
             tensors.update({f"{prefix}.{e}.{part}.weight": expert for e, expert in enumerate(tensor)})
-        elif not (name == _HEAD and model.config.tie_word_embeddings):
+        elif not (name == HEAD_WEIGHT and model.config.tie_word_embeddings):
             tensors[name] = tensor
     return tensors
 
 
 def shared_copies(config: ModelConfig) -> dict[str, str]:
     """Names under which official files may repeat a shared tensor -> the tensor they repeat."""
-    head = _EMBEDDING if config.tie_word_embeddings else _HEAD
-    copies = {_HEAD: _EMBEDDING} if config.tie_word_embeddings else {}
+    head = EMBEDDING if config.tie_word_embeddings else HEAD_WEIGHT
+    copies = {HEAD_WEIGHT: EMBEDDING} if config.tie_word_embeddings else {}
     for layer in range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers):
-        copies[f"model.layers.{layer}.embed_tokens.weight"] = _EMBEDDING
+        copies[f"model.layers.{layer}.embed_tokens.weight"] = EMBEDDING
         copies[f"model.layers.{layer}.shared_head.head.weight"] = head
     return copies
 

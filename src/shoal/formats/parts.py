@@ -8,6 +8,7 @@ always a matrix of its own, also where the embedding's weights are tied to it.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -22,10 +23,13 @@ from ..model.counted import CountedNgrams
 from ..model.layers import RMSNorm, TokenTable
 from ..model.moe import Experts
 from ..model.repeats import Repeats
+from ..runtime import DTYPES
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+HEAD_WEIGHT = f"{HEAD}.weight"
+EXPERT = re.compile(r"(.+\.mlp\.experts)\.(gate_proj|up_proj|down_proj)")
+"""The matrices of all experts of a layer, stacked."""
 Small = Literal["fp32", "bf16", "int64", "int16"]
 """Number formats of small tensors; integers are looked up."""
 SMALL: dict[str, torch.dtype] = {**DTYPES, "int64": torch.int64, "int16": torch.int16}

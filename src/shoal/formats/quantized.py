@@ -29,6 +29,7 @@ from .weight_files import (
     CONFIG,
     GENERATION,
     INDEX,
+    LARGEST_SHARD,
     open_shard,
     plan_shards,
     read_json,
@@ -42,7 +43,6 @@ from .weight_files import (
 METHOD = "shoal"
 VERSION = 2
 ALIGNMENT = 64
-LARGEST_SHARD = 5 * 10**9
 
 _PAD = "padding."
 _NAMES = {torch.int64: "I64", torch.int16: "I16", torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
@@ -50,12 +50,16 @@ _PLAIN_FILES = {CONFIG, INDEX, GENERATION, "tokenizer.json", "tokenizer_config.j
 
 
 @dataclass(frozen=True)
-class Quantized:
-    """A quantized folder, mapped into memory."""
+class Weights:
+    """Matrices and small tensors of a model by module name; which names there are is said in `parts`."""
 
     config: ModelConfig
     scheme: Scheme
     parts: dict[str, PackedMatrix | Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts.values())
 
 
 def is_quantized(folder: Path) -> bool:
@@ -64,7 +68,13 @@ def is_quantized(folder: Path) -> bool:
     return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
 
 
-def may_replace(folder: Path) -> bool:
+def refuse_other(folder: Path) -> None:
+    """Raise `UserError` where a quantized model cannot be written, because `folder` is something else than an earlier one."""
+    if folder.exists() and not _may_replace(folder):
+        raise UserError(f"{folder} exists and is not an earlier quantized model: choose another folder or empty it")
+
+
+def _may_replace(folder: Path) -> bool:
     """Whether nothing is lost when `folder` goes: it is empty, or a quantized folder and nothing else."""
     if not folder.is_dir():
         return False
@@ -92,8 +102,7 @@ def write_quantized(
 
     What was at `folder` is replaced when the new one is whole. Raises `UserError` where that is something else than an earlier such folder.
     """
-    if folder.exists() and not may_replace(folder):
-        raise UserError(f"{folder} exists and is not an earlier quantized model: choose another folder or empty it")
+    refuse_other(folder)
     plan = parts_of(config, scheme)
     shards = plan_shards({name: part.nbytes for name, part in plan.items()}, max_shard_bytes)
     files = shard_names(len(shards))
@@ -134,7 +143,7 @@ def read_scheme(folder: Path) -> tuple[ModelConfig, Scheme]:
     return config_of(folder, raw), Scheme(**quantization)
 
 
-def open_quantized(folder: Path) -> Quantized:
+def open_quantized(folder: Path) -> Weights:
     """Map a quantized folder; no weight is read, and every matrix is a view of the file.
 
     Raises `UserError` for missing, unexpected, misshapen or truncated arrays, and for small tensors with numbers that are not finite.
@@ -161,7 +170,7 @@ def open_quantized(folder: Path) -> Quantized:
         parts[name] = part.assemble({field: _aligned(array) for field, array in arrays.items()})
         if not part.is_matrix and name != EMBEDDING and not arrays[""].isfinite().all():
             raise UserError(f"{folder}: {name} holds NaN or infinite numbers: the file is damaged")
-    return Quantized(config, scheme, parts)
+    return Weights(config, scheme, parts)
 
 
 def dequantized(

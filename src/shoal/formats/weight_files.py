@@ -18,16 +18,19 @@ from ..config import UserError
 from ..numerics.fp8 import Quantized, dequantize_blocks
 
 WEIGHTS = "model.safetensors"
+SCALE = "_scale_inv"
+"""What the name of an FP8 tensor's scales ends with."""
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 
+LARGEST_SHARD = 5 * 10**9
+"""Bytes of a file of weights, at most."""
 FORGET_AFTER = 1 << 28
 """Bytes read through a mapping before it is made anew: until then they count as this process's memory."""
 
 _PIECE = 1 << 20
 _HARMLESS = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
-_SCALE = "_scale_inv"
 _FLOATS = ("F32", "BF16", "F16")
 _FP8 = "F8_E4M3"
 _WHOLE_NUMBERS = {"counted.entries": "I64", "counted.counts": "I16"}
@@ -94,7 +97,7 @@ class WeightFiles:
         if missing:
             raise UserError(f"{self.folder} lacks {some(missing)}: the files are incomplete or config.json belongs to another model")
         wanted = {*shapes, *(name for name in copies if name in self.file_of)}
-        wanted |= {name + _SCALE for name in wanted if name + _SCALE in self.file_of and self.is_fp8(name)}
+        wanted |= {name + SCALE for name in wanted if name + SCALE in self.file_of and self.is_fp8(name)}
         # transformers writes parts that a model does not have, such as 0 shared experts, as tensors without elements
         others = [name for name in self.file_of if name not in wanted and 0 not in self.shape(name)]
         unexpected = [name for name in others if not _HARMLESS.search(name)]
@@ -108,10 +111,10 @@ class WeightFiles:
     def _require_readable(self, name: str) -> None:
         stored = self.stored(name)
         if stored == _FP8:
-            if name + _SCALE not in self.file_of:
-                raise UserError(f"{self.folder}: {name} is FP8 but its scales {name + _SCALE} are missing")
-            if self.stored(name + _SCALE) not in _FLOATS:
-                raise UserError(f"{self.folder}: {name + _SCALE} is stored as {self.stored(name + _SCALE)}, but scales are numbers in fp32")
+            if name + SCALE not in self.file_of:
+                raise UserError(f"{self.folder}: {name} is FP8 but its scales {name + SCALE} are missing")
+            if self.stored(name + SCALE) not in _FLOATS:
+                raise UserError(f"{self.folder}: {name + SCALE} is stored as {self.stored(name + SCALE)}, but scales are numbers in fp32")
         elif stored not in _FLOATS and not any(name.endswith(end) and stored == kind for end, kind in _WHOLE_NUMBERS.items()):
             kind = stored.replace("I", "int") if stored.startswith(("I", "U")) else stored
             raise UserError(f"{self.folder}: {name} is stored as {kind}, which is not supported: use fp32, bf16 or block-scaled FP8")
@@ -126,7 +129,7 @@ class WeightFiles:
         tensor: Tensor = self.file_of[name].get_tensor(name)
         self._touched += size
         if self.is_fp8(name):
-            tensor = dequantize_blocks(tensor, self.file_of[name + _SCALE].get_tensor(name + _SCALE), block=self.fp8_block)
+            tensor = dequantize_blocks(tensor, self.file_of[name + SCALE].get_tensor(name + SCALE), block=self.fp8_block)
         if not _all_finite(tensor):
             raise UserError(f"{self.folder}: {name} holds NaN or infinite numbers: the file is damaged or the run had diverged")
         return tensor
@@ -134,7 +137,7 @@ class WeightFiles:
     def read_fp8(self, name: str) -> Quantized:
         """A tensor that `is_fp8`, as it is stored."""
         self._require_readable(name)
-        data, scales = (self.file_of[part].get_tensor(part) for part in (name, name + _SCALE))
+        data, scales = (self.file_of[part].get_tensor(part) for part in (name, name + SCALE))
         return Quantized(data, scales)
 
 

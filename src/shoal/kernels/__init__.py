@@ -21,4 +21,3 @@ from .ops import swiglu as swiglu
 from .repeats import find_repeats as find_repeats
 from .sampled import Candidates as Candidates
 from .sampled import sampled_cross_entropy as sampled_cross_entropy
-from .selection import backend as backend

@@ -56,8 +56,3 @@ def multiplies_fp8(device: torch.device) -> bool:
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def backend() -> str:
-    """One line that says which kernels run on the CPU and why."""
-    return BACKEND.reason

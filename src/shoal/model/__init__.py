@@ -4,12 +4,10 @@ from .attention import GQA as GQA
 from .attention import LATENT_NORM_EPS as LATENT_NORM_EPS
 from .attention import MLA as MLA
 from .attention import Context as Context
-from .attention import LayerCache as LayerCache
 from .block import Block as Block
 from .documents import Documents as Documents
 from .init import init_weights as init_weights
 from .look_ups import LookUps as LookUps
-from .moe import Dispatcher as Dispatcher
 from .moe import LocalDispatcher as LocalDispatcher
 from .moe import MoE as MoE
 from .moe import Router as Router

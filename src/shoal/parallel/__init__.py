@@ -3,7 +3,6 @@
 from .dispatch import TravellingDispatcher as TravellingDispatcher
 from .dispatch import make_dispatcher as make_dispatcher
 from .layout import Layout as Layout
-from .layout import layout_of as layout_of
 from .layout import micro_batch as micro_batch
 from .matrices import SplitMatrices as SplitMatrices
 from .overlap import Halves as Halves

@@ -121,9 +121,10 @@ class TravellingDispatcher:
     `formats` are those outward (tokens to experts, gradients of results) and back (results, gradients of tokens).
     """
 
-    def __init__(self, hops: list[Hop], first: int, held: int, formats: tuple[Format, Format], courier: Courier = at_once) -> None:
+    def __init__(self, hops: list[Hop], first: int, held: int, formats: tuple[Format, Format]) -> None:
         """The process holds experts `first` to `first + held`."""
-        self.hops, self.formats, self.courier = hops, formats, courier
+        self.hops, self.formats = hops, formats
+        self.courier: Courier = at_once
         self.first, self.held = first, held
 
     def dispatch(self, x: Tensor, indices: Tensor, weights: Tensor, experts: int) -> tuple[Tensor, Tensor, Ticket]:

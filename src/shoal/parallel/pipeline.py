@@ -134,21 +134,21 @@ class Stage(nn.Module):
             x, routing = self.hidden(x, length, rows)
             layers = [layer for layer in self.layers if config.is_moe_layer(layer)]
             if not self.is_last:
-                return self._note(x, layers, routing)
+                return self._with_balance_loss(x, layers, routing)
             shifted = [rows[:, k : k + length] for k in range(1, self.mtp_depth + 1)]
             hidden, mtp_hidden, more = self.model.finish(x, self._context(length, x), shifted)
             layers += [layer for layer in range(config.num_hidden_layers, config.num_hidden_layers + self.mtp_depth) if more]
-            self.note(layers, routing + more)
+            self._note(layers, routing + more)
             return self.finish(Output(hidden, mtp_hidden, routing + more), rows)
 
-    def _note(self, x: Tensor, layers: list[int], routing: list[RoutingStats]) -> Tensor:
+    def _with_balance_loss(self, x: Tensor, layers: list[int], routing: list[RoutingStats]) -> Tensor:
         """Remember the routing; let the balance losses of this stage have their gradient, since no loss follows here."""
-        self.note(layers, routing)
+        self._note(layers, routing)
         if not routing:
             return x
         return _WithLoss.apply(x, torch.stack([stats.balance_loss for stats in routing]).sum() * self.balance_share)
 
-    def note(self, layers: list[int], routing: list[RoutingStats]) -> None:
+    def _note(self, layers: list[int], routing: list[RoutingStats]) -> None:
         balance = torch.stack([stats.balance_loss.detach() for stats in routing]).sum() if routing else torch.zeros(())
         self.seen.append(Seen(layers, [RoutingStats(s.load, s.balance_loss.detach(), s.entropy, s.indices) for s in routing], balance))
 
@@ -204,7 +204,6 @@ class Pipeline:
         self.trace: list[Interval] = []
         """Of the last step, and how long that took."""
         self.seconds = 0.0
-        self.pace: dict[str, float] = {}
         device = next(model.parameters()).device
         group = team.group("pipeline")
         self.stages = {n: Stage(model, n, layout.stages, finish, context) for n in stages_of(layout, team.stage)}
@@ -219,7 +218,7 @@ class Pipeline:
         for number, stage in self.stages.items():
             output = torch.empty((), device=device).requires_grad_() if stage.is_last else hidden
             runner = TracedStage(stage, number, layout.stages, device, ids if stage.is_first else hidden, output, group=group)
-            runner.trace, runner.pace = self.trace, self.pace
+            runner.trace = self.trace
             runners.append(runner)
         make: Any = SCHEDULES[layout.schedule]
         several = layout.schedule != "1f1b"

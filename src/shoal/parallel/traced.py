@@ -17,13 +17,10 @@ class TracedStage(PipelineStage):
     """A stage that notes when its passes begin and end."""
 
     trace: list[Interval]
-    pace: dict[str, float]
-    """Seconds that passes of a kind take at least, where they are to take turns as on devices of their own."""
 
     def _timed(self, kind: str, microbatch: int, work: Callable[[], Any]) -> Any:
         start = time.perf_counter()
         result = work()
-        time.sleep(max(0.0, start + self.pace.get(kind, 0.0) - time.perf_counter()))
         self.trace.append(Interval(kind, self.stage_index, microbatch, start, time.perf_counter()))
         return result
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from shoal.config import UserError
-
+from ..config import UserError
 from .cost import Matrix
 from .hardware import Machine
 from .sustained import product_size

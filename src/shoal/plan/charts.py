@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from shoal.config import UserError
-
+from ..config import UserError
 from .hardware import GIB
 from .timeline import Timeline
 from .training import Step

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from shoal.config import ModelConfig
-
+from ..config import ModelConfig
 from .assumptions import Assumptions
 from .cost import checkpoint_bytes, kv_bytes_per_token, main_matrices, number_format, stored_as
 from .hardware import Machine

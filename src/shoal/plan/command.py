@@ -8,9 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from shoal.config import ModelConfig, OptimizerConfig, UserError
-from shoal.config.recipes import load_recipe
-
+from ..config import ModelConfig, OptimizerConfig, UserError
+from ..config.recipes import load_recipe
 from . import check, report
 from .assumptions import Assumptions
 from .cost import (

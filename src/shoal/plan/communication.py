@@ -13,8 +13,7 @@ from functools import cache
 from math import comb
 from random import Random
 
-from shoal.config import ModelConfig, UserError
-
+from ..config import ModelConfig, UserError
 from .hardware import Machine
 
 

@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from math import ceil
 
-from shoal.config import ModelConfig, OptimizerConfig, UserError
-from shoal.config.model import REPEAT_LENGTHS, REPEAT_STATES
+from ..config import ModelConfig, OptimizerConfig, UserError
+from ..config.model import REPEAT_LENGTHS, REPEAT_STATES
 
 
 @dataclass(frozen=True)

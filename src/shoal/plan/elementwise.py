@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from shoal.config import ModelConfig
-
+from ..config import ModelConfig
 from .memory import saved_values
 from .sustained import Sustained
 

@@ -7,8 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from shoal.config import ModelConfig, UserError
-
+from ..config import ModelConfig, UserError
 from .placement import Placement, place_experts
 
 _COUNTED = re.compile(r'^shoal_expert_tokens_total\{expert="(\d+)",layer="(\d+)"\} (\S+)', re.MULTILINE)  # labels come sorted

@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from shoal.config import UserError
-from shoal.config.recipes import from_table
-
+from ..config import UserError
+from ..config.recipes import from_table, read_toml
 from .sustained import Sustained
 
 GIB = 1024**3
@@ -120,11 +119,9 @@ def load_machine(name: str) -> Machine:
     path = Path(name)
     if not path.is_file():
         raise UserError(f"there is no machine {name!r}: use one of {', '.join(MACHINES)} or a TOML file with its figures")
-    from shoal.config.recipes import tomllib
-
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        table = read_toml(path.read_text(encoding="utf-8"), f"machine {name}")
+    except UnicodeDecodeError as error:
         raise UserError(f"machine {name} is not valid TOML: {error}") from None
     machine = from_table(Machine, {"name": path.stem, "source": str(path), **table}, name)
     for field, value in asdict(machine).items():

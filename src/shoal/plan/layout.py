@@ -6,8 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from shoal.config import ModelConfig
-
+from ..config import ModelConfig
 from . import schedule as schedules
 from .communication import nearest_divisor
 from .cost import layer_matrices, layer_mixing, layer_values, layer_vectors, ngram_parameters, trust_parameters

@@ -17,13 +17,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shoal import kernels
-from shoal.kernels import cpu, reference
-from shoal.kernels.packed import pack_integers
-from shoal.kernels.serving import packed_linear
-from shoal.memory import large_pages
-from shoal.runtime import start, synchronize, total_memory
-
+from .. import kernels
+from ..kernels import cpu, reference
+from ..kernels.packed import pack_integers
+from ..kernels.serving import packed_linear
+from ..memory import large_pages
+from ..runtime import start, synchronize, total_memory
 from .hardware import GIB, Machine
 from .sustained import Curve, Sustained, product_size
 

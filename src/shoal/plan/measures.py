@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from shoal.config import Recomputed, TrainConfig
-
+from ..config import Recomputed, TrainConfig
 from .cost import count_parameters, flops_per_token, forward_flops
 from .memory import saved_values
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from shoal.config import ModelConfig
-
+from ..config import ModelConfig
 from .cost import HIDDEN_PARTS, layer_matrices, ngram_parameters
 from .layout import Layout, Stage, stage_kinds, stage_parameters, table_parameters
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.config import ModelConfig
+from ..config import ModelConfig
 
 _DEEPSEEK: dict[str, Any] = {
     "kv_lora_rank": 512,

@@ -9,8 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from shoal.config import UserError
-
+from ..config import UserError
 from .assumptions import Assumptions
 
 _COUNTS = {

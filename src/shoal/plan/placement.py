@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shoal.config import UserError
+from ..config import UserError
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from shoal.config import ModelConfig, OptimizerConfig
-
+from ..config import ModelConfig, OptimizerConfig
 from .assumptions import Assumptions
 from .check import TOLERANCE, Comparison
 from .communication import exchange, groups, reach

@@ -152,7 +152,7 @@ def _at(rule: dict[str, float], flops: float) -> float:
 
 
 def _table(name: str) -> dict[str, Any]:
-    return read_toml((resources.files("shoal") / "recipes" / "rules" / f"{name}.toml").read_text(encoding="utf-8"), name)
+    return read_toml((resources.files("shoal") / "recipes" / "rules" / f"{name}.toml").read_text(encoding="utf-8"), f"rules {name}")
 
 
 def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

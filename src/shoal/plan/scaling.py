@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from shoal.config import ModelConfig
-
+from ..config import ModelConfig
 from .cost import count_parameters
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from shoal.config import UserError
+from ..config import UserError
 
 Kind = Literal["F", "B", "I", "W"]
 

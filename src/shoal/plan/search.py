@@ -7,8 +7,7 @@ from dataclasses import replace
 from math import log2
 from typing import Any
 
-from shoal.config import ModelConfig, UserError
-
+from ..config import ModelConfig, UserError
 from . import schedule as schedules
 from .assumptions import Assumptions
 from .hardware import GIB, Machine

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shoal.config import ModelConfig, UserError
-
+from ..config import ModelConfig, UserError
 from .assumptions import Assumptions
 from .cost import (
     NUMBER_FORMATS,

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from shoal.config import ModelConfig, UserError
-from shoal.config.huggingface import model_config_from_dict
-from shoal.config.recipes import load_recipe
-
+from ..config import ModelConfig, UserError
+from ..config.huggingface import model_config_from_dict
+from ..config.recipes import load_recipe
 from .models import BUILT_IN
 
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from shoal.config import UserError
-
+from ..config import UserError
 from .schedule import Action, Pass, Schedule
 
 

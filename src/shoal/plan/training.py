@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from shoal.config import ModelConfig, UserError
-
+from ..config import ModelConfig, UserError
 from . import layout as layouts
 from . import schedule as schedules
 from .assumptions import Assumptions

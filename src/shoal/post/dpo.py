@@ -5,7 +5,6 @@ What the starting model thinks of every answer is computed once, before the firs
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import random
 import sys
@@ -28,7 +27,7 @@ from ..train.signals import StopRequest
 from .losses import row_logprobs
 from .packing import Text, best_fit, make_row
 from .progress import Progress
-from .tuning import Checkpoints, Tuner, finish, load_trainable, open_run, save
+from .tuning import Checkpoints, Tuner, finish, load_trainable, open_run, require_chat_template, save
 
 
 @dataclass
@@ -49,11 +48,9 @@ def run_dpo(command: DPOCommand) -> dict[str, Any]:
     command.validate()
     plain = load_trainable(command.model, command.machine, command.tune)
     model, tokenizer, machine = plain.model, plain.tokenizer, plain.machine
-    if tokenizer.chat_template is None:
-        raise UserError(f"{command.model} is a base model without a chat template: fine-tune it with shoal sft first")
+    require_chat_template(command.model, tokenizer)
     pairs = read(tokenizer, command, model.config.max_position_embeddings)
-    folder = open_run(command.folder, "dpo", command.model)
-    folder.write_json("run.json", {"requested": dataclasses.asdict(command), "precision": machine.precision})
+    folder = open_run(command, "dpo", machine)
     began = time.perf_counter()
     refer(model, machine, pairs, command)
     per_epoch = math.ceil(len(pairs) / command.pairs)
@@ -61,8 +58,8 @@ def run_dpo(command: DPOCommand) -> dict[str, Any]:
     tuner = Tuner(model, command.tune, steps)
     batches = endless(pairs, command)
     done, row = 0, {}
-    checkpoints = Checkpoints(folder, command.folder, model, tokenizer)
-    with folder.held(), MetricsLog(folder.path, False) as log, Progress(steps) as progress, StopRequest() as stop:
+    checkpoints, progress = Checkpoints(folder, command.folder, model, tokenizer), Progress(steps)
+    with folder.held(), MetricsLog(folder.path, False) as log, StopRequest() as stop:
         for step in range(1, steps + 1):
             row = train_step(model, machine, next(batches), command) | {"grad_norm": tuner.step(step), "step": step}
             row["seconds"] = round(time.perf_counter() - began, 2)

@@ -6,7 +6,6 @@ the engine's weights.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,9 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import EngineOptions, GRPOCommand, UserError
+from ..config import EngineOptions, GRPOCommand
 from ..data import Tokenizer
-from ..kernels.reference import IGNORED
 from ..model import Transformer
 from ..runtime import Machine, peak_memory
 from ..train.metrics import MetricsLog
@@ -37,7 +35,7 @@ from .reference import Reference
 from .rewards import Judge
 from .rollouts import Sample, Sampler
 from .tasks import Score, Task, examine, mean, parse_task, prompt_of, refuse_thinking, that_fit
-from .tuning import Checkpoints, Tuner, finish, load_trainable, open_run, save
+from .tuning import Checkpoints, Tuner, finish, load_trainable, open_run, require_chat_template, save
 
 
 @dataclass
@@ -56,13 +54,11 @@ def run_grpo(command: GRPOCommand) -> dict[str, Any]:
         if command.data is not None:
             tasks.append(Rewarded(Path(command.data).name, command.data, judge))
         plain = load_trainable(command.model, command.machine, command.tune)
-        if plain.tokenizer.chat_template is None:
-            raise UserError(f"{command.model} is a base model without a chat template: fine-tune it with shoal sft first")
+        require_chat_template(command.model, plain.tokenizer)
         if command.thinking:
             refuse_thinking(plain.tokenizer)
         leave_out_long_prompts(tasks, plain.tokenizer, plain.model.config.max_position_embeddings, command.thinking)
-        folder = open_run(command.folder, "grpo", command.model)
-        folder.write_json("run.json", {"requested": dataclasses.asdict(command), "precision": plain.machine.precision})
+        folder = open_run(command, "grpo", plain.machine)
         summary = Run(command, tasks, plain.model, plain.tokenizer, plain.machine).train(folder)
     for reason, count in judge.failures.items():
         print(f"{count:,} rewards were lost: {reason}", file=sys.stderr)
@@ -96,8 +92,8 @@ class Run:
         scores: list[Score] | None = None
         began = time.perf_counter()
         done = 0
-        checkpoints = Checkpoints(folder, command.folder, self.model, self.tokenizer)
-        with folder.held(), MetricsLog(folder.path, False) as log, Progress(command.steps) as progress, StopRequest() as stop:
+        checkpoints, progress = Checkpoints(folder, command.folder, self.model, self.tokenizer), Progress(command.steps)
+        with folder.held(), MetricsLog(folder.path, False) as log, StopRequest() as stop:
             log.write({"step": 0, "scores": [score.row() for score in before]})
             for step in range(1, command.steps + 1):
                 row = {"step": step} | self.step(step) | {"seconds": round(time.perf_counter() - began, 2)}
@@ -226,5 +222,5 @@ class Run:
         figures = torch.stack(
             [(logprobs.detach() - sampled).abs().sum(), entropy.sum(), loss.kl, loss.clipped.float(), loss.masked]
         ).tolist()
-        assert int((row.targets != IGNORED).sum()) == len(sampled)
+        assert row.learnt == len(sampled)
         return dict(zip(("mismatch", "entropy", "kl", "clipped", "left_out"), figures, strict=True)), len(sampled)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
 from typing import Any
 
 from ..train.units import duration
@@ -25,12 +24,6 @@ class Progress:
 
     def __init__(self, steps: int) -> None:
         self._steps, self._began, self._shown = steps, time.monotonic(), -LINE_SECONDS
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        return None
 
     def step(self, row: dict[str, Any]) -> None:
         """The figures of a step."""

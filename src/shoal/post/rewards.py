@@ -157,7 +157,7 @@ class Judge:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for _, part in self._parts:
             if isinstance(part, Function):
-                part.__exit__(kind, error, trace)
+                part.close()
 
     def __call__(self, prompt: str, reply: str, answer: str) -> float:
         """What a reply is worth; a part that fails gives 0."""

@@ -24,7 +24,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from ..config import UserError
@@ -114,10 +113,8 @@ class Function:
         self._where, self._limits = where, limits
         self._child: _Child | None = None
 
-    def __enter__(self) -> Function:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def close(self) -> None:
+        """End the process, if there is one."""
         if self._child is not None:
             self._child.kill()
             self._child = None
@@ -146,5 +143,5 @@ class Function:
         answer = self._child.answer(self._limits.seconds)
         if isinstance(answer, float | str):
             return answer
-        self.__exit__(None, None, None)
+        self.close()
         return f"no result within {self._limits.seconds:g} s and {self._limits.memory >> 20} MiB"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import sys
 import time
@@ -12,8 +11,7 @@ from typing import Any
 
 from ..config import SFTCommand, UserError
 from ..data import Tokenizer
-from ..data.conversations import Example, read_conversations, tokenize
-from ..kernels.reference import IGNORED
+from ..data.conversations import read_conversations, tokenize
 from ..model import Transformer
 from ..runtime import Machine, inference, peak_memory
 from ..train.balance import StepRouting, update_biases
@@ -38,8 +36,7 @@ def run_sft(command: SFTCommand) -> dict[str, Any]:
         return show(tokenizer, command.data, command.preview)
     texts = read_texts(tokenizer, command, plain.model.config.max_position_embeddings)
     training, held_out = split(texts, command)
-    folder = open_run(command.folder, "sft", command.model)
-    folder.write_json("run.json", {"requested": dataclasses.asdict(command), "precision": plain.machine.precision})
+    folder = open_run(command, "sft", plain.machine)
     model, machine = plain.model, plain.machine
     if command.esft_share:
         kept = train_only_used_experts(model, rows_of(training[:256], command, model), command.esft_share, machine)
@@ -48,8 +45,8 @@ def run_sft(command: SFTCommand) -> dict[str, Any]:
     tuner = Tuner(model, command.tune, plan.steps)
     before = held_out_loss(model, machine, held_out, command)
     began, seen, done = time.perf_counter(), 0, 0
-    checkpoints = Checkpoints(folder, command.folder, model, tokenizer)
-    with folder.held(), MetricsLog(folder.path, False) as log, Progress(plan.steps) as progress, StopRequest() as stop:
+    checkpoints, progress = Checkpoints(folder, command.folder, model, tokenizer), Progress(plan.steps)
+    with folder.held(), MetricsLog(folder.path, False) as log, StopRequest() as stop:
         for step, batch in enumerate(plan.batches(), 1):
             row = train_step(model, machine, tuner, batch, command, step)
             seen += sum(text.length for text in batch)
@@ -81,16 +78,12 @@ def read_texts(tokenizer: Tokenizer, command: SFTCommand, longest: int) -> list[
         if len(example.ids) > limit:
             left_out += 1
         else:
-            texts.append(as_text(example))
+            texts.append(Text(example.ids, example.written))
     if left_out:
         print(f"{left_out:,} conversations have more than {limit:,} tokens and are left out", file=sys.stderr)
     if not texts:
         raise UserError("there is nothing to learn from: no conversation fits; check --data and --max-length")
     return texts
-
-
-def as_text(example: Example) -> Text:
-    return Text(example.ids, example.written)
 
 
 def split(texts: list[Text], command: SFTCommand) -> tuple[list[Text], list[Text]]:
@@ -173,5 +166,5 @@ def held_out_loss(model: Transformer, machine: Machine, texts: Sequence[Text], c
         for row in rows_of(texts, command, model):
             moved = row.to(machine.device)
             nats += float(row_losses(model, moved, 1, 0.0, 0.0).nats)
-            count += int((moved.targets != IGNORED).sum())
+            count += moved.learnt
     return nats / max(count, 1)

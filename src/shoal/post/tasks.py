@@ -84,7 +84,7 @@ def prompt_of(tokenizer: Tokenizer, task: Task, problem: Problem, thinking: bool
     `thinking`: a chat template that leaves the choice (see `refuse_thinking`) is to open a thought.
     """
     if tokenizer.chat_template is not None:
-        return encode_chat(tokenizer, [{"role": "user", "content": problem.question}], thinking=thinking)[1]
+        return encode_chat(tokenizer, [{"role": "user", "content": problem.question}], thinking=thinking)
     text = problem.question if task.continues else f"{problem.question}\n"
     return tokenizer.encode(text, bos=True)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 
 import torch
 from torch import nn
 
-from ..config import MachineOptions, RunFolderOptions, TuneOptions, UserError
+from ..config import DPOCommand, GRPOCommand, MachineOptions, RunFolderOptions, SFTCommand, TuneOptions, UserError
 from ..data import Tokenizer
 from ..data.chat_template import read_template
 from ..engine import Plain, load_plain
@@ -17,6 +18,7 @@ from ..formats.export import chat_template
 from ..formats.locate import locate_model
 from ..formats.weight_files import read_generation
 from ..model import Transformer
+from ..runtime import Machine
 from ..train.run_folder import TRAINED_LENGTH, RunFolder, new_run, trained_length
 from ..train.uncompiled import AdamW
 from .adapters import adapt, is_adapted, merge
@@ -79,11 +81,18 @@ class Tuner:
         return float(norm)
 
 
-def open_run(options: RunFolderOptions, name: str, model: str) -> RunFolder:
-    """The folder of a new run that begins with `model`; see `train.run_folder.new_run`."""
-    source = locate_model(model)
-    folder = new_run(options, name, source)
+def require_chat_template(model: str, tokenizer: Tokenizer) -> None:
+    """Raise `UserError` for a base model, which knows no conversations."""
+    if tokenizer.chat_template is None:
+        raise UserError(f"{model} is a base model without a chat template: fine-tune it with shoal sft first")
+
+
+def open_run(command: DPOCommand | GRPOCommand | SFTCommand, name: str, machine: Machine) -> RunFolder:
+    """The folder of a new run that begins with `command.model`, with what was asked for; see `train.run_folder.new_run`."""
+    source = locate_model(command.model)
+    folder = new_run(command.folder, name, source)
     folder.generation = read_generation(source)
+    folder.write_json("run.json", {"requested": dataclasses.asdict(command), "precision": machine.precision})
     return folder
 
 

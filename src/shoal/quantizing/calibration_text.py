@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
-
 import torch
 from torch import Tensor
 
@@ -21,7 +19,7 @@ def calibration_ids(corpus: Corpus, tokenizer: Tokenizer, tokens: int, length: i
     Raises `UserError` where there is too little text to learn anything from.
     """
     found: list[int] = []
-    for text in chain(corpus.train_documents()):
+    for text in corpus.train_documents():
         found += tokenizer.document(text)
         if len(found) >= SPREAD * tokens:
             break

@@ -23,7 +23,7 @@ from ..formats.huggingface import open_model, refuse_other_copies
 from ..formats.locate import locate_model
 from ..formats.packing import BITS, RoundingCost, pack_files
 from ..formats.parts import Part, Scheme, parts_of
-from ..formats.quantized import is_quantized, may_replace, write_quantized
+from ..formats.quantized import is_quantized, refuse_other, write_quantized
 from ..formats.weight_files import WeightFiles, read_generation
 from ..kernels.packed import PackedMatrix
 from ..model import Transformer
@@ -129,8 +129,7 @@ def _summary(result: dict[str, Any], scheme: Scheme) -> str:
 
 
 def _require_place(out: Path) -> None:
-    if out.exists() and not may_replace(out):
-        raise UserError(f"{out} exists and is not an earlier quantized model: choose another OUT or empty it")
+    refuse_other(out)
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"{out} cannot be made: {parent} is no folder to write in")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from .errors import bad
 from .reader import Piece
 from .turn import Answer
 
@@ -37,18 +36,3 @@ def blocks_of(answer: Answer) -> list[Block]:
     if answer.content:
         blocks.append(Block("text", answer.content))
     return blocks + [Block("tool", call.arguments, call.id, call.name) for call in answer.calls]
-
-
-def texts(content: Any, kinds: tuple[str, ...], param: str) -> str:
-    """The text of content: a text, a part, or a list of parts. Raises `APIError` 400 for parts of other kinds, such as images."""
-    if isinstance(content, str):
-        return content
-    result = []
-    for part in content if isinstance(content, list) else [content]:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in kinds:
-            raise bad(f"this model reads text only: it cannot use parts of type {str(kind)[:40]!r}", param)
-        if not isinstance(part.get("text"), str):
-            raise bad(f"a part of type {kind} needs a text", param)
-        result.append(part["text"])
-    return "".join(result)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import ServeCommand, UserError
 from ..data.chat_template import read_template, refuse_template
-from ..engine import EngineFailed
+from ..engine import PAGE, EngineFailed
 from ..formats.locate import locate_model
 from ..runtime import give_way
 from .backend import engine_process
@@ -148,7 +148,7 @@ async def _announce(host: Host, server: Any, sock: socket.socket) -> None:
     give_way(NICENESS)
     engine = host.engine
     config, stats = engine.config, engine.stats()
-    _say(f"{host.name}: {config.num_hidden_layers} layers, context {engine.context}, cache {stats.pages * 32} tokens")
+    _say(f"{host.name}: {config.num_hidden_layers} layers, context {engine.context}, cache {stats.pages * PAGE} tokens")
     _say(f"  API   http://{shown}:{port}/v1")
     if not command.api_only:
         _say(f"  page  http://{shown}:{port}/")

@@ -51,14 +51,14 @@ class Dialect:
         messages = [written(message, index) for index, message in enumerate(body.messages)]
         if body.continue_final_message:
             return self._begun(messages, tools, variables)
-        return encode_chat(self.tokenizer, messages, tools, body.add_generation_prompt, **variables)[1]
+        return encode_chat(self.tokenizer, messages, tools, body.add_generation_prompt, **variables)
 
     def _begun(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, variables: dict[str, Any]) -> list[int]:
         """A conversation whose last message is the beginning of the answer: the turn goes on behind it."""
         last = messages[-1]
         if last["role"] != "assistant" or "tool_calls" in last:
             raise bad("only a text of the assistant can be continued", "messages")
-        prompt = encode_chat(self.tokenizer, messages[:-1], tools, True, **variables)[1]
+        prompt = encode_chat(self.tokenizer, messages[:-1], tools, True, **variables)
         if thought_of(self.tokenizer, prompt)[0]:
             raise bad("the answer begins with a thought here, so that its text cannot be begun: end with a message of the user", "messages")
         return prompt + self.tokenizer.encode(last["content"], behind=prompt)
@@ -123,7 +123,7 @@ def written(message: Message, index: int) -> dict[str, Any]:
     param = f"messages[{index}]"
     if message.function_call is not None:
         raise bad("function_call is not supported any more: use tool_calls", param)
-    result: dict[str, Any] = {"role": message.role, "content": text_of(message.content, param)}
+    result: dict[str, Any] = {"role": message.role, "content": texts(message.content or "", TEXT_PARTS, param)}
     if message.name is not None:
         result["name"] = message.name
     if message.reasoning_content is not None:
@@ -135,19 +135,19 @@ def written(message: Message, index: int) -> dict[str, Any]:
     return result
 
 
-def text_of(content: str | list[dict[str, Any]] | None, param: str) -> str:
-    """The text of a message's content. Raises `APIError` 400 where it holds images or the like."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    texts = []
-    for part in content:
-        kind = part.get("type", "text")
-        if kind not in TEXT_PARTS:
+def texts(content: Any, kinds: tuple[str, ...], param: str) -> str:
+    """The text of content: a text, a part, or a list of parts. Raises `APIError` 400 for parts of other kinds, such as images."""
+    if isinstance(content, str):
+        return content
+    result = []
+    for part in content if isinstance(content, list) else [content]:
+        kind = part.get("type", "text") if isinstance(part, dict) else None
+        if kind not in kinds:
             raise bad(f"this model reads text only: it cannot use parts of type {str(kind)[:40]!r}", param)
         if not isinstance(part.get("text"), str):
-            raise bad("a part of type text needs a text", param)
-        texts.append(part["text"])
-    return "".join(texts)
+            raise bad(f"a part of type {kind} needs a text", param)
+        result.append(part["text"])
+    return "".join(result)
 
 
 def _call(call: dict[str, Any], param: str) -> dict[str, Any]:

@@ -42,9 +42,9 @@ class APIError(Exception):
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
-def bad(message: str, param: str | None = None, code: str | None = None) -> APIError:
+def bad(message: str, param: str | None = None) -> APIError:
     """The request cannot be served as it is."""
-    return APIError(400, message, param, code)
+    return APIError(400, message, param)
 
 
 def too_long(message: str, param: str) -> APIError:

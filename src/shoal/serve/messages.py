@@ -8,13 +8,13 @@ import uuid
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from .blocks import Block, blocks_of, fragments, texts
+from .blocks import Block, blocks_of, fragments
 from .chat import prepare
-from .dialect import Dialect
+from .dialect import Dialect, texts
 from .errors import APIError, bad
 from .host import Host
 from .protocol import MOST_MESSAGES, Body, ChatBody, Several
@@ -117,11 +117,7 @@ def as_chat(body: CountBody) -> ChatBody:
         fields |= {"max_tokens": body.max_tokens, "stop": body.stop_sequences, "temperature": body.temperature}
         fields |= {"top_p": body.top_p, "top_k": body.top_k, "stream": body.stream}
         fields["response_format"] = body.output_config.format
-    try:
-        return ChatBody(**fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise bad(f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:500]) from None
+    return ChatBody(**fields)
 
 
 def _choice(choice: dict[str, Any]) -> dict[str, Any]:

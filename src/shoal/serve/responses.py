@@ -7,19 +7,18 @@ import uuid
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from .blocks import Block, blocks_of, fragments, texts
+from .blocks import Block, blocks_of, fragments
 from .chat import prepare
+from .dialect import TEXT_PARTS, texts
 from .errors import APIError, bad
 from .host import Host
 from .protocol import MOST_MESSAGES, Body, ChatBody, Several
 from .sse import JSON, EventStream, event, unless_gone
 from .turn import Turn
-
-TEXTS = ("input_text", "output_text", "text")
 
 
 class ResponsesBody(Body):
@@ -95,11 +94,7 @@ def as_chat(body: ResponsesBody) -> ChatBody:
     form = (body.text or {}).get("format")
     if isinstance(form, dict):
         fields["response_format"] = form
-    try:
-        return ChatBody(**fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise bad(f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:500]) from None
+    return ChatBody(**fields)
 
 
 def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], param: str) -> None:
@@ -107,7 +102,7 @@ def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], param: str) 
     if kind == "reasoning":
         return
     if kind == "message":
-        messages.append({"role": item.get("role"), "content": texts(item.get("content") or "", TEXTS, param)})
+        messages.append({"role": item.get("role"), "content": texts(item.get("content") or "", TEXT_PARTS, param)})
     elif kind == "function_call":
         function = {"name": item.get("name"), "arguments": item.get("arguments")}
         call = {"id": str(item.get("call_id", "")), "type": "function", "function": function}
@@ -116,7 +111,7 @@ def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], param: str) 
         else:
             messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
     elif kind == "function_call_output":
-        text = texts(item.get("output") or "", TEXTS, param)
+        text = texts(item.get("output") or "", TEXT_PARTS, param)
         messages.append({"role": "tool", "tool_call_id": str(item.get("call_id", "")), "content": text})
     else:
         raise bad(f"input of type {str(kind)[:40]!r} is not supported", param)

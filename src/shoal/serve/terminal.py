@@ -107,7 +107,7 @@ class Talk:
             prompt, reader = self.tokenizer.encode(text, bos=True), AnswerReader()
         else:
             system = [{"role": "system", "content": self.system}] if self.system else []
-            _, prompt = encode_chat(self.tokenizer, [*system, *conversation])
+            prompt = encode_chat(self.tokenizer, [*system, *conversation])
             reader = reader_behind(self.tokenizer, prompt)
         try:
             said = self._say(Request(prompt, self.sampling), _Printer(reader))

@@ -34,7 +34,6 @@ class Answer:
     calls: list[CallPart] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     finish_reason: str | None = None
-    stopped_by: int | str | None = None
 
     def add(self, step: Step) -> None:
         self.reasoning += step.piece.reasoning
@@ -84,8 +83,6 @@ class Turn:
         async with self.host.serving(self.requests) as tickets:
             async for step in self.steps(tickets):
                 answers[step.index].add(step)
-        for answer, stopped_by in zip(answers, self.stopped_by, strict=True):
-            answer.stopped_by = stopped_by
         return answers
 
     def usage(self) -> dict[str, Any]:

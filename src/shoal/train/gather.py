@@ -6,11 +6,10 @@ import torch
 from torch import nn
 
 from ..config import ModelConfig, OptimizerConfig
+from ..formats.parts import EMBEDDING, HEAD_WEIGHT
 from ..model import Transformer
 from ..parallel import Shards
 from .optimizer import Optimizers
-
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def gather_model(model: Transformer, shards: Shards) -> Transformer:
@@ -22,7 +21,7 @@ def gather_model(model: Transformer, shards: Shards) -> Transformer:
         whole = Transformer(model.config)
     if shards.team.is_first:
         if model.config.tie_word_embeddings:
-            tensors[_HEAD] = tensors[_EMBEDDING]
+            tensors[HEAD_WEIGHT] = tensors[EMBEDDING]
         whole.load_state_dict(tensors, assign=True)
     return whole
 

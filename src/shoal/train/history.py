@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shoal.config import UserError
-
+from ..config import UserError
 from .metrics import read_rows
 
 MOST_ROWS = 40_000

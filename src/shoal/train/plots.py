@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shoal.config import UserError
-
+from ..config import UserError
 from .history import Floats, Metrics, column, mean_of_finite
 from .units import si
 
@@ -476,8 +475,8 @@ def _draw_smooth(
     return Line(x, y, name, color)
 
 
-def smooth(x: Floats, y: Floats, log: bool = False, bins: int = 120) -> tuple[Floats, Floats]:
-    """Means of the finite points in `bins` equal parts of the (logarithmic) x axis, then a binomial filter of width 5.
+def smooth(x: Floats, y: Floats, log: bool = False) -> tuple[Floats, Floats]:
+    """Means of the finite points in 120 equal parts of the (logarithmic) x axis, then a binomial filter of width 5.
 
     Few points stay as they are. Unlike a running average this does not lag, and on a log axis it keeps the first steps.
     """
@@ -486,11 +485,11 @@ def smooth(x: Floats, y: Floats, log: bool = False, bins: int = 120) -> tuple[Fl
     if len(x) < 8:
         return x, y
     place = np.log(x) if log else x
-    edges = np.linspace(place.min(), place.max(), bins + 1)[1:-1]
+    edges = np.linspace(place.min(), place.max(), 121)[1:-1]
     member = np.digitize(place, edges)
-    count = np.bincount(member, minlength=bins)
+    count = np.bincount(member, minlength=120)
     filled = count > 0
-    x, y = (np.bincount(member, values, minlength=bins)[filled] / count[filled] for values in (x, y))
+    x, y = (np.bincount(member, values, minlength=120)[filled] / count[filled] for values in (x, y))
     if len(y) < 8:
         return x, y
     return x, np.convolve(np.pad(y, 2, mode="reflect"), np.array([1, 4, 6, 4, 1]) / 16, mode="valid")

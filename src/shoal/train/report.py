@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import base64
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shoal.config import ModelConfig, UserError
-
+from ..config import ModelConfig, UserError
+from ..config.recipes import read_toml
 from .history import Metrics, read_metrics
 from .plots import draw_plots
 from .units import si, spelled
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 @dataclass
@@ -97,8 +91,8 @@ def _layer_names(config: str, metrics: Metrics) -> list[str]:
     # MTP layers may run in a part of the steps only.
     count = max((len(row.get("max_vio_layers") or row.get("expert_load") or []) for row in metrics.steps), default=0)
     try:
-        model = ModelConfig(**tomllib.loads(config).get("model", {}))
-    except (TypeError, tomllib.TOMLDecodeError):
+        model = ModelConfig(**read_toml(config, "config.toml").get("model", {}))
+    except (TypeError, UserError):
         return [f"MoE layer {index + 1}" for index in range(count)]
     depth = model.num_hidden_layers
     names = [f"layer {layer}" for layer in range(depth) if model.is_moe_layer(layer)]

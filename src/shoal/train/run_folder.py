@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from .. import __version__
-from ..atomic import remove_folder
+from ..atomic import new_file, remove_folder
 from ..config import ModelConfig, TrainConfig, UserError
 from ..config.recipes import from_table, load_recipe, write_toml
 from .metrics import read_rows
@@ -73,9 +72,8 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         """Replace a file at once: a reader sees the old or the new one, never half of one."""
-        temporary = self.path / f".{name}.tmp"
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path / name)
+        with new_file(self.path / name) as temporary:
+            temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def read_json(self, name: str) -> Any:
         try:
@@ -104,10 +102,8 @@ class RunFolder:
     def keep_metrics_up_to(self, step: int) -> None:
         """Drop the rows of steps after `step` (they will be made again) and a line cut short by a kill."""
         self.metrics.touch()
-        temporary = self.path / ".metrics.jsonl.tmp"
-        with temporary.open("w", encoding="utf-8") as kept:
+        with new_file(self.metrics) as temporary, temporary.open("w", encoding="utf-8") as kept:
             kept.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in read_rows(self.metrics) if row["step"] <= step)
-        os.replace(temporary, self.metrics)
 
     def write_config(self, config: TrainConfig) -> None:
         write_toml(config, self.path / "config.toml")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from shoal.config import UserError
+from ..config import UserError
 
 
 class TensorBoardLog:

@@ -7,20 +7,17 @@ import math
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
 
-def si(value: float, unit: str = "", digits: int = 3) -> str:
-    """`value` with `digits` significant digits and a prefix: si(6.61e13, "FLOP") is "66.1 TFLOP"."""
+def si(value: float, unit: str = "") -> str:
+    """`value` with three significant digits and a prefix: si(6.61e13, "FLOP") is "66.1 TFLOP"."""
     if not math.isfinite(value):
         return "–"
     if value == 0 or abs(value) < 1e-3:
-        return f"{value:.{digits}g} {unit}".rstrip()
+        return f"{value:.3g} {unit}".rstrip()
     exponent = min(max(math.floor(math.log10(abs(value))) // 3, 0), len(_PREFIXES) - 1)
-    scaled = float(f"{value / 1000**exponent:.{digits}g}")
+    scaled = float(f"{value / 1000**exponent:.3g}")
     if abs(scaled) >= 1000 and exponent < len(_PREFIXES) - 1:  # 999.9 k rounds up to 1 M
         exponent, scaled = exponent + 1, scaled / 1000
-    if abs(scaled) >= 10 ** (digits - 1):
-        number = f"{scaled:.0f}"
-    else:
-        number = f"{scaled:.{digits}g}"
+    number = f"{scaled:.0f}" if abs(scaled) >= 100 else f"{scaled:.3g}"
     return f"{number} {_PREFIXES[exponent]}{unit}".rstrip()
 
 

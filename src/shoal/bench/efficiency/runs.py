@@ -19,6 +19,7 @@ from ...config import TrainConfig, UserError
 from ...kernels.selection import BACKEND
 from ...plan.cost import count_parameters
 from ...train import train
+from ...train.metrics import read_rows
 from ...train.run_folder import RunFolder
 from .frontier import Curve
 
@@ -137,9 +138,9 @@ def train_in(config: TrainConfig, folder: Path) -> tuple[dict[str, Any], list[di
     trained = train(replace(config, out=str(folder)))
     if trained.stop_asked:
         raise Stopped("stopped; what is finished is kept, the same command goes on")
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
     remove_folder(folder)
-    return trained.summary, [row for row in rows if "loss" in row]
+    return trained.summary, rows
 
 
 def curves(runs: Sequence[Run], side: str, cost: str) -> list[Curve]:

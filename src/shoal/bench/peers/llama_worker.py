@@ -24,20 +24,20 @@ MARGIN = 256
 class Llama:
     """A loaded model; every shape of cache that a case needs is made once and keeps what it holds."""
 
-    def __init__(self, model: str, threads: int, flash: int, mtp: bool = False, mmap: bool = False, unified: bool = False) -> None:
+    def __init__(self, model: str, threads: int, flash: int) -> None:
         ll.llama_backend_init()
         self._log = ll.llama_log_callback(lambda level, text, data: None)
         ll.llama_log_set(self._log, None)
         params = ll.llama_model_default_params()
-        params.load_mtp = mtp
-        params.load_mode = ll.LLAMA_LOAD_MODE_MMAP if mmap else ll.LLAMA_LOAD_MODE_NONE
+        params.load_mtp = False
+        params.load_mode = ll.LLAMA_LOAD_MODE_NONE
         began = time.perf_counter()
         self.model = ll.llama_model_load_from_file(model.encode(), params)
         if not self.model:
             raise RuntimeError(f"llama.cpp cannot load {model}")
         self.load_seconds = time.perf_counter() - began
         self.vocab = ll.llama_vocab_n_tokens(ll.llama_model_get_vocab(self.model))
-        self.threads, self.flash, self.unified = threads, flash, unified
+        self.threads, self.flash = threads, flash
         self.caches: dict[tuple[int, int], Cache] = {}
 
     def cache(self, length: int, sequences: int = 1) -> Cache:
@@ -57,7 +57,7 @@ class Cache:
         params.n_batch = params.n_ubatch = CHUNK
         params.n_threads = params.n_threads_batch = llama.threads
         params.flash_attn_type = llama.flash
-        params.kv_unified = llama.unified
+        params.kv_unified = False
         params.no_perf = True
         self.context = ll.llama_init_from_model(llama.model, params)
         if not self.context:

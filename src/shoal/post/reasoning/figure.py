@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...train.metrics import read_rows
 from ...train.plots import CORAL, MUTED, STYLE, TIDE
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def draw(metrics: Path, path: Path) -> str | None:
     except ImportError:
         print("no figure: matplotlib is missing (pip install 'shoal[report]')", file=sys.stderr)
         return None
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    rows = list(read_rows(metrics))
     style: Any = STYLE
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(10.4, 6.4), layout="constrained")

@@ -429,8 +429,10 @@ def test_the_tools_of_an_agent_are_tried_once(tokenizer: Tokenizer, monkeypatch:
     assert len(tried) == len(set(tried)) == 100
 
 
-def test_a_form_that_only_a_control_token_spells_is_one_clear_line(chat: Served) -> None:
-    status, answer, _ = ask(f"{chat.url}/v1/completions", {"prompt": "the", "max_tokens": 30, "guided_choice": ["<｜User｜>"]})
+@pytest.mark.parametrize("text", ["<｜User｜>", "stop <｜end▁of▁sentence｜> here"])
+def test_a_form_that_only_a_control_token_spells_is_one_clear_line(chat: Served, text: str) -> None:
+    asked = {"prompt": "the", "max_tokens": 30, "guided_choice": [text]}
+    status, answer, _ = ask(f"{chat.url}/v1/completions", asked)
     assert (status, "control token" in answer["error"]["message"]) == (400, True)
 
 

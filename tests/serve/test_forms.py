@@ -14,6 +14,7 @@ import pytest
 from served import Serve, Served, serving, tiny
 
 from shoal.data import Tokenizer
+from shoal.serve.grammar import AnswerForm, Grammars
 
 SCHEMA = {
     "type": "object",
@@ -357,3 +358,20 @@ def test_responses_tools_and_schema(client: openai.OpenAI, served: Served, strea
     fits(found[0].arguments)
     form: Any = {"format": {"type": "json_schema", "name": "trip", "schema": SCHEMA}}
     fits(client.responses.create(model="tiny", input="x", text=form, max_output_tokens=200).output_text)
+
+
+def test_no_end_of_text_ends_a_thought_before_the_answer_that_is_due(tokenizer: Tokenizer) -> None:
+    """Also not another one than the tokenizer's: a model's files may name several."""
+    think_end = tokenizer.encode("</think>", special=True)[-1]
+    ends = [tokenizer.eos_id, 7]
+    form = AnswerForm(answer=json.dumps({"grammars": [{"json_schema": {"const": True}}]}), thinking=True, think_end=think_end)
+    mask = Grammars(tokenizer, 400, ends).mask(form)
+    thinking = mask.allowed()
+    assert thinking is not None
+    assert not thinking[ends].any()
+    assert thinking.sum() == 398
+    mask.accept(think_end)
+    answering = mask.allowed()
+    assert answering is not None
+    assert answering.any()
+    assert not answering[ends].any()

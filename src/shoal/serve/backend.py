@@ -9,6 +9,7 @@ from pathlib import Path
 from ..config import EngineOptions, MachineOptions
 from ..data import Tokenizer
 from ..engine import Engine, EngineProcess, Loaded, Place, load
+from ..engine.answer import stop_set
 from .grammar import Grammars
 
 
@@ -20,7 +21,8 @@ def engine_process(folder: Path, machine: MachineOptions, options: EngineOptions
 
 def make_engine(loaded: Loaded, options: EngineOptions) -> Engine:
     """An engine that makes masks of the forms that requests prescribe for their answers."""
-    grammars = Grammars(loaded.tokenizer, loaded.runner.config.vocab_size)
+    config = loaded.runner.config
+    grammars = Grammars(loaded.tokenizer, config.vocab_size, stop_set(loaded.tokenizer, config))
     return Engine(loaded.runner, loaded.tokenizer, options, grammars.mask)
 
 

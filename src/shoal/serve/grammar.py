@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import lru_cache
@@ -15,20 +16,24 @@ from ..engine.sampling import SamplingError
 MOST_BUILT = 32
 """Grammars that are kept: an agent sends the same tools with every request, and all choices of a request have the same."""
 
+SPELLS = "the form of the answer cannot be kept: it prescribes a text that spells a control token of this model"
+"""llguidance would write that text with the token."""
+
 
 class Grammars:
     """Builds grammars, which `Trial` has let pass, for one vocabulary."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, ends: Iterable[int]) -> None:
+        """`ends` are the tokens at which the engine ends a text."""
         self.vocab_size = vocab_size
-        self.eos_id = tokenizer.eos_id
+        self.ends = [token for token in ends if token < vocab_size]
         size = max(vocab_size, tokenizer.vocab_size)
         backend = llguidance.LLTokenizer(tokenizer.json, n_vocab=size, eos_token=tokenizer.eos_id)
         self._built = lru_cache(MOST_BUILT)(lambda grammar: llguidance.LLMatcher(backend, grammar, log_level=0))
 
     def matcher(self, grammar: str) -> Matcher:
         """A fresh walk through a grammar. To build one may take seconds, in which other threads go on."""
-        return Matcher(self._built(grammar).deep_copy(), self.vocab_size)
+        return Matcher(self._built(grammar).deep_copy(), self.vocab_size, self.ends)
 
     def mask(self, form: AnswerForm) -> AnswerMask:
         """The mask that holds one answer to a form; see `matcher` on how long it takes."""
@@ -38,8 +43,8 @@ class Grammars:
 class Matcher:
     """Where an answer stands in a grammar."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
-        self._matcher, self._vocab_size = matcher, vocab_size
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, ends: list[int]) -> None:
+        self._matcher, self._vocab_size, self._ends = matcher, vocab_size, ends
         self._mask: np.ndarray | None = None
 
     def allowed(self) -> np.ndarray:
@@ -48,10 +53,12 @@ class Matcher:
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
             if self._matcher.is_error():
                 reason = self._matcher.get_error().splitlines()[0]
-                if "forced bytes" in reason:  # llguidance would write them with the token
-                    reason = "it prescribes a text that spells a control token of this model"
-                raise SamplingError(f"the form of the answer cannot be kept: {reason}")
+                raise SamplingError(SPELLS if "forced bytes" in reason else f"the form of the answer cannot be kept: {reason}")
             self._mask = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
+            if not self.may_end and self._mask[self._ends].any():  # the engine would end the text there
+                self._mask[self._ends] = False
+                if not self._mask.any():
+                    raise SamplingError(SPELLS)
         return self._mask
 
     def accept(self, token: int) -> None:
@@ -117,7 +124,7 @@ class AnswerMask:
             return None
         if self._phase is Phase.THINKING:
             mask = np.ones(self._grammars.vocab_size, bool)
-            mask[self._grammars.eos_id] = False  # the answer is still to come
+            mask[self._grammars.ends] = False  # the answer is still to come
             return mask
         mask = np.zeros(self._grammars.vocab_size, bool) if self._answer is None else self._answer.allowed().copy()
         for token in (self._form.calls_begin, self._may_think):

@@ -127,6 +127,12 @@ def test_pictures_are_refused_by_name(served: Served, path: str, field: str, par
     assert "image" in answer["error"]["message"]
 
 
+@pytest.mark.parametrize(("path", "field", "status"), [("chat/completions", "messages", 200), ("responses", "input", 400)])
+def test_only_in_chats_a_part_need_not_say_that_it_is_text(served: Served, path: str, field: str, status: int) -> None:
+    body = {"model": "tiny", "max_tokens": 1, "max_output_tokens": 1, field: [{"role": "user", "content": [{"text": "the"}]}]}
+    assert ask(f"{served.url}/v1/{path}", body)[0] == status
+
+
 @pytest.mark.slow
 def test_schemathesis_finds_no_failure_of_the_server(tokenizer: Tokenizer, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "tiny", tokenizer, max_position_embeddings=256)

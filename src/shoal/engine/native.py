@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config import CacheFormat, ModelConfig
+from ..formats.parts import EMBEDDING, HEAD
 from ..kernels.packed import PackedMatrix, pack_floats
 from ..kernels.serving import decoder, pin_threads
 from ..memory import MappedFiles, copy_bytes, large_pages
@@ -80,14 +81,14 @@ class NativeRunner:
                 # The router is fp32 in every file, and small: it is put in tiles here.
                 tiled = isinstance(weight, Tensor) and part == "mlp.gate.weight"
                 layers[int(number)][_LAYER[part]] = pack_floats(weight, "fp32") if tiled else weight  # type: ignore[arg-type]
-        top = {"embedding": weights["model.embed_tokens.weight"], "norm": weights["model.norm.weight"], "head": weights["lm_head"]}
+        top = {"embedding": weights[EMBEDDING], "norm": weights["model.norm.weight"], "head": weights[HEAD]}
         if all(w.format == "fp32" for w in weights.values() if isinstance(w, PackedMatrix)):
             self.natural_cache = "fp32"
         mapped = MappedFiles()
         for name, weight in weights.items():
             if name.endswith("mlp.gate.weight") and isinstance(weight, Tensor):
                 mapped.forget(weight)
-        embedding = weights["model.embed_tokens.weight"]
+        embedding = weights[EMBEDDING]
         assert isinstance(embedding, Tensor)  # its rows are looked up: it is never packed
         self._mapped, self._embedding = mapped, embedding
         self._decoder: Any = decoder(_shape(config), top, layers, config.num_hidden_layers)

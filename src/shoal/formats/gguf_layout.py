@@ -13,6 +13,7 @@ from typing import Any, Literal
 from ..config import ModelConfig
 from ..model.attention import LATENT_NORM_EPS
 from ..model.rope import scaling_kind, table_magnitude, yarn_magnitude
+from .parts import EMBEDDING, HEAD_WEIGHT
 
 Treatment = Literal["", "key_up", "value_up", "pairs"]
 """What happens to a tensor on its way: the key or value half of `kv_b_proj`, or rows from half-split to interleaved rotary pairs."""
@@ -83,10 +84,10 @@ def architecture(config: ModelConfig) -> str:
 def tensors(config: ModelConfig) -> Iterator[GgufTensor]:
     """Every tensor of the file, in its order. The MTP layers follow the main model's as blocks of their own."""
     width = config.hidden_size
-    yield GgufTensor("token_embd.weight", (config.vocab_size, width), ("model.embed_tokens.weight",))
+    yield GgufTensor("token_embd.weight", (config.vocab_size, width), (EMBEDDING,))
     yield GgufTensor("output_norm.weight", (width,), ("model.norm.weight",), exact=True)
     if not config.tie_word_embeddings:
-        yield GgufTensor("output.weight", (config.vocab_size, width), ("lm_head.weight",))
+        yield GgufTensor("output.weight", (config.vocab_size, width), (HEAD_WEIGHT,))
     for layer in range(config.num_hidden_layers + config.num_nextn_predict_layers):
         block, official = f"blk.{layer}", f"model.layers.{layer}"
         yield GgufTensor(f"{block}.attn_norm.weight", (width,), (f"{official}.input_layernorm.weight",), exact=True)

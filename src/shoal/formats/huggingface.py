@@ -23,7 +23,7 @@ from ..config.huggingface import model_config_from_dict, model_config_to_dict
 from ..model import Transformer
 from ..runtime import require_memory
 from .fp8 import Quantizer
-from .parts import EMBEDDING, EXPERT, HEAD_WEIGHT
+from .parts import EMBEDDING, EXPERTS, HEAD_WEIGHT
 from .weight_files import (
     CONFIG,
     GENERATION,
@@ -161,7 +161,7 @@ def _take_stored_dtypes(empty: Transformer, files: WeightFiles) -> None:
     """Give the weights of a model on the device `meta` the dtypes of the files, a stack of experts that of its first."""
     embedding = files.plain_dtype(EMBEDDING)
     for name, parameter in empty.named_parameters():
-        stored = EXPERT.sub(r"\1.0.\2.weight", name)
+        stored = EXPERTS.sub(r"\1.0.\2.weight", name)
         parameter.data = parameter.data.to(embedding if files.is_fp8(stored) else files.plain_dtype(stored))
 
 
@@ -213,7 +213,7 @@ def official_tensors(model: Transformer) -> dict[str, Tensor]:
     """Every weight of the model, once, under its official name; routed experts are views of their stack, so all can be written to."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        stacked = EXPERT.fullmatch(name)
+        stacked = EXPERTS.fullmatch(name)
         if stacked:
             prefix, part = stacked.groups()
             tensors.update({f"{prefix}.{e}.{part}.weight": expert for e, expert in enumerate(tensor)})

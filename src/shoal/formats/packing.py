@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..kernels.packed import TILE, PackedMatrix, pack_floats, pack_integers, unpack
 from ..numerics.grouped import Bits, Grouped, quantize
-from .parts import EMBEDDING, EXPERT, HEAD, Part, arrays_of, split_kv_up
+from .parts import EMBEDDING, EXPERTS, HEAD, Part, arrays_of, split_kv_up
 from .weight_files import WeightFiles
 
 CHUNK = 1 << 20
@@ -73,7 +73,7 @@ def pack_grouped(matrix: Grouped) -> PackedMatrix:
 
 def read_part(files: WeightFiles, name: str, config: ModelConfig) -> Iterator[Tensor]:
     """The official weights of a part: one tensor, or one `[O, I]` after the other for the experts of a stack."""
-    stacked = EXPERT.fullmatch(name)
+    stacked = EXPERTS.fullmatch(name)
     if stacked:
         assert config.n_routed_experts
         for e in range(config.n_routed_experts):
@@ -92,7 +92,7 @@ def read_part(files: WeightFiles, name: str, config: ModelConfig) -> Iterator[Te
 def read_whole(files: WeightFiles, name: str, config: ModelConfig) -> Tensor:
     """The official weights of a part as one tensor; floats in fp32."""
     found = [tensor.float() if tensor.is_floating_point() else tensor for tensor in read_part(files, name, config)]
-    return torch.stack(found) if EXPERT.fullmatch(name) else found[0]
+    return torch.stack(found) if EXPERTS.fullmatch(name) else found[0]
 
 
 def pack_files(
@@ -104,7 +104,7 @@ def pack_files(
     """
     for name, part in parts.items():
         target, cost = part.empty(), RoundingCost() if packed else None
-        stacked = EXPERT.fullmatch(name) is not None
+        stacked = EXPERTS.fullmatch(name) is not None
         for e, weight in enumerate(read_part(files, name, config)):
             fill({field: array[e] for field, array in target.items()} if stacked else target, weight, part, cost)
         if packed is not None and cost is not None:

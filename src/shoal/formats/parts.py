@@ -28,7 +28,7 @@ from ..runtime import DTYPES
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head"
 HEAD_WEIGHT = f"{HEAD}.weight"
-EXPERT = re.compile(r"(.+\.mlp\.experts)\.(gate_proj|up_proj|down_proj)")
+EXPERTS = re.compile(r"(.+\.mlp\.experts)\.(gate_proj|up_proj|down_proj)")
 """The matrices of all experts of a layer, stacked."""
 Small = Literal["fp32", "bf16", "int64", "int16"]
 """Number formats of small tensors; integers are looked up."""

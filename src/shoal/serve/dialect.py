@@ -123,7 +123,10 @@ def written(message: Message, index: int) -> dict[str, Any]:
     param = f"messages[{index}]"
     if message.function_call is not None:
         raise bad("function_call is not supported any more: use tool_calls", param)
-    result: dict[str, Any] = {"role": message.role, "content": texts(message.content or "", TEXT_PARTS, param)}
+    content = message.content or ""
+    if not isinstance(content, str):
+        content = [{"type": "text", **part} for part in content]  # here a part need not say so
+    result: dict[str, Any] = {"role": message.role, "content": texts(content, TEXT_PARTS, param)}
     if message.name is not None:
         result["name"] = message.name
     if message.reasoning_content is not None:
@@ -141,7 +144,7 @@ def texts(content: Any, kinds: tuple[str, ...], param: str) -> str:
         return content
     result = []
     for part in content if isinstance(content, list) else [content]:
-        kind = part.get("type", "text") if isinstance(part, dict) else None
+        kind = part.get("type") if isinstance(part, dict) else None
         if kind not in kinds:
             raise bad(f"this model reads text only: it cannot use parts of type {str(kind)[:40]!r}", param)
         if not isinstance(part.get("text"), str):

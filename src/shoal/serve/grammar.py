@@ -55,7 +55,7 @@ class Matcher:
                 reason = self._matcher.get_error().splitlines()[0]
                 raise SamplingError(SPELLS if "forced bytes" in reason else f"the form of the answer cannot be kept: {reason}")
             self._mask = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
-            if not self.may_end and self._mask[self._ends].any():  # the engine would end the text there
+            if self._mask[self._ends].any() and not self.may_end:  # the engine would end the text there
                 self._mask[self._ends] = False
                 if not self._mask.any():
                     raise SamplingError(SPELLS)

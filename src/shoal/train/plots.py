@@ -475,8 +475,12 @@ def _draw_smooth(
     return Line(x, y, name, color)
 
 
+BINS = 120
+"""Points of a smoothed line, at most."""
+
+
 def smooth(x: Floats, y: Floats, log: bool = False) -> tuple[Floats, Floats]:
-    """Means of the finite points in 120 equal parts of the (logarithmic) x axis, then a binomial filter of width 5.
+    """Means of the finite points in `BINS` equal parts of the (logarithmic) x axis, then a binomial filter of width 5.
 
     Few points stay as they are. Unlike a running average this does not lag, and on a log axis it keeps the first steps.
     """
@@ -485,11 +489,11 @@ def smooth(x: Floats, y: Floats, log: bool = False) -> tuple[Floats, Floats]:
     if len(x) < 8:
         return x, y
     place = np.log(x) if log else x
-    edges = np.linspace(place.min(), place.max(), 121)[1:-1]
+    edges = np.linspace(place.min(), place.max(), BINS + 1)[1:-1]
     member = np.digitize(place, edges)
-    count = np.bincount(member, minlength=120)
+    count = np.bincount(member, minlength=BINS)
     filled = count > 0
-    x, y = (np.bincount(member, values, minlength=120)[filled] / count[filled] for values in (x, y))
+    x, y = (np.bincount(member, values, minlength=BINS)[filled] / count[filled] for values in (x, y))
     if len(y) < 8:
         return x, y
     return x, np.convolve(np.pad(y, 2, mode="reflect"), np.array([1, 4, 6, 4, 1]) / 16, mode="valid")
